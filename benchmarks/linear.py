@@ -17,7 +17,8 @@ import torch
 
 from common import RESULTS, machine, quantiles, versions, write_results
 from spallm_formats import row_bytes
-from spallm_kernels.linear import load_backend, lut_linear
+from spallm_kernels import lut_linear
+from spallm_kernels.dispatch import load_backend
 
 FEATURES, BITS, GROUPS = 4096, 4, 4
 ROUNDS = 12

@@ -98,6 +98,10 @@ class SpallmQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         return True
 
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
         sketched = {
             name: module

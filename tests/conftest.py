@@ -1,4 +1,4 @@
-"""Fixtures that many tests share, and a compiler cache that follows the sources.
+"""Fixtures that many tests share, compiler caches that follow the sources, Triton without a GPU.
 
 numba keys its cache on the file of a function, not on the files of what it calls: after an edit to
 a callee the cached caller would still run the old code. So tests cache below a name that is a hash
@@ -16,6 +16,10 @@ _DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdi
 os.environ["NUMBA_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"spallm-numba-{_DIGEST}")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+# Read when kernels are defined. Tests that compile instead do so in a process of their own.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 from helpers.tiny_models import TinyModel, save_tiny_llama  # noqa: E402
 

@@ -1,48 +1,176 @@
-"""On a CUDA device: the product and its gradients, and a loaded model, against the CPU."""
+"""On a CUDA device: layers of real size, memory, compilation, CUDA graphs, a whole model."""
 
 import pytest
 import torch
+from transformers import StaticCache
 
+from helpers.sketches import TOLERANCE, relative_error
 from spallm_convert import SketchConfig, convert, load_sketched
-from spallm_formats import pack
-from spallm_kernels import lut_linear
+from spallm_convert.linear import SketchedLinear
+from spallm_formats import SketchedModule, row_bytes
+from spallm_kernels import choose_backend, lut_linear
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("groups", [1, 4])
+def layer(bits, rows, columns, groups, *, hash_seed=None, table_dtype=torch.float32):
+    """A layer of random codes and tables on the device, frozen but for the tables."""
+    torch.manual_seed(bits)
+    shape = SketchedModule(bits=bits, groups_per_row=groups, out_features=rows, in_features=columns)
+    made = SketchedLinear(
+        shape, bias=None, table_dtype=table_dtype, hash_seed=hash_seed, device="cuda"
+    )
+    with torch.no_grad():
+        made.weight.random_(0, 256)
+        made.weight_table.normal_(std=columns**-0.5)
+    return made
+
+
+def float64(sketched, x, dtype):
+    """The product in float64, by the plain reference."""
+    table = sketched.weight_table.detach().to(dtype).double()
+    how = {"hash_seed": sketched.hash_seed, "backend": "reference"}
+    return lut_linear(x.double(), sketched.weight, table, **how)
+
+
+def test_the_kernels_serve_a_device_by_default():
+    assert choose_backend(torch.device("cuda")) == "triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("hash_seed", [None, 7])
-def test_product_and_gradients_equal_the_cpus(bits, groups, dtype, hash_seed):
-    torch.backends.cuda.matmul.allow_tf32 = False
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 1 << bits, (72, 256), generator=generator, dtype=torch.uint8)
-    index_map = torch.from_numpy(pack(codes.numpy(), bits))
-    if hash_seed is not None:
-        index_map = index_map[:, :0]
-    tensors = [
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        for shape in ((3, 11, 256), (72, groups, 1 << bits), (3, 11, 72))
-    ]
-    results = []
-    for device, wide in (("cuda", dtype), ("cpu", torch.float64)):
-        x, table = (t.to(device, wide).requires_grad_() for t in tensors[:2])
-        y = lut_linear(x, index_map.to(device), table, hash_seed=hash_seed)
-        y.backward(tensors[2].to(device, wide))
-        results.append([t.double().cpu() for t in (y, x.grad, table.grad)])
-    for found, expected in zip(*results, strict=True):
-        assert ((found - expected).norm() / expected.norm()).item() < TOLERANCE[dtype]
+@pytest.mark.parametrize(
+    ("rows", "columns", "groups"),
+    [(4096, 4096, 4), (1024, 4096, 1), (4096, 14336, 4), (576, 1536, 8)],
+)
+def test_layers_of_real_size(rows, columns, groups, bits, dtype):
+    sketched = layer(bits, rows, columns, groups)
+    for tokens in (1, 2, 5, 16, 33, 64, 65, 300):
+        x = torch.randn(tokens, columns, device="cuda").to(dtype)
+        with torch.no_grad():
+            y, again = sketched(x), sketched(x)
+        assert torch.equal(y, again)
+        assert relative_error(y, float64(sketched, x, dtype)) < TOLERANCE[dtype]
 
 
-def test_a_model_on_the_gpu_gives_the_cpus_logits(tiny_llama, tmp_path):
-    convert(tiny_llama.folder, tmp_path / "out", SketchConfig(groups_per_row=2))
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_hashed_layers_of_real_size(bits):
+    sketched = layer(bits, 4096, 4096, 4, hash_seed=2**32 - 5)
+    for tokens in (1, 16, 100):
+        x = torch.randn(tokens, 4096, device="cuda").bfloat16()
+        with torch.no_grad():
+            y = sketched(x)
+        error = relative_error(y, float64(sketched, x, torch.bfloat16))
+        assert error < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_gradients_of_a_layer_of_real_size(bits, dtype):
+    sketched = layer(bits, 4096, 2048, 4)
+    x = torch.randn(600, 2048, device="cuda").to(dtype).requires_grad_()
+    y_grad = torch.randn(600, 4096, device="cuda").to(dtype)
+    gradients = []
+    for _ in range(2):
+        sketched.weight_table.grad = x.grad = None
+        sketched(x).backward(y_grad)
+        gradients.append((x.grad, sketched.weight_table.grad))
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+    exact = x.detach().double().requires_grad_()
+    table = sketched.weight_table.detach().to(dtype).double().requires_grad_()
+    lut_linear(exact, sketched.weight, table, backend="reference").backward(y_grad.double())
+    for found, expected in zip(gradients[0], (exact.grad, table.grad), strict=True):
+        assert relative_error(found, expected) < TOLERANCE[dtype]
+
+
+def test_no_dense_weight_is_kept_and_hardly_more_than_one_made():
+    rows, columns, tokens = 4096, 4096, 4096
+    sketched = layer(4, rows, columns, 4)
+    x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y_grad = torch.randn(tokens, rows, device="cuda", dtype=torch.bfloat16)
+    sketched(x).backward(y_grad)  # compiles, and makes the library's workspaces
+    sketched.weight_table.grad = x.grad = None
+    dense = rows * columns * 2
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y = sketched(x)
+    kept = torch.cuda.memory_allocated() - before - y.nbytes
+    assert kept < 0.01 * dense
+    y.backward(y_grad)
+    outputs = y.nbytes + x.grad.nbytes + sketched.weight_table.grad.nbytes
+    assert torch.cuda.max_memory_allocated() - before - outputs <= 1.1 * dense
+
+
+def test_compiles_as_one_graph():
+    first, second = layer(4, 512, 256, 2), layer(3, 256, 512, 1, hash_seed=3)
+
+    def block(x):
+        return x + second(torch.nn.functional.silu(first(x)))
+
+    for tokens in (1, 100):
+        x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
+        compiled = torch.compile(block, fullgraph=True)
+        assert relative_error(compiled(x), block(x)) < 1e-2
+        compiled(x).sum().backward()
+        found = first.weight_table.grad
+        first.weight_table.grad = None
+        block(x).sum().backward()
+        assert relative_error(found, first.weight_table.grad) < 1e-2
+        first.weight_table.grad = None
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama, tmp_path_factory):
+    out = tmp_path_factory.mktemp("gpu") / "out"
+    convert(tiny_llama.folder, out, SketchConfig(groups_per_row=2))
+    return out
+
+
+def test_a_model_on_the_gpu_gives_the_cpus_logits(folder):
     tokens = torch.arange(2, 40).reshape(2, 19)
-    expected = load_sketched(tmp_path / "out", dtype=torch.float32)(tokens).logits
-    model = load_sketched(tmp_path / "out", dtype=torch.float32, device_map="cuda")
+    expected = load_sketched(folder, dtype=torch.float32)(tokens).logits
+    model = load_sketched(folder, dtype=torch.float32, device_map="cuda")
     found = model(tokens.cuda()).logits.cpu()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_whole_decoding_step_replays_from_a_cuda_graph(folder):
+    model = load_sketched(folder, dtype=torch.bfloat16, device_map="cuda").eval()
+    prompt = torch.arange(2, 14, device="cuda")[None]
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    token = torch.zeros(1, 1, dtype=torch.long, device="cuda")
+    position = torch.zeros(1, dtype=torch.long, device="cuda")
+
+    def step():
+        return model(token, past_key_values=cache, cache_position=position, use_cache=True).logits
+
+    def decode(run):
+        cache.reset()
+        with torch.no_grad():
+            model(
+                prompt,
+                past_key_values=cache,
+                cache_position=torch.arange(12, device="cuda"),
+                use_cache=True,
+            )
+            found = []
+            for place in range(12, 20):
+                token.fill_(place)
+                position.fill_(place)
+                found.append(run().clone())
+        return torch.cat(found)
+
+    expected = decode(step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        logits = step()
+
+    def replay():
+        graph.replay()
+        return logits
+
+    assert torch.equal(decode(replay), expected)

@@ -1,7 +1,8 @@
 """Numeric code of sketching: clustering, hashing, and the sketched linear layer.
 
-`reference` states each operation plainly, `cpu` is fast in numba. The names at the top are the
-fast ones, or choose a backend by device. Importing this package imports neither numba nor torch.
+`reference` states each operation plainly, `cpu` is fast in numba, `triton` on NVIDIA GPUs. The
+names at the top are the fast ones, or choose a backend by device. Importing this package imports
+neither numba, torch nor Triton.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
     from .cpu.assign import assign, squared_error
     from .cpu.hashing import hash_codes, hash_table
     from .cpu.kmeans import kmeans
-    from .linear import choose_backend, dequantize, lut_linear
+    from .dispatch import choose_backend
+    from .linear import dequantize, lut_linear
 
 __all__ = [
     "assign",
@@ -28,7 +30,7 @@ __all__ = [
 
 _HOMES = {
     "assign": "cpu.assign",
-    "choose_backend": "linear",
+    "choose_backend": "dispatch",
     "dequantize": "linear",
     "hash_codes": "cpu.hashing",
     "hash_table": "cpu.hashing",

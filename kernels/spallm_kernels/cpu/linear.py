@@ -1,8 +1,8 @@
-"""The sketched linear layer on the CPU: look up while unpacking, in numba.
+"""The sketched linear layer on the CPU, in numba: a row of codes at a time, in the cache.
 
-The reference makes int64 temporaries of the size of the weight; here a row's packed bytes and its
-tables stay in the cache and only the dense row is written. Values are moved as
-integers of their size, so every float dtype works, bfloat16 included.
+The reference makes int64 temporaries of the size of the weight; here a row's packed bytes, codes
+and tables stay in the cache. Values that are only moved are moved as integers of their size, so
+every float dtype works, bfloat16 included.
 """
 
 from __future__ import annotations
@@ -15,10 +15,43 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .hashing import mix
+from .codes import row_of_codes
 
 _INTEGER_OF_BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SINGLE_OR_LESS = (torch.float32, torch.float16, torch.bfloat16)
 Array = npt.NDArray[Any]
+
+
+def can_decode(x: Tensor, table: Tensor) -> bool:
+    """Whether `decode` takes such tensors: it computes in float32."""
+    return x.dtype in _SINGLE_OR_LESS
+
+
+def decode_tokens(*, hashed: bool) -> int:
+    """Most tokens for which `decode` is the faster path (`benchmarks/linear.py`)."""
+    return 8
+
+
+def decode(
+    x: Tensor,
+    index_map: Tensor,
+    table: Tensor,
+    bias: Tensor | None = None,
+    *,
+    hash_seed: int | None = None,
+) -> Tensor:
+    """y = x W^T + bias, [tokens, out_features] in the dtype of x; one dense row exists at a time.
+
+    x: float [tokens, in_features]; table: any float, rounded to the dtype of x.
+    """
+    y = torch.empty(x.shape[0], table.shape[0])
+    _decode(
+        *_codes(index_map, hash_seed, 0),
+        table.to(x.dtype).float().contiguous().numpy(),
+        x.float().contiguous().numpy(),
+        y.numpy(),
+    )
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def dequantize(
@@ -36,12 +69,11 @@ def dequantize(
     """
     weight = torch.empty(table.shape[0], in_features, dtype=table.dtype)
     as_integers = _INTEGER_OF_BYTES[table.element_size()]
-    source = table.detach().contiguous().view(as_integers).numpy()
-    target = weight.view(as_integers).numpy()
-    if hash_seed is None:
-        _look_up(index_map.contiguous().numpy(), source, target)
-    else:
-        _look_up_hashed(np.uint32(hash_seed), np.uint32(first_row), source, target)
+    _look_up(
+        *_codes(index_map, hash_seed, first_row),
+        table.contiguous().view(as_integers).numpy(),
+        weight.view(as_integers).numpy(),
+    )
     return weight
 
 
@@ -58,66 +90,79 @@ def table_grad(
     Each entry receives the sum over the weights that use it, in float32 or wider.
     """
     wide = torch.promote_types(weight_grad.dtype, torch.float32)
-    sums = torch.zeros(table.shape, dtype=wide)
-    gradient = weight_grad.detach().to(wide).contiguous().numpy()
-    if hash_seed is None:
-        _bin(index_map.contiguous().numpy(), gradient, sums.numpy())
-    else:
-        _bin_hashed(np.uint32(hash_seed), np.uint32(first_row), gradient, sums.numpy())
+    sums = torch.empty(table.shape, dtype=wide)
+    gradient = weight_grad.to(wide).contiguous().numpy()
+    _bin(*_codes(index_map, hash_seed, first_row), gradient, sums.numpy())
     return sums
 
 
+def _codes(
+    index_map: Tensor, hash_seed: int | None, first_row: int
+) -> tuple[Array, np.uint32, np.uint32]:
+    """What the loops below read codes from."""
+    packed = index_map if hash_seed is None else index_map[:, :0]
+    return packed.contiguous().numpy(), np.uint32(hash_seed or 0), np.uint32(first_row)
+
+
 @numba.njit(cache=True, nogil=True, inline="always")
-def _code(packed: Array, row: int, column: int, bits: int, mask: int) -> int:
-    first = column * bits
-    low = int(packed[row, first >> 3])
-    high = int(packed[row, (first + bits - 1) >> 3])
-    return ((low | high << 8) >> (first & 7)) & mask
+def _bits_of(table: Array) -> int:
+    bits = 0
+    while 1 << bits < table.shape[2]:
+        bits += 1
+    return bits
 
 
 @numba.njit(cache=True, parallel=True, nogil=True)
-def _look_up(packed: Array, table: Array, weight: Array) -> None:
-    rows, groups, entries = table.shape
-    width = weight.shape[1] // groups
-    mask = entries - 1
-    bits = int(np.log2(entries))
-    for row in numba.prange(rows):
-        for group in range(groups):
+def _look_up(
+    packed: Array, seed: np.uint32, first_row: np.uint32, table: Array, weight: Array
+) -> None:
+    bits, width = _bits_of(table), weight.shape[1] // table.shape[1]
+    for row in numba.prange(weight.shape[0]):
+        codes = np.empty(weight.shape[1], np.uint8)
+        row_of_codes(packed, row, bits, seed, first_row, codes)
+        for group in range(table.shape[1]):
+            entries = table[row, group]
             for column in range(group * width, (group + 1) * width):
-                weight[row, column] = table[row, group, _code(packed, row, column, bits, mask)]
+                weight[row, column] = entries[codes[column]]
+
+
+# Sums may be taken in any order, or the loop over columns would add one product at a time.
+@numba.njit(cache=True, parallel=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def _decode(
+    packed: Array, seed: np.uint32, first_row: np.uint32, table: Array, x: Array, y: Array
+) -> None:
+    columns = x.shape[1]
+    bits, width = _bits_of(table), columns // table.shape[1]
+    for row in numba.prange(table.shape[0]):
+        codes = np.empty(columns, np.uint8)
+        weight = np.empty(columns, np.float32)
+        row_of_codes(packed, row, bits, seed, first_row, codes)
+        for group in range(table.shape[1]):
+            entries = table[row, group]
+            for column in range(group * width, (group + 1) * width):
+                weight[column] = entries[codes[column]]
+        for token in range(x.shape[0]):
+            line, total = x[token], np.float32(0)
+            for column in range(columns):
+                total += weight[column] * line[column]
+            y[token, row] = total
 
 
 @numba.njit(cache=True, parallel=True, nogil=True)
-def _look_up_hashed(seed: np.uint32, first_row: np.uint32, table: Array, weight: Array) -> None:
-    rows, groups, entries = table.shape
-    width = weight.shape[1] // groups
-    mask = np.uint32(entries - 1)
-    for row in numba.prange(rows):
-        key = mix(np.uint32(first_row + np.uint32(row)) ^ mix(seed))
-        for group in range(groups):
+def _bin(
+    packed: Array, seed: np.uint32, first_row: np.uint32, gradient: Array, sums: Array
+) -> None:
+    bits, width = _bits_of(sums), gradient.shape[1] // sums.shape[1]
+    for row in numba.prange(sums.shape[0]):
+        codes = np.empty(gradient.shape[1], np.uint8)
+        row_of_codes(packed, row, bits, seed, first_row, codes)
+        # Four sums per code: an addition need not wait for the last one to the same code.
+        partial = np.empty((4, sums.shape[2]), sums.dtype)
+        for group in range(sums.shape[1]):
+            partial[:] = 0
             for column in range(group * width, (group + 1) * width):
-                weight[row, column] = table[row, group, mix(np.uint32(column) ^ key) & mask]
-
-
-@numba.njit(cache=True, parallel=True, nogil=True)
-def _bin(packed: Array, gradient: Array, sums: Array) -> None:
-    rows, groups, entries = sums.shape
-    width = gradient.shape[1] // groups
-    mask = entries - 1
-    bits = int(np.log2(entries))
-    for row in numba.prange(rows):
-        for group in range(groups):
-            for column in range(group * width, (group + 1) * width):
-                sums[row, group, _code(packed, row, column, bits, mask)] += gradient[row, column]
-
-
-@numba.njit(cache=True, parallel=True, nogil=True)
-def _bin_hashed(seed: np.uint32, first_row: np.uint32, gradient: Array, sums: Array) -> None:
-    rows, groups, entries = sums.shape
-    width = gradient.shape[1] // groups
-    mask = np.uint32(entries - 1)
-    for row in numba.prange(rows):
-        key = mix(np.uint32(first_row + np.uint32(row)) ^ mix(seed))
-        for group in range(groups):
-            for column in range(group * width, (group + 1) * width):
-                sums[row, group, mix(np.uint32(column) ^ key) & mask] += gradient[row, column]
+                partial[column & 3, codes[column]] += gradient[row, column]
+            for entry in range(sums.shape[2]):
+                sums[row, group, entry] = (partial[0, entry] + partial[1, entry]) + (
+                    partial[2, entry] + partial[3, entry]
+                )

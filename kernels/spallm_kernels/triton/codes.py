@@ -1,0 +1,86 @@
+"""Codes of an index map inside a kernel: read from packed words, or hashed from row and column.
+
+Index maps are seen as 32-bit words, `row_words` per row. Word i of a row holds bits [32 i,
+32 i + 32) of its bit stream, least significant first.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def mix(x):
+    """A bijection of 32-bit integers (see `reference/hashing.py`)."""
+    x = x ^ (x >> 16)
+    x = x * 0x21F0AAAD
+    x = x ^ (x >> 15)
+    x = x * 0xD35A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def row_keys(rows, first_row, seed):
+    """What the codes of a row are hashed with; rows counted from `first_row` of the module."""
+    return mix((rows + first_row).to(tl.uint32) ^ mix(seed.to(tl.uint32)))
+
+
+@triton.jit
+def stored_codes(words, row_words, columns, mask, BITS: tl.constexpr):
+    """Codes at any columns. words: pointers to the first word of each row."""
+    bit = columns * BITS
+    word, shift = bit // 32, bit % 32
+    code = tl.load(words + word, mask=mask, other=0).to(tl.uint32, bitcast=True) >> shift
+    if 32 % BITS:  # a code may end in the next word
+        crosses = mask & (shift + BITS > 32)
+        rest = tl.load(words + word + 1, mask=crosses, other=0).to(tl.uint32, bitcast=True)
+        code = tl.where(crosses, code | (rest << ((32 - shift) & 31)), code)
+    return (code & ((1 << BITS) - 1)).to(tl.int32)
+
+
+@triton.jit
+def hashed_codes(keys, columns, BITS: tl.constexpr):
+    """Codes at any columns of the `hash` mapping. keys: `row_keys` of each row."""
+    return (mix(columns.to(tl.uint32) ^ keys) & ((1 << BITS) - 1)).to(tl.int32)
+
+
+@triton.jit
+def stored_unit(words, mask, WORDS: tl.constexpr):
+    """The words of units, a tuple of WORDS tensors. words: pointers to the first of each unit."""
+    unit = ()
+    for number in tl.static_range(WORDS):
+        word = tl.load(words + number, mask=mask, other=None if mask is None else 0)
+        unit = unit + (word.to(tl.uint32, bitcast=True),)
+    return unit
+
+
+@triton.jit
+def hashed_unit(keys, units, BITS: tl.constexpr, CODES: tl.constexpr, WORDS: tl.constexpr):
+    """The words that units of the `hash` mapping would have if they were stored."""
+    unit = ()
+    for number in tl.static_range(WORDS):
+        word = tl.zeros_like(keys + units.to(tl.uint32))
+        for code in tl.static_range(CODES):
+            if 32 * number - BITS < code * BITS and code * BITS < 32 * number + 32:
+                found = hashed_codes(keys, units * CODES + code, BITS).to(tl.uint32)
+                word = word | _shifted(found, code * BITS - 32 * number)
+        unit = unit + (word,)
+    return unit
+
+
+@triton.jit
+def unit_code(unit, CODE: tl.constexpr, BITS: tl.constexpr):
+    """One code of each unit, int32."""
+    WORD: tl.constexpr = CODE * BITS // 32
+    SHIFT: tl.constexpr = CODE * BITS % 32
+    code = unit[WORD] >> SHIFT
+    if SHIFT + BITS > 32:
+        code = code | _shifted(unit[WORD + 1], 32 - SHIFT)
+    return (code & ((1 << BITS) - 1)).to(tl.int32)
+
+
+@triton.jit
+def _shifted(word, PLACES: tl.constexpr):
+    """Shifted left, or right where PLACES is negative."""
+    return word << PLACES if PLACES >= 0 else word >> -PLACES

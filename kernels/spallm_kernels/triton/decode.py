@@ -1,0 +1,116 @@
+"""The product for few tokens: looks weights up in registers on their way into the tensor cores.
+
+Only packed codes and tables are read. A program computes ROWS outputs; each of its SLOTS warps
+takes an equal share of the columns, so that a tile of codes and one of x are all that a warp needs,
+and the shares are added once at the end: one launch, no atomics, the same bits every time.
+
+Columns enter the dot product in an order of our choosing. An `mma` hands thread t of four the
+columns K_PER_LANE t, K_PER_LANE t + 1, ... of every 4 K_PER_LANE; the tiles are permuted so that
+these are the codes of one unit, and what a thread has looked up stays in its registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .codes import hashed_unit, row_keys, stored_unit
+from .lookup import look_up, prepare, stack
+
+
+@triton.jit(do_not_specialize=["seed"])
+def decode_kernel(
+    x,
+    words,
+    table,
+    bias,
+    y,
+    tokens,
+    rows,
+    columns,
+    row_words,
+    width,  # columns of a group
+    span,  # columns of a warp that share a table
+    seed,
+    BITS: tl.constexpr,
+    CODES: tl.constexpr,  # of a unit
+    WORDS: tl.constexpr,  # of a unit
+    HASHED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,  # span is a whole number of steps
+    WORD_ALIGN: tl.constexpr,  # every warp's first word in a row is a multiple of it
+    ASM: tl.constexpr,
+    DTYPE: tl.constexpr,
+    K_PER_LANE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,  # of a row, in a step of a warp
+    TOKENS: tl.constexpr,
+    ONE: tl.constexpr,  # a single token, and TOKENS copies of it
+    STAGES: tl.constexpr,
+):
+    STEP: tl.constexpr = UNITS * CODES
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    # Beyond the end the last row or token is read again, and not stored.
+    safe_row = tl.minimum(row, rows - 1)
+    token = tl.arange(0, TOKENS)
+    read_token = tl.arange(0, 1 if ONE else TOKENS)
+    read_token = tl.minimum(read_token, tokens - 1)[None, :, None]
+    unit = tl.arange(0, UNITS)[None, None, :]
+    column = tl.arange(0, STEP)[None, None, :]
+    slot = tl.arange(0, SLOTS)
+    entry = tl.arange(0, 2**BITS)
+    groups = columns // width
+    total = tl.zeros((SLOTS, ROWS, TOKENS), tl.float32)
+    for part in range(columns // SLOTS // span):
+        # The compiler sees no alignment through the division; without it, loads are 4 bytes wide.
+        start = tl.multiple_of(slot * (columns // SLOTS) + part * span, 32)
+        start_word = tl.multiple_of(start // CODES * WORDS, WORD_ALIGN)[:, None, None]
+        at = (safe_row[None, :] * groups + (start // width)[:, None]) * 2**BITS
+        entries = tl.load(table + at[:, :, None] + entry[None, None, :])
+        prepared = prepare(entries.to(DTYPE), BITS, ASM)
+        start = start[:, None, None]
+        row_word = tl.multiple_of(safe_row * row_words, WORD_ALIGN)[None, :, None]
+        keys = row_keys(safe_row, 0, seed)[None, :, None]
+        for step in tl.range(tl.cdiv(span, STEP), num_stages=STAGES):
+            # Addresses are worked out anew in every step: advancing tiles of pointers, or tiles of
+            # offsets that stay, take twice the registers.
+            done = step * STEP
+            if HASHED:
+                units = (start + done) // CODES + unit
+                packed = hashed_unit(keys, units, BITS, CODES, WORDS)
+            else:
+                inside = None if EVEN else done + unit * CODES < span
+                word = start_word + (step * UNITS + unit) * WORDS
+                packed = stored_unit(words + row_word + word, inside, WORDS)
+            inside = None if EVEN else done + column < span
+            x_at = x + read_token * columns + (start + done + column)
+            values = tl.load(x_at, mask=inside, other=None if EVEN else 0.0).to(DTYPE)
+            if ONE:
+                values = tl.broadcast_to(values, (SLOTS, TOKENS, STEP))
+            weights = stack(look_up(packed, prepared, DTYPE, BITS, ASM))
+            weights = _by_lane(weights, SLOTS, ROWS, UNITS, CODES, K_PER_LANE)
+            values = _by_lane(values, SLOTS, TOKENS, UNITS, CODES, K_PER_LANE)
+            total = tl.dot(weights, values.permute(0, 2, 1), total, input_precision="ieee")
+    result = tl.sum(total, axis=0)
+    if HAS_BIAS:
+        result += tl.load(bias + safe_row).to(tl.float32)[:, None]
+    tl.store(
+        y + token[None, :] * rows + row[:, None],
+        result.to(y.dtype.element_ty),
+        mask=(token < tokens)[None, :] & (row < rows)[:, None],
+    )
+
+
+@triton.jit
+def _by_lane(
+    tensor,
+    SLOTS: tl.constexpr,
+    LINES: tl.constexpr,
+    UNITS: tl.constexpr,
+    CODES: tl.constexpr,
+    K_PER_LANE: tl.constexpr,
+):
+    """Columns of [SLOTS, LINES, ...] reordered: four units side by side, K_PER_LANE codes each."""
+    split = tensor.reshape(SLOTS, LINES, UNITS // 4, 4, CODES // K_PER_LANE, K_PER_LANE)
+    return split.permute(0, 1, 2, 4, 3, 5).reshape(SLOTS, LINES, UNITS * CODES)

@@ -1,0 +1,213 @@
+"""The sketched linear layer on a GPU: launches the kernels of this package.
+
+Each function has the signature and the meaning of its namesake in `reference/linear.py`. Tensors on
+the CPU are accepted under Triton's interpreter, which has no byte permutes and no bfloat16
+arithmetic: there, tables are looked up by `tl.gather` in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .decode import decode_kernel
+from .dequantize import dequantize_any_kernel, dequantize_units_kernel
+from .ptx import UNIT_CODES, UNIT_WORDS
+from .table_grad import table_grad_kernel
+from .tiles import (
+    ALIGNMENT,
+    DECODE_TOKENS,
+    HASHED_DECODE_TOKENS,
+    DecodeTile,
+    decode_tile,
+    table_span,
+)
+
+#: Whether Triton runs in its interpreter, on tensors of the CPU.
+INTERPRETED = not isinstance(decode_kernel, triton.runtime.JITFunction)
+#: Neighbouring columns that a thread of an `mma` holds. Triton chooses it by what the operand is
+#: made of, and reads a chain of joins differently since 3.8. Any value is right, a wrong one slow.
+_K_PER_LANE = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
+_HALVES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_INTEGER_OF_BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def can_decode(x: Tensor, table: Tensor) -> bool:
+    """Whether `decode` takes such tensors: 16-bit x, 2 to 4 bits, groups of whole units."""
+    columns, groups = x.shape[-1], table.shape[1]
+    return (
+        x.dtype in _HALVES
+        and table.shape[-1].bit_length() - 1 in UNIT_CODES
+        and columns // groups % ALIGNMENT == 0
+    )
+
+
+def decode_tokens(*, hashed: bool) -> int:
+    """Most tokens for which `decode` is the faster path."""
+    return HASHED_DECODE_TOKENS if hashed else DECODE_TOKENS
+
+
+def decode(
+    x: Tensor,
+    index_map: Tensor,
+    table: Tensor,
+    bias: Tensor | None = None,
+    *,
+    hash_seed: int | None = None,
+    tile: DecodeTile | None = None,
+) -> Tensor:
+    """y = x W^T + bias, [tokens, out_features] in the dtype of x, without a dense weight.
+
+    x: float16 or bfloat16 [tokens, in_features], at most DECODE_TOKENS of them (see `tiles.py`);
+    table: any float [out_features, groups, 2^bits], rounded to the dtype of x.
+    """
+    tokens, columns = x.shape
+    rows, groups, entries = table.shape
+    bits, width = entries.bit_length() - 1, columns // groups
+    hashed = hash_seed is not None
+    tile = tile or decode_tile(bits, tokens, columns, width, _generation(x.device), hashed=hashed)
+    # The interpreter truncates where it should round to bfloat16, so torch rounds for it.
+    table = table.to(x.dtype) if INTERPRETED else table
+    exact = torch.float32 if INTERPRETED else x.dtype
+    y = torch.empty(tokens, rows, dtype=exact, device=x.device)
+    span = table_span(columns, width, tile.slots)
+    words, row_words = _words(index_map)
+    with _on(x.device):
+        decode_kernel[(triton.cdiv(rows, tile.rows),)](
+            x.contiguous(),
+            words,
+            table.contiguous(),
+            bias,
+            y,
+            tokens,
+            rows,
+            columns,
+            row_words,
+            width,
+            span,
+            hash_seed or 0,
+            BITS=bits,
+            CODES=UNIT_CODES[bits],
+            WORDS=UNIT_WORDS[bits],
+            HASHED=hashed,
+            HAS_BIAS=bias is not None,
+            EVEN=span % (tile.units * UNIT_CODES[bits]) == 0,
+            WORD_ALIGN=4 if row_words % 4 == 0 and span * bits % 128 == 0 else 1,
+            ASM=not INTERPRETED,
+            DTYPE=tl.float32 if INTERPRETED else _HALVES[x.dtype],
+            K_PER_LANE=_K_PER_LANE,
+            SLOTS=tile.slots,
+            ROWS=tile.rows,
+            UNITS=tile.units,
+            TOKENS=tile.tokens,
+            ONE=tokens == 1,
+            STAGES=tile.stages,
+            num_warps=tile.slots,
+            maxnreg=tile.registers,
+        )
+    return y.to(x.dtype)
+
+
+def dequantize(
+    index_map: Tensor,
+    table: Tensor,
+    in_features: int,
+    *,
+    hash_seed: int | None = None,
+    first_row: int = 0,
+) -> Tensor:
+    """The dense weight [out_features, in_features], in the dtype of the table."""
+    rows, groups, entries = table.shape
+    bits, width = entries.bit_length() - 1, in_features // groups
+    weight = torch.empty(rows, in_features, dtype=table.dtype, device=table.device)
+    words, row_words = _words(index_map)
+    sizes = (rows, in_features, row_words, width, first_row, hash_seed or 0)
+    hashed = hash_seed is not None
+    with _on(table.device):
+        if bits in UNIT_CODES and table.dtype in _HALVES and width % ALIGNMENT == 0:
+            dequantize_units_kernel[(triton.cdiv(rows, 8), groups)](
+                words,
+                table.contiguous(),
+                weight,
+                *sizes,
+                BITS=bits,
+                CODES=UNIT_CODES[bits],
+                WORDS=UNIT_WORDS[bits],
+                HASHED=hashed,
+                ASM=not INTERPRETED,
+                ROWS=8,
+                UNITS=512 // UNIT_CODES[bits],
+                num_warps=4,
+            )
+        else:
+            integers = _INTEGER_OF_BYTES[table.element_size()]
+            dequantize_any_kernel[(triton.cdiv(rows, 4), triton.cdiv(in_features, 256))](
+                words,
+                table.contiguous().view(integers),
+                weight.view(integers),
+                *sizes,
+                BITS=bits,
+                HASHED=hashed,
+                ROWS=4,
+                COLUMNS=256,
+                num_warps=4,
+            )
+    return weight
+
+
+def table_grad(
+    weight_grad: Tensor,
+    index_map: Tensor,
+    table: Tensor,
+    *,
+    hash_seed: int | None = None,
+    first_row: int = 0,
+) -> Tensor:
+    """Gradient of the table given that of the dense weight, in float32 or wider."""
+    rows, groups, entries = table.shape
+    columns = weight_grad.shape[1]
+    wide = torch.promote_types(weight_grad.dtype, torch.float32)
+    sums = torch.empty(table.shape, dtype=wide, device=table.device)
+    words, row_words = _words(index_map)
+    with _on(table.device):
+        table_grad_kernel[(triton.cdiv(rows, 4), groups)](
+            words,
+            weight_grad.contiguous(),
+            sums,
+            rows,
+            columns,
+            row_words,
+            columns // groups,
+            first_row,
+            hash_seed or 0,
+            BITS=entries.bit_length() - 1,
+            HASHED=hash_seed is not None,
+            WIDE=tl.float64 if wide == torch.float64 else tl.float32,
+            ROWS=4,
+            COLUMNS=256,
+            num_warps=4,
+        )
+    return sums
+
+
+def _words(index_map: Tensor) -> tuple[Tensor, int]:
+    """An index map as 32-bit words, and how many a row has. Stored maps are whole words already."""
+    if index_map.shape[1] % 4:
+        index_map = torch.nn.functional.pad(index_map, (0, -index_map.shape[1] % 4))
+    words = index_map.contiguous().view(torch.int32)
+    return words, words.shape[1]
+
+
+@functools.cache
+def _generation(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def _on(device: torch.device) -> Any:
+    """Launches go to the current device, which need not be the one that the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()

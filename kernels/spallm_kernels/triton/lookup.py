@@ -1,0 +1,83 @@
+"""Looking a unit of codes up in a table inside a kernel (see `ptx.py` for units and the method).
+
+With ASM the weights come from byte permutes. Without it, they come from `tl.gather`, which states
+the same plainly and is what Triton's interpreter can run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import ptx
+from .codes import unit_code
+
+_SPLIT_2, _SPLIT_3, _SPLIT_4 = (tl.constexpr(ptx.split_table(bits)) for bits in (2, 3, 4))
+_LOOK_UP_2, _LOOK_UP_3, _LOOK_UP_4 = (tl.constexpr(ptx.look_up(bits)) for bits in (2, 3, 4))
+
+
+@triton.jit
+def unstack(tensor, COUNT: tl.constexpr):
+    """[..., 2, 2, ...] to a tuple of its COUNT innermost entries, in bit-reversed order."""
+    if COUNT == 1:
+        return (tensor,)
+    else:
+        even, odd = tl.split(tensor)
+        return unstack(even, COUNT // 2) + unstack(odd, COUNT // 2)
+
+
+@triton.jit
+def stack(tensors):
+    """A tuple of 2^n tensors to one of shape [..., 2, 2, ...], in order."""
+    if len(tensors) == 1:
+        return tensors[0]
+    else:
+        return tl.join(stack(tensors[0::2]), stack(tensors[1::2]))
+
+
+@triton.jit
+def prepare(table, BITS: tl.constexpr, ASM: tl.constexpr):
+    """What `look_up` needs of a table, [..., 2^BITS] of 16-bit floats (any float without ASM)."""
+    if not ASM:
+        return (table,)
+    else:
+        asm: tl.constexpr = _SPLIT_4 if BITS == 4 else (_SPLIT_3 if BITS == 3 else _SPLIT_2)
+        halves: tl.constexpr = (2,) * BITS
+        entries = table.to(tl.int16, bitcast=True).reshape(table.shape[:-1] + halves)
+        registers: tl.constexpr = 2 if BITS == 2 else 2 ** (BITS - 1)
+        return tl.inline_asm_elementwise(
+            asm[0],
+            asm[1],
+            unstack(entries, 2**BITS),
+            dtype=(tl.uint32,) * registers,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def look_up(unit, prepared, DTYPE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """The weights of units, a tuple of one tensor of DTYPE per code.
+
+    unit: a tuple of tensors [..., units]; prepared: `prepare` of a table [..., 2^BITS].
+    """
+    if ASM:
+        asm: tl.constexpr = _LOOK_UP_4 if BITS == 4 else (_LOOK_UP_3 if BITS == 3 else _LOOK_UP_2)
+        codes: tl.constexpr = 8 if BITS == 4 else (32 if BITS == 3 else 16)
+        arguments = unit
+        for number in tl.static_range(len(prepared)):
+            arguments = arguments + (tl.expand_dims(prepared[number], -1),)
+        halves = tl.inline_asm_elementwise(
+            asm[0], asm[1], arguments, dtype=(tl.int16,) * codes, is_pure=True, pack=1
+        )
+        weights = ()
+        for code in tl.static_range(codes):
+            weights = weights + (halves[code].to(DTYPE, bitcast=True),)
+        return weights
+    else:
+        weights = ()
+        table = prepared[0]
+        for code in tl.static_range(32 * len(unit) // BITS):
+            found = unit_code(unit, code, BITS)
+            weights = weights + (tl.gather(table, found, len(table.shape) - 1),)
+        return weights

@@ -1,0 +1,146 @@
+"""The lookup in PTX: packed codes and a table in registers give 16-bit weights, by byte permutes.
+
+A table of 16-bit entries is split into registers of low bytes and registers of high bytes, four
+entries each. `prmt` picks four bytes from two registers by the low three bits of the nibbles of a
+selector, so eight entries cost one instruction per four low bytes and one per four high bytes; two
+more interleave the halves. Nothing is looked up in memory, and float16 and bfloat16 are alike.
+Instructions of the integer pipe per weight: 2.6 at 4 bits, 2.1 at 3, 1.4 at 2.
+
+A *unit* is the fewest whole words that hold whole codes: 8 codes in a word at 4 bits, 16 at 2 bits,
+32 codes in three words at 3 bits.
+"""
+
+from __future__ import annotations
+
+UNIT_CODES = {2: 16, 3: 32, 4: 8}
+UNIT_WORDS = {2: 1, 3: 3, 4: 1}
+
+
+def byte_registers(bits: int) -> int:
+    """Registers that hold a table: half of them low bytes, half high bytes."""
+    return max(2, (1 << bits) // 2)
+
+
+def split_table(bits: int) -> tuple[str, str]:
+    """Assembly and constraints: 2^bits entries, bit-reversed order, to `byte_registers(bits)`."""
+    entries, registers = 1 << bits, byte_registers(bits)
+    entry = [f"${registers + _reversed(number, bits)}" for number in range(entries)]
+    lines = [".reg .b32 a, b;"]
+    for quad in range(entries // 4):
+        first, second, third, fourth = entry[4 * quad : 4 * quad + 4]
+        lines += [
+            f"mov.b32 a, {{{first}, {second}}};",
+            f"mov.b32 b, {{{third}, {fourth}}};",
+            f"prmt.b32 ${quad}, a, b, 0x6420;",
+            f"prmt.b32 ${registers // 2 + quad}, a, b, 0x7531;",
+        ]
+    # Early clobber: outputs are written while inputs are still to be read.
+    return _block(lines), ",".join(["=&r"] * registers + ["h"] * entries)
+
+
+def look_up(bits: int) -> tuple[str, str]:
+    """Assembly and constraints: the words of a unit and a split table give the unit's weights."""
+    codes, words, registers = UNIT_CODES[bits], UNIT_WORDS[bits], byte_registers(bits)
+    word = [f"${codes + number}" for number in range(words)]
+    table = [f"${codes + words + number}" for number in range(registers)]
+    low, high = table[: registers // 2], table[registers // 2 :]
+    body = {2: _two_bits, 3: _three_bits, 4: _four_bits}[bits](word, low, high)
+    return _block(body), ",".join(["=&h"] * codes + ["r"] * (words + registers))
+
+
+def _four_bits(word: list[str], low: list[str], high: list[str]) -> list[str]:
+    lines = [
+        ".reg .b32 s, t, a, b, c, d;",
+        f"and.b32 s, {word[0]}, 0x77777777;",  # which of eight entries, in each half of the table
+        f"shr.u32 t, {word[0]}, 1;",
+        # Byte i, of the lower half; byte 4 + i, of the upper half, where bit 3 of the code is set.
+        f"lop3.b32 t, t, 0x44444444, 0x32103210, {_AND_OR};",
+    ]
+    for half in range(2):
+        if half:
+            lines += ["shr.u32 s, s, 16;", "shr.u32 t, t, 16;"]
+        lines += [
+            f"prmt.b32 a, {low[0]}, {low[1]}, s;",
+            f"prmt.b32 b, {low[2]}, {low[3]}, s;",
+            "prmt.b32 a, a, b, t;",
+            f"prmt.b32 c, {high[0]}, {high[1]}, s;",
+            f"prmt.b32 d, {high[2]}, {high[3]}, s;",
+            "prmt.b32 c, c, d, t;",
+            *_interleave(4 * half),
+        ]
+    return lines
+
+
+def _three_bits(word: list[str], low: list[str], high: list[str]) -> list[str]:
+    eights = [  # 24 bits of the three words, from bit 0 of s on
+        f"mov.b32 s, {word[0]};",
+        f"shf.r.clamp.b32 s, {word[0]}, {word[1]}, 24;",
+        f"shf.r.clamp.b32 s, {word[1]}, {word[2]}, 16;",
+        f"shr.u32 s, {word[2]}, 8;",
+    ]
+    lines = [".reg .b32 s, t, a, b, c, d;"]
+    for number, eight in enumerate(eights):
+        lines.append(eight)
+        # Spread eight codes to nibbles: halves apart, then quarters, then eighths. Bits above the
+        # codes are carried along and removed at the end.
+        for shift, mask in ((4, "0x0000ffff"), (2, "0x00ff00ff"), (1, "0x0f0f0f0f")):
+            lines += [f"shl.b32 t, s, {shift};", f"lop3.b32 s, s, t, {mask}, {_SELECT};"]
+        lines.append("and.b32 s, s, 0x77777777;")
+        for half in range(2):
+            if half:
+                lines.append("shr.u32 s, s, 16;")
+            lines += [
+                f"prmt.b32 a, {low[0]}, {low[1]}, s;",
+                f"prmt.b32 c, {high[0]}, {high[1]}, s;",
+                *_interleave(8 * number + 4 * half),
+            ]
+    return lines
+
+
+def _two_bits(word: list[str], low: list[str], high: list[str]) -> list[str]:
+    # Low and high bytes of four entries are eight bytes, so one permute gives two whole weights:
+    # its selector holds, for each, the nibbles code and code + 4.
+    lines = [".reg .b32 s0, s1, s2, s3, a, b, c, d;"]
+    for number in range(4):  # byte j of s<n> is code 4 j + n
+        shifted = word[0] if number == 0 else f"s{number}"
+        if number:
+            lines.append(f"shr.u32 s{number}, {word[0]}, {2 * number};")
+        lines += [
+            f"and.b32 s{number}, {shifted}, 0x03030303;",
+            f"mad.lo.u32 s{number}, s{number}, 0x11, 0x40404040;",
+        ]
+    for number, selector in enumerate("abcd"):
+        pair = "s0, s1" if number < 2 else "s2, s3"  # codes 0 and 1 of a byte, codes 2 and 3
+        lines.append(f"prmt.b32 {selector}, {pair}, {('0x5140', '0x7362')[number % 2]};")
+    for number, selector in enumerate("abcd"):
+        first = 8 * (number % 2) + 2 * (number // 2)
+        for half in range(2):
+            if half:
+                lines.append(f"shr.u32 {selector}, {selector}, 16;")
+            lines += [
+                f"prmt.b32 s0, {low[0]}, {high[0]}, {selector};",
+                f"mov.b32 {{${first + 4 * half}, ${first + 4 * half + 1}}}, s0;",
+            ]
+    return lines
+
+
+_AND_OR = "0xea"  # lop3: the first operand and the second, or the third
+_SELECT = "0xe4"  # lop3: the first operand where the third has a bit, else the second
+
+
+def _interleave(first: int) -> list[str]:
+    """Low bytes in a and high bytes in c to weights `first` to `first` + 3."""
+    return [
+        "prmt.b32 b, a, c, 0x5140;",
+        "prmt.b32 d, a, c, 0x7362;",
+        f"mov.b32 {{${first}, ${first + 1}}}, b;",
+        f"mov.b32 {{${first + 2}, ${first + 3}}}, d;",
+    ]
+
+
+def _reversed(number: int, bits: int) -> int:
+    return int(f"{number:0{bits}b}"[::-1], 2)
+
+
+def _block(lines: list[str]) -> str:
+    return "{\n" + "\n".join(lines) + "\n}"

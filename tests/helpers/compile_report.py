@@ -1,0 +1,114 @@
+"""Compiles every kernel for a GPU generation and prints what came out, as JSON.
+
+A program of its own, because Triton decides when kernels are defined whether it interprets them.
+
+    python tests/helpers/compile_report.py 90
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers.compiled import compile_launch, count, recorded
+from spallm_kernels.triton import linear
+
+KERNELS = (
+    "decode_kernel",
+    "dequantize_units_kernel",
+    "dequantize_any_kernel",
+    "table_grad_kernel",
+)
+ROWS, COLUMNS, GROUPS = 4096, 4096, 4
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    report = {}
+    with recorded(linear, *KERNELS) as launches:
+        for name, call in cases().items():
+            launches.clear()
+            call()
+            report[name] = describe(compile_launch(launches[0], capability), launches[0].options)
+    json.dump(report, sys.stdout, indent=1)
+
+
+def cases():
+    """Launches by name: each width, number of tokens, source of codes, dtype and shape of step."""
+    found = {}
+    for bits in (2, 3, 4):
+        for tokens in (1, 2, 16, 32, 64):
+            found[f"decode, {bits} bits, {tokens} tokens"] = decode(bits, tokens)
+        for tokens in (1, 16):
+            found[f"decode, {bits} bits, {tokens} tokens, hashed"] = decode(
+                bits, tokens, hash_seed=7
+            )
+        found[f"decode, {bits} bits, ragged"] = decode(bits, 1, columns=4000, groups=1)
+        found[f"decode, {bits} bits, float16 and float32 tables"] = decode(
+            bits, 1, dtype=torch.float16, table_dtype=torch.float32
+        )
+        found[f"dequantize, {bits} bits"] = dequantize(bits, torch.bfloat16)
+        found[f"dequantize, {bits} bits, hashed"] = dequantize(bits, torch.bfloat16, hash_seed=7)
+        found[f"dequantize, {bits} bits, float32"] = dequantize(bits, torch.float32)
+        found[f"table_grad, {bits} bits"] = table_grad(bits)
+    return found
+
+
+def decode(
+    bits,
+    tokens,
+    *,
+    columns=COLUMNS,
+    groups=GROUPS,
+    dtype=torch.bfloat16,
+    table_dtype=None,
+    hash_seed=None,
+):
+    x = torch.empty(tokens, columns, dtype=dtype)
+    index_map, table = sketch(bits, columns, groups, table_dtype or dtype)
+    return lambda: linear.decode(x, index_map, table, hash_seed=hash_seed)
+
+
+def dequantize(bits, dtype, *, hash_seed=None):
+    index_map, table = sketch(bits, COLUMNS, GROUPS, dtype)
+    return lambda: linear.dequantize(index_map, table, COLUMNS, hash_seed=hash_seed)
+
+
+def table_grad(bits):
+    index_map, table = sketch(bits, COLUMNS, GROUPS, torch.float32)
+    weight_grad = torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16)
+    return lambda: linear.table_grad(weight_grad, index_map, table)
+
+
+def sketch(bits, columns, groups, dtype):
+    row_bytes = -(-columns * bits // 128) * 16
+    index_map = torch.empty(ROWS, row_bytes, dtype=torch.uint8)
+    return index_map, torch.empty(ROWS, groups, 1 << bits, dtype=dtype)
+
+
+def describe(code, options):
+    facts = {
+        "registers": code.registers,
+        "spilled_bytes": code.spilled_bytes,
+        "shared_bytes": code.shared_bytes,
+    }
+    if "SLOTS" in options:
+        loop = code.loop("HMMA")
+        weights = options["ROWS"] * options["UNITS"] * options["CODES"] / 32  # of a thread
+        facts |= {
+            "instructions_per_weight": len(loop) / weights,
+            "permutes_per_weight": count(loop, "PRMT") / weights,
+            "shared_stores_in_loop": count(loop, "STS"),
+            "narrow_loads_in_loop": count(loop, "LDGSTS")
+            - sum(".128" in text for text in loop if "LDGSTS" in text),
+        }
+    return facts
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Compiles Triton kernels for GPUs that are not there, just as a launcher would, to read the code.
+
+with recorded(module, "decode_kernel") as launches:
+    module.decode(...)                  # tensors on the CPU; nothing runs
+code = compile_launch(launches[0], 90)  # as for compute capability 9.0
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+_OPTIONS = {"num_warps", "num_stages", "maxnreg"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: triton.runtime.JITFunction
+    grid: tuple
+    arguments: tuple
+    options: dict
+
+
+@dataclass(frozen=True)
+class Code:
+    registers: int
+    spilled_bytes: int  # stack and local memory of a thread
+    shared_bytes: int  # of a program
+    instructions: list[str]
+
+    def loop(self, containing: str) -> list[str]:
+        """Instructions of the innermost loop that holds an instruction."""
+        addressed = [(int(a, 16), text) for a, text in (i.split(" ", 1) for i in self.instructions)]
+        loops = []
+        for address, text in addressed:
+            jump = re.search(r"BRA.*?0x([0-9a-f]+)", text)
+            if jump and (start := int(jump.group(1), 16)) < address:
+                body = [text for at, text in addressed if start <= at <= address]
+                if any(containing in text for text in body):
+                    loops.append(body)
+        return min(loops, key=len)
+
+
+def count(instructions: list[str], operation: str) -> int:
+    return sum(bool(re.match(rf"(@!?U?P\w+ )?{operation}\b", text)) for text in instructions)
+
+
+@contextlib.contextmanager
+def recorded(module, *names):
+    """Launches of kernels that a module knows by these names, instead of running them."""
+    launches = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                launches.append(Launch(self.kernel, grid, arguments, options))
+
+            return launch
+
+    originals = {name: getattr(module, name) for name in names}
+    try:
+        for name, kernel in originals.items():
+            setattr(module, name, Recorder(kernel))
+        yield launches
+    finally:
+        for name, kernel in originals.items():
+            setattr(module, name, kernel)
+
+
+def compile_launch(launch: Launch, capability: int) -> Code:
+    """What a launch compiles to, with the specialisations that it would get on a device."""
+    kernel = launch.kernel
+    values = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.options
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        specialised = not parameter.do_not_specialize and not parameter.is_constexpr
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (specialised and value is not None and _is_one(value))
+        ):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = (
+            _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else _integer(value)
+        )
+        if specialised and (isinstance(value, torch.Tensor) or value % 16 == 0):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options = {name: value for name, value in launch.options.items() if name in _OPTIONS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return _read(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def _is_one(value) -> bool:
+    return isinstance(value, int) and value == 1
+
+
+def _integer(value: int) -> str:
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _read(cubin: bytes, shared: int) -> Code:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        text = subprocess.run(
+            [tool, "-sass", "-res-usage", path], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", text, re.MULTILINE)
+    return Code(
+        registers=usage["REG"],
+        spilled_bytes=usage["STACK"] + usage["LOCAL"],
+        shared_bytes=shared,
+        instructions=[f"{address} {line}" for address, line in lines],
+    )
