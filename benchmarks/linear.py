@@ -1,7 +1,7 @@
-"""The sketched linear layer on the CPU: each backend beside the other and beside the dense layer.
+"""The sketched linear layer on the CPU: each backend and path beside the dense layer.
 
 One layer of Llama-3-8B (4096 x 4096, 4 bits, 4 groups), float32: looking the dense weight
-up, the table's gradient, and the whole product for one token. All in turn, several times.
+up, the table's gradient, and the product for several numbers of tokens. All in turn, several times.
 
     python benchmarks/linear.py [--output FILE]
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,10 +19,11 @@ import torch
 from common import RESULTS, machine, quantiles, versions, write_results
 from spallm_formats import row_bytes
 from spallm_kernels import lut_linear
-from spallm_kernels.dispatch import load_backend
+from spallm_kernels.dispatch import PATHS, load_backend
 
 FEATURES, BITS, GROUPS = 4096, 4, 4
 ROUNDS = 12
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 BACKENDS = ("cpu", "reference")
 
 
@@ -57,17 +59,23 @@ def cases() -> dict[str, Callable[[], object]]:
     index_map = torch.randint(0, 256, (FEATURES, row_bytes(FEATURES, BITS)), dtype=torch.uint8)
     table = torch.randn(FEATURES, GROUPS, 1 << BITS)
     gradient = torch.randn(FEATURES, FEATURES)
-    dense, token = torch.randn(FEATURES, FEATURES), torch.randn(1, FEATURES)
-    calls: dict[str, Callable[[], object]] = {"dense product, 1 token": lambda: token @ dense.T}
+    dense = torch.randn(FEATURES, FEATURES)
+    calls: dict[str, Callable[[], object]] = {}
     for name in BACKENDS:
         backend = load_backend(name)
-        calls |= {
-            f"{name}: dequantize": lambda b=backend: b.dequantize(index_map, table, FEATURES),
-            f"{name}: table gradient": lambda b=backend: b.table_grad(gradient, index_map, table),
-            f"{name}: product, 1 token": lambda n=name: lut_linear(
-                token, index_map, table, backend=n
-            ),
-        }
+        calls[f"{name}: dequantize"] = partial(backend.dequantize, index_map, table, FEATURES)
+        calls[f"{name}: table gradient"] = partial(backend.table_grad, gradient, index_map, table)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, FEATURES)
+        calls[f"dense layer, tokens: {tokens}"] = partial(torch.nn.functional.linear, x, dense)
+        for path in PATHS:
+            calls[f"cpu: {path} path, tokens: {tokens}"] = partial(
+                lut_linear, x, index_map, table, backend="cpu", path=path
+            )
+    token = torch.randn(1, FEATURES)
+    calls["reference: tokens: 1"] = partial(
+        lut_linear, token, index_map, table, backend="reference"
+    )
     return calls
 
 

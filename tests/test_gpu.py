@@ -7,7 +7,7 @@ from transformers import StaticCache
 from helpers.sketches import TOLERANCE, relative_error
 from spallm_convert import SketchConfig, convert, load_sketched
 from spallm_convert.linear import SketchedLinear
-from spallm_formats import SketchedModule, row_bytes
+from spallm_formats import SketchedModule
 from spallm_kernels import choose_backend, lut_linear
 
 pytestmark = [
@@ -146,7 +146,8 @@ def test_a_whole_decoding_step_replays_from_a_cuda_graph(folder):
     position = torch.zeros(1, dtype=torch.long, device="cuda")
 
     def step():
-        return model(token, past_key_values=cache, cache_position=position, use_cache=True).logits
+        where = {"position_ids": position[None], "cache_position": position}
+        return model(token, past_key_values=cache, use_cache=True, **where).logits
 
     def decode(run):
         cache.reset()

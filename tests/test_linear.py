@@ -143,10 +143,10 @@ def test_path_by_shape_and_dtype():
         )
 
     assert path(1) == "decode"
-    assert path(8) == "decode"
-    assert path(9) == "dense"
+    assert path(64) == "decode"
+    assert path(65) == "dense"
     assert path(0) == "dense"
-    assert path(9, path="decode") == "decode"
+    assert path(65, path="decode") == "decode"
     assert path(1, path="dense") == "dense"
     assert path(1, torch.float64) == "dense"
     assert path(1, backend="reference") == "dense"

@@ -29,7 +29,7 @@ def can_decode(x: Tensor, table: Tensor) -> bool:
 
 def decode_tokens(*, hashed: bool) -> int:
     """Most tokens for which `decode` is the faster path (`benchmarks/linear.py`)."""
-    return 8
+    return 64
 
 
 def decode(
