@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .linear import SketchedLinear
     from .loading import load_sketched
     from .report import Report
+    from .tables import load_tables, save_tables, set_tables, table_sets
+    from .trainable import TrainableSummary, set_trainable, trainable_summary
 
 __all__ = [
     "FormatError",
@@ -30,11 +32,18 @@ __all__ = [
     "SketchedLinear",
     "SourceError",
     "SpallmError",
+    "TrainableSummary",
     "convert",
     "load_sketched",
+    "load_tables",
     "perplexity",
     "plan_conversion",
     "push_to_hub",
+    "save_tables",
+    "set_tables",
+    "set_trainable",
+    "table_sets",
+    "trainable_summary",
 ]
 
 __version__ = "0.1.0"
@@ -48,11 +57,18 @@ _HOMES = {
     "SketchedLinear": "linear",
     "SourceError": "errors",
     "SpallmError": "errors",
+    "TrainableSummary": "trainable",
     "convert": "conversion",
     "load_sketched": "loading",
+    "load_tables": "tables",
     "perplexity": "evaluation",
     "plan_conversion": "conversion",
     "push_to_hub": "hub",
+    "save_tables": "tables",
+    "set_tables": "tables",
+    "set_trainable": "trainable",
+    "table_sets": "tables",
+    "trainable_summary": "trainable",
 }
 
 

@@ -17,6 +17,8 @@ from spallm_formats import (
     INDEX_FILE,
     ITEM_BYTES,
     SINGLE_SHARD,
+    TABLES_FILE,
+    TABLES_METADATA_FILE,
     SketchedCheckpoint,
     StoredTensor,
     read_index,
@@ -52,6 +54,18 @@ def download(model: str, revision: str | None) -> tuple[Path, str]:
         commit = folder.name
         snapshot_download(model, revision=commit, allow_patterns=_weight_files(model, folder))
     return folder, commit
+
+
+def download_tables(repo_id: str, revision: str | None) -> Path:
+    """Brings a tables-only checkpoint into the Hub cache; returns its folder.
+
+    Raises SourceError when the repository cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    with clear_errors(repo_id, SourceError):
+        wanted = [TABLES_METADATA_FILE, TABLES_FILE]
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
 
 
 def remote_checkpoint(model: str, revision: str | None) -> DenseCheckpoint:

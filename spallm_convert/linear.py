@@ -14,8 +14,9 @@ class SketchedLinear(nn.Linear):
 
     weight: uint8 [out_features, row_bytes], the packed codes, frozen ([out_features, 0] with
     `hash_seed`, from which the codes are computed then). weight_table: float [out_features, groups,
-    2^bits], trainable. A subclass of nn.Linear, so that what looks for linear layers finds it;
-    parameters and not buffers, so that sharding finds the index map.
+    2^bits], trainable. stored_name: what the module is called on disk. A subclass of nn.Linear, so
+    that what looks for linear layers finds it; parameters and not buffers, so that sharding finds
+    the index map.
     """
 
     weight_table: nn.Parameter
@@ -28,8 +29,11 @@ class SketchedLinear(nn.Linear):
         table_dtype: torch.dtype,
         hash_seed: int | None = None,
         device: torch.device | str | None = None,
+        stored_name: str | None = None,
     ) -> None:
         nn.Module.__init__(self)
+        self.shape = shape
+        self.stored_name = stored_name
         self.in_features = shape.in_features
         self.out_features = shape.out_features
         self.bits = shape.bits

@@ -24,19 +24,23 @@ def load_sketched(
     dtype: Any = "auto",
     device_map: Any = None,
     trust_remote_code: bool = False,
+    tables: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Loads a sketched checkpoint: a local folder or an id on the Hub.
 
     dtype: of the activations and of everything but the index maps ("auto": that of the
-    checkpoint). device_map and other `options` are those of `from_pretrained`. The model is in
-    evaluation mode, its sketch tables are the only trainable parameters.
+    checkpoint). tables: a tables-only checkpoint to use instead of the model's own tables, a folder
+    or an id on the Hub (see `load_tables`). device_map and other `options` are those of
+    `from_pretrained`. The model is in evaluation mode, its sketch tables are the only trainable
+    parameters, and `model.set_tables(name)` changes between sets of tables.
     Raises FormatError when the checkpoint breaks the format, SourceError when it cannot be had.
     """
     import transformers
     from transformers import AutoConfig
 
     from . import quantizer  # noqa: F401  registers the checkpoint's quantizer
+    from .tables import attach_set_tables, load_tables
 
     name = os.fspath(model)
     path = Path(name).expanduser()
@@ -77,4 +81,7 @@ def load_sketched(
     )
     if missing:
         raise FormatError(f"{name}: tensors are missing: {', '.join(missing[:5])}")
+    attach_set_tables(loaded)
+    if tables is not None:
+        load_tables(loaded, tables)
     return loaded

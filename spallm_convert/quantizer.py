@@ -70,6 +70,7 @@ class SpallmQuantizer(HfQuantizer):
                 table_dtype=table_dtype or dense.weight.dtype,
                 hash_seed=seed,
                 device=dense.weight.device,
+                stored_name=stored,
             )
             model.set_submodule(path, sketched)
         if problems:

@@ -24,6 +24,13 @@ from .staging import (
     remove_leftovers,
     sha256,
 )
+from .tables import (
+    TABLES_FILE,
+    TABLES_METADATA_FILE,
+    TablesMetadata,
+    fingerprint,
+    map_digest,
+)
 
 __all__ = [
     "CONFIG_FILE",
@@ -35,6 +42,8 @@ __all__ = [
     "MAPPINGS",
     "QUANT_METHOD",
     "SINGLE_SHARD",
+    "TABLES_FILE",
+    "TABLES_METADATA_FILE",
     "TABLE_DTYPES",
     "TABLE_SUFFIX",
     "FormatError",
@@ -46,13 +55,16 @@ __all__ = [
     "SpallmError",
     "Staging",
     "StoredTensor",
+    "TablesMetadata",
     "TensorSpec",
     "build_header",
     "check_output_folder",
+    "fingerprint",
     "from_float32",
     "index_json",
     "is_unfinished",
     "load_json",
+    "map_digest",
     "open_shards",
     "pack",
     "pack_reference",

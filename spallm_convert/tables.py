@@ -1,0 +1,290 @@
+"""Sketch tables apart from their index maps: saved alone, loaded onto a base, several kept at once.
+
+A model keeps named sets of tables. The set called "base" is what it was loaded with and is never
+changed by loading another; one set is active. Changing sets exchanges the storage of parameters, so
+that it takes milliseconds, and optimizers and hooks keep the parameters that they know.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from spallm_formats import (
+    TABLE_SUFFIX,
+    TABLES_FILE,
+    TABLES_METADATA_FILE,
+    TablesMetadata,
+    fingerprint,
+    load_json,
+    map_digest,
+    to_json,
+)
+from spallm_formats.durable import flush, flush_folder, write_atomic
+
+from .errors import FormatError, OptionError, SourceError
+from .linear import SketchedLinear
+
+if TYPE_CHECKING:
+    import os
+
+BASE = "base"
+
+
+@dataclass
+class _Sets:
+    """Every set of a model, by name and parameter, and which one its parameters share storage with.
+
+    "base" has a value for whatever any set replaces.
+    """
+
+    active: str = BASE
+    stored: dict[str, dict[str, Tensor]] = field(default_factory=lambda: {BASE: {}})
+
+
+_digests: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
+
+
+def save_tables(
+    model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = False
+) -> Path:
+    """Saves the active tables, and what else of the model is trainable, without its index maps.
+
+    model: a sketched transformers model, also inside DDP, FSDP2 or torch.compile (where all
+    processes must call and the first writes). Returns the folder. Raises OptionError when there are
+    tables in it already and `overwrite` is off.
+    """
+    from safetensors.torch import save_file
+
+    model = sketched_model(model)
+    target = Path(folder).expanduser()
+    if (target / TABLES_METADATA_FILE).exists() and not overwrite:
+        raise OptionError(f"{target} holds sketch tables already; overwrite=True replaces them")
+    origin = getattr(model.config, "_name_or_path", None) or None
+    metadata = TablesMetadata(
+        base_model=origin,
+        base_revision=getattr(model.config, "_commit_hash", None),
+        fingerprint=model_fingerprint(model),
+    )
+    tensors = {name: _whole(value).contiguous().cpu() for name, value in _portable(model).items()}
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return target
+    target.mkdir(parents=True, exist_ok=True)
+    # The description comes last and goes first: without it, a folder holds no tables.
+    (target / TABLES_METADATA_FILE).unlink(missing_ok=True)
+    temporary = target / (TABLES_FILE + ".tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    with temporary.open("rb+") as file:
+        flush(file)
+    temporary.replace(target / TABLES_FILE)
+    write_atomic(target / TABLES_METADATA_FILE, to_json(metadata.to_json()))
+    flush_folder(target)
+    return target
+
+
+def load_tables(
+    model: nn.Module,
+    source: str | os.PathLike[str],
+    *,
+    name: str = "tuned",
+    revision: str | None = None,
+    activate: bool = True,
+) -> None:
+    """Loads tables from a folder or the Hub as a set of the model, and makes it the active one.
+
+    The tables keep the dtype they were saved in and go to the device of those they replace. A set
+    of the same name is replaced. Raises FormatError, listing every problem, when they were made for
+    other index maps or do not fit, and leaves the model as it was then.
+    """
+    model = sketched_model(model)
+    if name == BASE:
+        raise OptionError(f"the name {BASE!r} is that of the tables the model came with")
+    folder = _find(source, revision)
+    described = folder / TABLES_METADATA_FILE
+    metadata = TablesMetadata.from_json(load_json(described.read_bytes(), described.name))
+    own = model_fingerprint(model)
+    if metadata.fingerprint != own:
+        raise FormatError(
+            f"{source}: made for {metadata.base_model or 'a base'} with index maps "
+            f"{metadata.fingerprint[:12]}, this model has {own[:12]}"
+        )
+    tensors, parameters = _read(folder / TABLES_FILE, model), _replaceable(model)
+    sets = _sets(model)
+    if sets.active == name:
+        _activate(model, BASE)
+    for key in tensors:  # where the base has no value yet, no set has replaced it
+        sets.stored[BASE].setdefault(key, parameters[key].data)
+    sets.stored[name] = tensors
+    if activate:
+        _activate(model, name)
+
+
+def set_tables(model: nn.Module, name: str = BASE) -> None:
+    """Makes a set of tables the active one. Gradients of the tables are dropped.
+
+    Raises OptionError when the model has no set of that name.
+    """
+    model = sketched_model(model)
+    known = table_sets(model)
+    if name not in known:
+        raise OptionError(f"no set of tables is called {name!r}; there are {', '.join(known)}")
+    _activate(model, name)
+
+
+def table_sets(model: nn.Module) -> list[str]:
+    """Names of the sets that a model has, the active one first."""
+    sets = _sets(sketched_model(model))
+    return [sets.active, *sorted(sets.stored.keys() - {sets.active})]
+
+
+def sketched_model(model: nn.Module) -> Any:
+    """The transformers model inside wrappers; raises OptionError when it is not sketched."""
+    inner: Any = model
+    while not hasattr(inner, "hf_quantizer") and (
+        wrapped := getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+    ):
+        inner = wrapped
+    if not any(isinstance(module, SketchedLinear) for module in inner.modules()):
+        raise OptionError(f"{type(inner).__name__} has no sketched layers")
+    return inner
+
+
+def sketched_layers(model: nn.Module) -> dict[str, SketchedLinear]:
+    """The sketched layers of a model by the names they have on disk."""
+    return {
+        layer.stored_name or path: layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, SketchedLinear)
+    }
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Fingerprint of a model's index maps, as formats/SPEC.md defines it.
+
+    Reads every index map once, at about the speed of SHA-256; later calls remember.
+    """
+    layers = sketched_layers(model)
+    return fingerprint(
+        {name: layer.shape for name, layer in layers.items()},
+        {name: _digest(layer) for name, layer in layers.items()},
+    )
+
+
+def attach_set_tables(model: nn.Module) -> None:
+    """Gives a loaded model `set_tables` as a method."""
+    model.set_tables = types.MethodType(set_tables, model)  # type: ignore[assignment]
+
+
+def _digest(layer: SketchedLinear) -> str:
+    state = (layer.weight.data_ptr(), layer.weight._version)
+    known = _digests.get(layer)
+    if known is None or known[0] != state:
+        packed = _whole(layer.weight.detach()).cpu().contiguous().numpy()
+        known = _digests[layer] = (state, map_digest(packed, layer.hash_seed))
+    return known[1]
+
+
+def _portable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a tables-only checkpoint holds: all tables, and other parameters that are trained."""
+    found = {
+        name + TABLE_SUFFIX: layer.weight_table for name, layer in sketched_layers(model).items()
+    }
+    tables = set(map(id, found.values()))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in tables:
+            found[name] = parameter
+    return found
+
+
+def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of a tables file, each checked against the parameter that it is for."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{path}: cannot be read: {error}") from error
+    parameters = _replaceable(model)
+    tables = {name + TABLE_SUFFIX for name in sketched_layers(model)}
+    problems = [f"{name} is missing" for name in sorted(tables - tensors.keys())]
+    for name, tensor in tensors.items():
+        if name not in parameters:
+            problems.append(f"{name}: the model has no such parameter")
+        elif tensor.shape != parameters[name].shape:
+            found, expected = list(tensor.shape), list(parameters[name].shape)
+            problems.append(f"{name} has shape {found}, the model's has {expected}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{name} is {tensor.dtype}, expected a floating-point dtype")
+        elif not tensor.isfinite().all():
+            problems.append(f"{name} holds values that are not finite")
+    kinds = {str(tensors[name].dtype) for name in tables & tensors.keys()}
+    if len(kinds) > 1:
+        problems.append(f"tables are of several dtypes: {', '.join(sorted(kinds))}")
+    if problems:
+        raise FormatError([f"{path.name}: {problem}" for problem in problems])
+    return {name: _like(tensor, parameters[name]) for name, tensor in tensors.items()}
+
+
+def _replaceable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that a set may replace: by their names on disk, all but the index maps."""
+    layers = sketched_layers(model)
+    own = {id(value) for layer in layers.values() for value in (layer.weight, layer.weight_table)}
+    found = {name: value for name, value in model.named_parameters() if id(value) not in own}
+    return found | {name + TABLE_SUFFIX: layer.weight_table for name, layer in layers.items()}
+
+
+def _activate(model: nn.Module, name: str) -> None:
+    sets, parameters = _sets(model), _replaceable(model)
+    concerned, base = {key for one in sets.stored.values() for key in one}, sets.stored[BASE]
+    for key in sets.stored[sets.active]:  # storage may have moved, with the model to a device
+        sets.stored[sets.active][key] = parameters[key].data
+    for key in concerned:
+        value = sets.stored[name].get(key, base[key])
+        parameters[key].data = value.to(parameters[key].device)
+        parameters[key].grad = None
+    sets.active = name
+
+
+def _sets(model: nn.Module) -> _Sets:
+    sets: _Sets = model.__dict__.setdefault("_sketch_table_sets", _Sets())
+    return sets
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A tensor in one piece, gathered from all processes where it is sharded."""
+    detached = value.detach()
+    return detached.full_tensor() if hasattr(detached, "full_tensor") else detached
+
+
+def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor of its own dtype, placed (and sharded) as a parameter is."""
+    if hasattr(parameter, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        placed: Any = parameter
+        return distribute_tensor(tensor, placed.device_mesh, placed.placements)
+    return tensor.to(parameter.device)
+
+
+def _find(source: str | os.PathLike[str], revision: str | None) -> Path:
+    """The folder of a tables-only checkpoint, downloaded where it is an id on the Hub."""
+    from .hub import download_tables
+
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or str(source).startswith((".", "/", "~")):
+            raise SourceError(f"no such folder: {source}")
+        folder = download_tables(str(source), revision)
+    missing = [
+        name for name in (TABLES_METADATA_FILE, TABLES_FILE) if not (folder / name).is_file()
+    ]
+    if missing:
+        raise FormatError(f"{source} holds no sketch tables: {', '.join(missing)} missing")
+    return folder
