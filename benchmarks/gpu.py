@@ -1,88 +1,177 @@
-"""Everything that needs a GPU, in one command: the tests marked `gpu`, then timings.
+"""Everything that needs a GPU, in one command: the tests marked `gpu`, then all measurements.
 
-Times the sketched product beside cuBLAS on the dense weight of the same shape, in turn, with as
-many copies of every operand as it takes that the second-level cache does not answer. Until there
-are GPU kernels this measures the reference backend: it is the figure that they have to beat.
+Measurements run in a process of their own, started again for what is left if it dies, and their
+results are written as they come. What has to be shown stands in `bars`, each with its figure.
 
     make gpu        or        python benchmarks/gpu.py --output FILE
+    python benchmarks/gpu.py --sections forward,block --no-tests --output FILE
+    python benchmarks/gpu.py --smoke        tiny, on the CPU, no valid figures: tests the suite
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from common import RESULTS, cores, machine, versions
+from gpu_rivals import BITSANDBYTES_PATH
+from gpu_sections import SECTIONS, UNUSABLE, failure, run_sections, save
+from gpu_timing import Bench
 
-from common import RESULTS, machine, quantiles, versions, write_results
-from spallm_formats import row_bytes
-from spallm_kernels import choose_backend, lut_linear
-
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # the layers of Llama-3-8B
-TOKENS = (1, 16, 2048)
-BITS, GROUPS = 4, 4
-CACHE_BYTES = 256 << 20  # several times the second-level cache of any GPU so far
-ROUNDS = 30
+_ROOT = Path(__file__).resolve().parent.parent
+_NO_FIGURES = (
+    "smoke run on the CPU at tiny sizes: no figure in this file is a measurement of anything"
+)
+_TESTS_SHARE = 0.5  # of the budget, at most
+_LEAST_SECONDS = 20  # for starting another process
+_MOST_SHARDS = 8  # processes of the tests
+_GRACE_SECONDS = 20  # for a task that began in time
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json")
-    output = parser.parse_args().output
-    if not torch.cuda.is_available():
+    options = _options()
+    output: Path = options.output
+    if options.child:
+        return _child(options)
+    if not options.smoke and not _has_gpu():
         print("no CUDA device: nothing was tested or measured", file=sys.stderr)
         return 1
-    tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"], check=False
-    ).returncode
-    rows = [measure(*shape, tokens) for shape in SHAPES for tokens in TOKENS]
-    device = torch.cuda.get_device_properties(0)
-    write_results(
-        output,
-        {
-            "machine": machine() | {"gpu": device.name, "cuda": torch.version.cuda},
-            "versions": versions("torch", "triton", "transformers", "numba"),
-            "tests_passed": tests == 0,
-            "backend": choose_backend(torch.device("cuda")),
-            "lut_linear": rows,
-        },
-    )
-    return tests
+    if options.bitsandbytes:
+        os.environ[BITSANDBYTES_PATH] = str(options.bitsandbytes.resolve())
+    deadline = time.monotonic() + options.seconds
+    document: dict[str, Any] = {
+        "benchmark": "gpu",
+        "figures": _NO_FIGURES if options.smoke else "measured",
+        "smoke": options.smoke,
+        "machine": machine(),
+        "versions": versions("torch", "triton", "transformers", "numba", "numpy"),
+        "tests": _run_tests(options),
+        "device": {},
+        "bars": [],
+        "sections": {},
+    }
+    save(document, output)
+    document = _run_children(options, deadline)
+    document["seconds"] = round(options.seconds - (deadline - time.monotonic()), 1)
+    save(document, output)
+    _print_bars(document)
+    print(f"written to {output}")
+    return 1 if _has_failed(document) else 0
 
 
-def measure(out_features: int, in_features: int, tokens: int) -> dict[str, Any]:
-    """Microseconds of the sketched and the dense product, interleaved."""
-    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
-    copies = 1 + CACHE_BYTES // (out_features * in_features // 2)
-    x = torch.randn(tokens, in_features, **options)
-    dense = [torch.randn(out_features, in_features, **options) for _ in range(copies)]
-    packed = (out_features, row_bytes(in_features, BITS))
-    maps = [torch.randint(0, 256, packed, device="cuda", dtype=torch.uint8) for _ in range(copies)]
-    table = torch.randn(out_features, GROUPS, 1 << BITS, **options)
-    weights, index_maps = itertools.cycle(dense), itertools.cycle(maps)
-    samples: dict[str, list[float]] = {"sketched": [], "dense": []}
-    with torch.no_grad():
-        for _ in range(ROUNDS):
-            samples["sketched"].append(timed(lambda: lut_linear(x, next(index_maps), table)))
-            samples["dense"].append(timed(lambda: x @ next(weights).T))
-    shape = {"out_features": out_features, "in_features": in_features, "tokens": tokens}
-    return shape | {name: quantiles(times[5:]) for name, times in samples.items()}
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="default: results/gpu.json beside this file")
+    parser.add_argument("--seconds", type=float, default=500, help="for tests and measurements")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="default: %(default)s")
+    parser.add_argument("--no-tests", action="store_true", help="measure only")
+    parser.add_argument("--bitsandbytes", type=Path, help="folder that holds the package")
+    parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU: no valid figures")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.sections = options.sections.split(",")
+    if unknown := [name for name in options.sections if name not in SECTIONS]:
+        parser.error(f"--sections must be of {','.join(SECTIONS)}; found {','.join(unknown)}")
+    if options.output is None:
+        smoke = Path(tempfile.gettempdir()) / "gpu-smoke.json"
+        options.output = smoke if options.smoke else RESULTS / "gpu.json"
+    return options
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Microseconds on the device between two events around one call."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    stop.record()
-    torch.cuda.synchronize()
-    return 1000 * float(start.elapsed_time(stop))
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _run_tests(options: argparse.Namespace) -> dict[str, Any]:
+    """The tests marked `gpu`, unless left out; stopped when they take too much of the budget."""
+    if options.smoke or options.no_tests:
+        return {"status": "not run"}
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(_ROOT / "tests")]
+    shards = max(1, min(_MOST_SHARDS, cores() // 2))  # most of the time goes into compiling
+    processes = [
+        subprocess.Popen(command, env=os.environ | {"SPALLM_TEST_SHARD": f"{number}/{shards}"})
+        for number in range(shards)
+    ]
+    try:
+        end = begin + _TESTS_SHARE * options.seconds
+        codes = [process.wait(max(0, end - time.monotonic())) for process in processes]
+        failed = sorted({code for code in codes if code})
+        status = f"failed: pytest ended with codes {failed}" if failed else "passed"
+    except subprocess.TimeoutExpired:
+        status = "failed: out of time"
+    finally:
+        for process in processes:
+            process.kill()
+    return {"status": status, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def _run_children(options: argparse.Namespace, deadline: float) -> dict[str, Any]:
+    """Starts processes until every section has a record; returns the document."""
+    while True:
+        document = json.loads(options.output.read_text())
+        pending = [name for name in options.sections if name not in document["sections"]]
+        left = deadline - time.monotonic()
+        if not pending or left < _LEAST_SECONDS:
+            break
+        command = [sys.executable, __file__, "--child", "--sections", ",".join(pending)]
+        command += ["--output", str(options.output), "--seconds", str(left)]
+        command += ["--smoke"] if options.smoke else []
+        try:
+            code = subprocess.run(command, check=False, timeout=left + _GRACE_SECONDS).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        _close(options.output, pending, code)
+    for name in pending:
+        document["sections"][name] = {"status": "not run: out of time", "rows": [], "errors": []}
+    return document
+
+
+def _child(options: argparse.Namespace) -> int:
+    deadline = time.monotonic() + options.seconds
+    bench = Bench.smoke() if options.smoke else Bench.on_gpu()
+    document = json.loads(options.output.read_text())
+    usable = run_sections(options.sections, bench, document, options.output, deadline)
+    return 0 if usable else UNUSABLE
+
+
+def _close(output: Path, pending: list[str], code: int | None) -> None:
+    """Records what a process was doing when it ended before its work did."""
+    document = json.loads(output.read_text())
+    sections = document["sections"]
+    how = "was stopped: out of time" if code is None else f"ended with code {code}"
+    if code != 0 and pending[0] not in sections:  # or the next process would end the same way
+        sections[pending[0]] = {"status": "running", "rows": [], "errors": []}
+    for record in sections.values():
+        if record["status"] == "running":
+            record["status"] = "failed"
+            task = record.pop("running", "preparing")
+            record["errors"].append(failure(task, f"the process {how}"))
+    save(document, output)
+
+
+def _has_failed(document: dict[str, Any]) -> bool:
+    sections = document["sections"].values()
+    failed = any(section["status"] == "failed" for section in sections)
+    return failed or document["tests"]["status"].startswith("failed")
+
+
+def _print_bars(document: dict[str, Any]) -> None:
+    print()
+    for bar in document["bars"]:
+        figure = "-" if bar["figure"] is None else f"{bar['figure']:.4g}"
+        met = {True: "met", False: "NOT MET", None: "not known"}[bar["met"]]
+        print(f"{bar['bar']:60} {bar['limit']:>8} {figure:>9}  {met}")
+    print(f"tests: {document['tests']['status']}; {document['figures']}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,13 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 from helpers.tiny_models import TinyModel, save_tiny_llama  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """SPALLM_TEST_SHARD=k/n leaves every n-th test: `make gpu` runs n processes, as compiling
+    kernels takes most of the time."""
+    number, shards = map(int, os.environ.get("SPALLM_TEST_SHARD", "0/1").split("/"))
+    items[:] = items[number::shards]
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> TinyModel:
     """One shard, bf16, with biases."""
