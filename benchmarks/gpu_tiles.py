@@ -1,7 +1,4 @@
-"""The Triton kernels launched with tiles of one's choice beside the default ones, for `tune.py`.
-
-The launches repeat those of `spallm_kernels.triton.linear`; a test holds the two together.
-"""
+"""The Triton kernels launched with tiles of one's choice beside the default ones, for `tune.py`."""
 
 from __future__ import annotations
 
@@ -11,17 +8,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from gpu_operands import GROUPS, LARGE, LLAMA, random_input, random_sketches
 from gpu_timing import Bench, Call
 from spallm_kernels.triton import linear
-from spallm_kernels.triton.dequantize import dequantize_units_kernel
-from spallm_kernels.triton.ptx import UNIT_CODES, UNIT_WORDS
-from spallm_kernels.triton.table_grad import table_grad_kernel
-from spallm_kernels.triton.tiles import DecodeTile, decode_tile
+from spallm_kernels.triton.tiles import DEQUANTIZE_UNITS, TABLE_GRAD, DecodeTile, decode_tile
 
 LAYERS = (*LLAMA, LARGE)
 Choice = dict[str, int]
@@ -35,11 +27,8 @@ _DECODE = {
     "rows": (16, 32, 64),
     "registers": (64, 96, 128, 168, 255),
 }
-_DEQUANTIZE = {"rows": (2, 4, 8, 16, 32), "codes": (256, 512, 1024, 2048), "warps": (2, 4, 8)}
+_DEQUANTIZE = {"rows": (2, 4, 8, 16, 32), "columns": (256, 512, 1024, 2048), "warps": (2, 4, 8)}
 _TABLE_GRAD = {"rows": (1, 2, 4, 8, 16), "columns": (64, 128, 256, 512), "warps": (2, 4, 8)}
-#: What `linear.py` launches the last two with.
-DEQUANTIZE_DEFAULT = {"rows": 8, "codes": 512, "warps": 4}
-TABLE_GRAD_DEFAULT = {"rows": 4, "columns": 256, "warps": 4}
 
 _GRAD_ROWS = 1024  # of the weight's gradient that exist at once in the backward pass
 
@@ -96,15 +85,16 @@ def _dequantize(bits: int, bench: Bench) -> Search:
         columns = bench.size(layer.in_features)
         sketches = random_sketches(bench, layer, bits=bits)
         trials.append(partial(_try_dequantize, [(*sketch, columns) for sketch in sketches]))
-    return Search(_DEQUANTIZE, DEQUANTIZE_DEFAULT, trials)
+    return Search(_DEQUANTIZE, asdict(DEQUANTIZE_UNITS), trials)
 
 
 def _try_dequantize(
     operands: list[tuple[Tensor, Tensor, int]], choice: Choice
 ) -> dict[str, list[Call]]:
+    tile = replace(DEQUANTIZE_UNITS, **choice)
     return {
         "default": [partial(linear.dequantize, *tensors) for tensors in operands],
-        "tried": [partial(launch_dequantize, *tensors, choice) for tensors in operands],
+        "tried": [partial(linear.dequantize, *tensors, tile=tile) for tensors in operands],
     }
 
 
@@ -116,66 +106,13 @@ def _table_grad(bits: int, bench: Bench) -> Search:
         rows = slice(0, _GRAD_ROWS)
         weight_grad = bench.randn(*index_map[rows].shape[:1], bench.size(layer.in_features))
         trials.append(partial(_try_table_grad, (weight_grad, index_map[rows], table[rows])))
-    return Search(_TABLE_GRAD, TABLE_GRAD_DEFAULT, trials)
+    return Search(_TABLE_GRAD, asdict(TABLE_GRAD), trials)
 
 
 def _try_table_grad(operands: tuple[Tensor, ...], choice: Choice) -> dict[str, list[Call]]:
+    tile = replace(TABLE_GRAD, **choice)
     repeats = 20  # in a graph: one alone is as short as its launch
     return {
         "default": [partial(linear.table_grad, *operands)] * repeats,
-        "tried": [partial(launch_table_grad, *operands, choice)] * repeats,
+        "tried": [partial(linear.table_grad, *operands, tile=tile)] * repeats,
     }
-
-
-def launch_dequantize(index_map: Tensor, table: Tensor, in_features: int, choice: Choice) -> Tensor:
-    rows, groups, entries = table.shape
-    bits = entries.bit_length() - 1
-    weight = torch.empty(rows, in_features, dtype=table.dtype, device=table.device)
-    words = index_map.view(torch.int32)
-    dequantize_units_kernel[(triton.cdiv(rows, choice["rows"]), groups)](
-        words,
-        table,
-        weight,
-        rows,
-        in_features,
-        words.shape[1],
-        in_features // groups,
-        0,
-        0,
-        BITS=bits,
-        CODES=UNIT_CODES[bits],
-        WORDS=UNIT_WORDS[bits],
-        HASHED=False,
-        ASM=not linear.INTERPRETED,
-        ROWS=choice["rows"],
-        UNITS=choice["codes"] // UNIT_CODES[bits],
-        num_warps=choice["warps"],
-    )
-    return weight
-
-
-def launch_table_grad(
-    weight_grad: Tensor, index_map: Tensor, table: Tensor, choice: Choice
-) -> Tensor:
-    rows, groups, entries = table.shape
-    columns = weight_grad.shape[1]
-    sums = torch.empty(table.shape, dtype=torch.float32, device=table.device)
-    words = index_map.view(torch.int32)
-    table_grad_kernel[(triton.cdiv(rows, choice["rows"]), groups)](
-        words,
-        weight_grad,
-        sums,
-        rows,
-        columns,
-        words.shape[1],
-        columns // groups,
-        0,
-        0,
-        BITS=entries.bit_length() - 1,
-        HASHED=False,
-        WIDE=tl.float32,
-        ROWS=choice["rows"],
-        COLUMNS=choice["columns"],
-        num_warps=choice["warps"],
-    )
-    return sums

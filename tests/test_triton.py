@@ -173,6 +173,22 @@ def test_maps_of_other_strides_and_slices_of_rows():
         assert torch.equal(found.cpu(), dense[rows])
 
 
+def test_results_do_not_depend_on_tiles():
+    sketch = random_sketch(4, 2, 9, 128)
+    index_map, table = on_device(sketch, torch.float16)
+    weight_grad = random(9, 128).to(DEVICE, torch.float32)
+    tile = tiles.BlockTile(rows=2, columns=32, warps=2)
+    dense = triton_linear.dequantize(index_map, table, 128)
+    assert torch.equal(triton_linear.dequantize(index_map, table, 128, tile=tile), dense)
+    found = triton_linear.table_grad(weight_grad, index_map, table, tile=tile)
+    torch.testing.assert_close(found, triton_linear.table_grad(weight_grad, index_map, table))
+    x = random(3, 128).to(DEVICE, torch.float16)
+    smaller = tiles.DecodeTile(slots=2, rows=16, tokens=8, units=4, stages=2, registers=255)
+    expected = triton_linear.decode(x, index_map, table)
+    found = triton_linear.decode(x, index_map, table, tile=smaller)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("hash_seed", [None, 5])
 def test_operators_keep_torchs_rules(hash_seed):
     sketch = random_sketch(4, 2, rows=6, columns=64, hash_seed=hash_seed)

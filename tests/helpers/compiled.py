@@ -28,7 +28,7 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-_OPTIONS = {"num_warps", "num_stages", "maxnreg"}
+_OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}
 
 
 @dataclass(frozen=True)

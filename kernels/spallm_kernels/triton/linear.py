@@ -22,7 +22,11 @@ from .table_grad import table_grad_kernel
 from .tiles import (
     ALIGNMENT,
     DECODE_TOKENS,
+    DEQUANTIZE_ANY,
+    DEQUANTIZE_UNITS,
     HASHED_DECODE_TOKENS,
+    TABLE_GRAD,
+    BlockTile,
     DecodeTile,
     decode_tile,
     table_span,
@@ -33,6 +37,8 @@ INTERPRETED = not isinstance(decode_kernel, triton.runtime.JITFunction)
 #: Neighbouring columns that a thread of an `mma` holds. Triton chooses it by what the operand is
 #: made of, and reads a chain of joins differently since 3.8. Any value is right, a wrong one slow.
 _K_PER_LANE = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
+#: Said outright, as Triton's default for it is about to change.
+_OPTIONS = {"enable_fp_fusion": True}
 _HALVES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _INTEGER_OF_BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -109,6 +115,7 @@ def decode(
             STAGES=tile.stages,
             num_warps=tile.slots,
             maxnreg=tile.registers,
+            **_OPTIONS,
         )
     return y.to(x.dtype)
 
@@ -120,6 +127,7 @@ def dequantize(
     *,
     hash_seed: int | None = None,
     first_row: int = 0,
+    tile: BlockTile | None = None,
 ) -> Tensor:
     """The dense weight [out_features, in_features], in the dtype of the table."""
     rows, groups, entries = table.shape
@@ -130,7 +138,8 @@ def dequantize(
     hashed = hash_seed is not None
     with _on(table.device):
         if bits in UNIT_CODES and table.dtype in _HALVES and width % ALIGNMENT == 0:
-            dequantize_units_kernel[(triton.cdiv(rows, 8), groups)](
+            tile = tile or DEQUANTIZE_UNITS
+            dequantize_units_kernel[(triton.cdiv(rows, tile.rows), groups)](
                 words,
                 table.contiguous(),
                 weight,
@@ -140,22 +149,26 @@ def dequantize(
                 WORDS=UNIT_WORDS[bits],
                 HASHED=hashed,
                 ASM=not INTERPRETED,
-                ROWS=8,
-                UNITS=512 // UNIT_CODES[bits],
-                num_warps=4,
+                ROWS=tile.rows,
+                UNITS=tile.columns // UNIT_CODES[bits],
+                num_warps=tile.warps,
+                **_OPTIONS,
             )
         else:
             integers = _INTEGER_OF_BYTES[table.element_size()]
-            dequantize_any_kernel[(triton.cdiv(rows, 4), triton.cdiv(in_features, 256))](
+            tile = tile or DEQUANTIZE_ANY
+            grid = (triton.cdiv(rows, tile.rows), triton.cdiv(in_features, tile.columns))
+            dequantize_any_kernel[grid](
                 words,
                 table.contiguous().view(integers),
                 weight.view(integers),
                 *sizes,
                 BITS=bits,
                 HASHED=hashed,
-                ROWS=4,
-                COLUMNS=256,
-                num_warps=4,
+                ROWS=tile.rows,
+                COLUMNS=tile.columns,
+                num_warps=tile.warps,
+                **_OPTIONS,
             )
     return weight
 
@@ -167,6 +180,7 @@ def table_grad(
     *,
     hash_seed: int | None = None,
     first_row: int = 0,
+    tile: BlockTile = TABLE_GRAD,
 ) -> Tensor:
     """Gradient of the table given that of the dense weight, in float32 or wider."""
     rows, groups, entries = table.shape
@@ -175,7 +189,7 @@ def table_grad(
     sums = torch.empty(table.shape, dtype=wide, device=table.device)
     words, row_words = _words(index_map)
     with _on(table.device):
-        table_grad_kernel[(triton.cdiv(rows, 4), groups)](
+        table_grad_kernel[(triton.cdiv(rows, tile.rows), groups)](
             words,
             weight_grad.contiguous(),
             sums,
@@ -188,9 +202,10 @@ def table_grad(
             BITS=entries.bit_length() - 1,
             HASHED=hash_seed is not None,
             WIDE=tl.float64 if wide == torch.float64 else tl.float32,
-            ROWS=4,
-            COLUMNS=256,
-            num_warps=4,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            num_warps=tile.warps,
+            **_OPTIONS,
         )
     return sums
 

@@ -37,6 +37,19 @@ class DecodeTile:
     registers: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockTile:
+    """A program's share of a dense weight: `rows`, so many `columns` at a time, on `warps`."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+DEQUANTIZE_UNITS = BlockTile(rows=8, columns=512, warps=4)
+DEQUANTIZE_ANY = BlockTile(rows=4, columns=256, warps=4)
+TABLE_GRAD = BlockTile(rows=4, columns=256, warps=4)
+
 #: By padded tokens: rows, columns per step of a warp, stages, registers. Chosen from what they
 #: compile to (no spills, no weight in shared memory), not yet from measurements.
 _COMPILED = {
