@@ -53,9 +53,11 @@ class SketchedLinear(nn.Linear):
         """Nothing: a sketch comes from a checkpoint, there is no random one to begin with."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return lut_linear(
-            input, self.weight, self.weight_table, self.bias, hash_seed=self.hash_seed
-        )
+        index_map: Tensor = self.weight
+        if index_map.dtype != torch.uint8:
+            # FSDP2 of torch 2.9 casts all that it gathers. Floats hold bytes exactly.
+            index_map = index_map.to(torch.uint8)
+        return lut_linear(input, index_map, self.weight_table, self.bias, hash_seed=self.hash_seed)
 
     def dense_weight(self) -> Tensor:
         """The dense weight, [out_features, in_features] in the dtype of the tables."""

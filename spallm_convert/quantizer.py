@@ -6,6 +6,7 @@ Importing this module registers both under `quant_method: "spallm"`.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,13 +81,25 @@ class SpallmQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         train_tables_only(model)
-        # Saving describes the tables as they are now, whatever dtype they were stored in.
+        self._describe_tables(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
+        """What `save_pretrained`, the caller, saves in place of the state dict that it was given.
+
+        That one is what Trainer has gathered from all shards, and must not be lost: it is returned.
+        """
+        # Before the config is saved: mixed precision under FSDP2 has made the tables float32.
+        self._describe_tables(model)
+        return sys._getframe(1).f_locals.get("state_dict"), {}
+
+    def _describe_tables(self, model: PreTrainedModel) -> None:
+        """Has the config say which dtype tables have now, whatever they were stored in."""
         kinds = {m.weight_table.dtype for m in model.modules() if isinstance(m, SketchedLinear)}
         for kind in kinds:
             self.quantization_config.metadata = dataclasses.replace(
                 self.quantization_config.metadata, table_dtype=str(kind).removeprefix("torch.")
             )
-        return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True

@@ -26,7 +26,7 @@ from spallm_formats import (
     map_digest,
     to_json,
 )
-from spallm_formats.durable import flush, flush_folder, write_atomic
+from spallm_formats.durable import flush_folder, write_atomic
 
 from .errors import FormatError, OptionError, SourceError
 from .linear import SketchedLinear
@@ -60,7 +60,7 @@ def save_tables(
     processes must call and the first writes). Returns the folder. Raises OptionError when there are
     tables in it already and `overwrite` is off.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     model = sketched_model(model)
     target = Path(folder).expanduser()
@@ -78,11 +78,7 @@ def save_tables(
     target.mkdir(parents=True, exist_ok=True)
     # The description comes last and goes first: without it, a folder holds no tables.
     (target / TABLES_METADATA_FILE).unlink(missing_ok=True)
-    temporary = target / (TABLES_FILE + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    with temporary.open("rb+") as file:
-        flush(file)
-    temporary.replace(target / TABLES_FILE)
+    write_atomic(target / TABLES_FILE, save(tensors, metadata={"format": "pt"}))
     write_atomic(target / TABLES_METADATA_FILE, to_json(metadata.to_json()))
     flush_folder(target)
     return target

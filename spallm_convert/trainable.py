@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .errors import OptionError
@@ -62,12 +63,15 @@ def set_trainable(
     tables: bool | str | Iterable[str] = True,
     *,
     norms: bool = False,
+    dtype: torch.dtype | None = torch.float32,
 ) -> TrainableSummary:
     """Chooses what is trained and freezes all else.
 
     tables: all of them, none, or those of modules whose name matches a pattern (`*` and `?` as in
     file names, for example "*.mlp.*"). norms: scales and offsets of normalisation layers too; they
-    keep their dtype, and FSDP2 wants one dtype for all that is trained.
+    keep their dtype, and FSDP2 wants one dtype for all that is trained. dtype: of the trained
+    tables, None to leave it. In bfloat16 an update below 1/256 of a value is lost, and tables are
+    small; products are computed in the dtype of the activations all the same.
     Raises OptionError when a pattern matches no sketched module.
     """
     model = sketched_model(model)
@@ -85,7 +89,9 @@ def set_trainable(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name in chosen:
-        layers[name].weight_table.requires_grad_(True)
+        table = layers[name].weight_table
+        table.data = table.data.to(dtype or table.dtype)
+        table.requires_grad_(True)
     if norms:
         for module in model.modules():
             if type(module).__name__.endswith("Norm"):

@@ -34,6 +34,20 @@ def test_tables_by_pattern(model):
     assert len(trained(model)) == 14
 
 
+def test_trained_tables_become_float32(tiny_llama, tmp_path):
+    """One small step: lost in bfloat16, kept in float32, with activations as they were."""
+    convert(tiny_llama.folder, tmp_path / "out", SketchConfig(groups_per_row=2))
+    model = load_sketched(tmp_path / "out")
+    tokens = torch.arange(2, 21)[None]
+    before = model(tokens).logits
+    set_trainable(model, "*.mlp.*", dtype=None)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
+    set_trainable(model, "*.mlp.*")
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert torch.equal(model(tokens).logits, before)
+    assert model(tokens).logits.dtype == torch.bfloat16
+
+
 def test_norms(model):
     set_trainable(model, tables=False, norms=True)
     assert trained(model) == {

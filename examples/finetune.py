@@ -1,0 +1,158 @@
+"""Fine-tunes a sketched model on instructions and saves its tables alone.
+
+    spallm-convert meta-llama/Llama-3.2-1B -o base
+    python examples/finetune.py base train.json --output tuned
+
+Data: a JSON or JSONL file, or a dataset on the Hub (needs `pip install datasets`). Records have
+`instruction`, `input` (may be missing or empty) and `output`; the loss counts the output only. The
+defaults are those of the SketchTune paper (arXiv 2410.06364); docs/training.md says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+from spallm_convert import load_sketched, save_tables, set_trainable
+
+IGNORED = -100  # the label that the loss leaves out
+PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
+PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+
+
+def main() -> None:
+    options = parse()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    records = read_records(options.data)
+    held_out = records[: options.held_out]
+    train = encode(records[options.held_out :], tokenizer, options.max_length)
+    held_out = encode(held_out, tokenizer, options.max_length)
+
+    cuda = torch.cuda.is_available()
+    model = load_sketched(options.model, dtype=torch.bfloat16 if cuda else torch.float32)
+    if cuda:
+        model.cuda()
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    print(set_trainable(model, options.tables or True, norms=options.norms))
+
+    steps = options.epochs * -(-len(train) // options.batch_size)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=options.output / "checkpoints",
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=options.micro_batch_size,
+            per_device_eval_batch_size=options.micro_batch_size,
+            gradient_accumulation_steps=options.batch_size // options.micro_batch_size,
+            learning_rate=options.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=min(100, steps // 10),
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            dataloader_pin_memory=cuda,
+            eval_strategy="epoch" if held_out else "no",
+            save_strategy="epoch" if options.checkpoints else "no",
+            logging_steps=10,
+            report_to="none",
+            seed=options.seed,
+        ),
+        train_dataset=train,
+        eval_dataset=held_out or None,
+        data_collator=Collator(tokenizer),
+    )
+    trainer.train(resume_from_checkpoint=options.resume)
+    if held_out:
+        print(f"held-out loss {trainer.evaluate()['eval_loss']:.4f}")
+    print(f"tables saved in {save_tables(model, options.output, overwrite=options.overwrite)}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("model", help="sketched checkpoint: a folder or an id on the Hub")
+    parser.add_argument("data", help="JSON or JSONL file, or a dataset on the Hub")
+    parser.add_argument("--output", type=Path, default=Path("tuned"), help="folder of the tables")
+    parser.add_argument("--overwrite", action="store_true", help="replace tables in the output")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=16, help="examples per step")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="examples at once")
+    parser.add_argument("--learning-rate", type=float, default=8e-5)
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of an example")
+    parser.add_argument("--held-out", type=int, default=200, help="first records, to evaluate on")
+    parser.add_argument("--tables", action="append", help="train these modules only: a pattern")
+    parser.add_argument("--norms", action="store_true", help="train normalisation layers too")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--checkpoints", action="store_true", help="save after every epoch")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.batch_size % options.micro_batch_size:
+        parser.error("--batch-size must be a multiple of --micro-batch-size")
+    return options
+
+
+def read_records(source: str) -> list[dict[str, Any]]:
+    """Records of a JSON list, of JSON lines, or of the training split of a dataset on the Hub."""
+    path = Path(source)
+    if not path.exists():
+        from datasets import load_dataset
+
+        return list(load_dataset(source, split="train"))
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return json.loads(text)
+
+
+def encode(records: list[dict[str, Any]], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+    """Token ids and labels; the prompt's labels are left out, and so are overlong examples."""
+    encoded, overlong = [], 0
+    for record in records:
+        template = PROMPT_WITH_INPUT if record.get("input") else PROMPT
+        prompt = tokenizer(template.format(**record))["input_ids"]
+        answer = tokenizer(record["output"], add_special_tokens=False)["input_ids"]
+        ids = [*prompt, *answer, tokenizer.eos_token_id]
+        if len(ids) > max_length:
+            overlong += 1
+            continue
+        labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
+        encoded.append({"input_ids": ids, "labels": labels})
+    if overlong:
+        print(
+            f"{overlong} of {len(records)} examples are longer than {max_length} tokens: left out"
+        )
+    return encoded
+
+
+class Collator:
+    """Pads a batch to its longest example, on the right."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.pad = tokenizer.pad_token_id
+        if self.pad is None:
+            self.pad = tokenizer.eos_token_id
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        length = max(len(example["input_ids"]) for example in examples)
+
+        def padded(key: str, fill: int) -> torch.Tensor:
+            rows = [e[key] + [fill] * (length - len(e[key])) for e in examples]
+            return torch.tensor(rows)
+
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        return {
+            "input_ids": padded("input_ids", self.pad),
+            "labels": padded("labels", IGNORED),
+            "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
+        }
+
+
+if __name__ == "__main__":
+    main()
