@@ -40,7 +40,7 @@ def load_sketched(
     from transformers import AutoConfig
 
     from . import quantizer  # noqa: F401  registers the checkpoint's quantizer
-    from .tables import attach_set_tables, load_tables
+    from .tables import load_tables
 
     name = os.fspath(model)
     path = Path(name).expanduser()
@@ -81,7 +81,6 @@ def load_sketched(
     )
     if missing:
         raise FormatError(f"{name}: tensors are missing: {', '.join(missing[:5])}")
-    attach_set_tables(loaded)
     if tables is not None:
         load_tables(loaded, tables)
     return loaded

@@ -19,6 +19,7 @@ from spallm_formats import QUANT_METHOD, SketchMetadata
 
 from .errors import FormatError
 from .linear import SketchedLinear
+from .tables import attach_set_tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,6 +82,7 @@ class SpallmQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         train_tables_only(model)
+        attach_set_tables(model)
         self._describe_tables(model)
         return model
 

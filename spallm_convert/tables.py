@@ -7,12 +7,13 @@ that it takes milliseconds, and optimizers and hooks keep the parameters that th
 
 from __future__ import annotations
 
-import types
+import functools
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -174,14 +175,16 @@ def model_fingerprint(model: nn.Module) -> str:
 
 def attach_set_tables(model: nn.Module) -> None:
     """Gives a loaded model `set_tables` as a method."""
-    model.set_tables = types.MethodType(set_tables, model)  # type: ignore[assignment]
+    # A partial and not a bound method, which could not be pickled before the model has it.
+    model.set_tables = functools.partial(set_tables, model)  # type: ignore[assignment]
 
 
 def _digest(layer: SketchedLinear) -> str:
     state = (layer.weight.data_ptr(), layer.weight._version)
     known = _digests.get(layer)
     if known is None or known[0] != state:
-        packed = _whole(layer.weight.detach()).cpu().contiguous().numpy()
+        # Not `Tensor.numpy`, after which FSDP2 could not free the memory that it has gathered.
+        packed = np.from_dlpack(_whole(layer.weight).cpu().contiguous())
         known = _digests[layer] = (state, map_digest(packed, layer.hash_seed))
     return known[1]
 

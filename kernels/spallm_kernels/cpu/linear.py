@@ -47,7 +47,7 @@ def decode(
     y = torch.empty(x.shape[0], table.shape[0])
     _decode(
         *_codes(index_map, hash_seed, 0),
-        table.to(x.dtype).float().contiguous().numpy(),
+        _array(table.to(x.dtype).float().contiguous()),
         x.float().contiguous().numpy(),
         y.numpy(),
     )
@@ -71,7 +71,7 @@ def dequantize(
     as_integers = _INTEGER_OF_BYTES[table.element_size()]
     _look_up(
         *_codes(index_map, hash_seed, first_row),
-        table.contiguous().view(as_integers).numpy(),
+        _array(table.contiguous().view(as_integers)),
         weight.view(as_integers).numpy(),
     )
     return weight
@@ -101,7 +101,13 @@ def _codes(
 ) -> tuple[Array, np.uint32, np.uint32]:
     """What the loops below read codes from."""
     packed = index_map if hash_seed is None else index_map[:, :0]
-    return packed.contiguous().numpy(), np.uint32(hash_seed or 0), np.uint32(first_row)
+    return _array(packed.contiguous()), np.uint32(hash_seed or 0), np.uint32(first_row)
+
+
+def _array(parameter: Tensor) -> Array:
+    """A parameter as an array. `Tensor.numpy` would forbid for good that its memory is freed, as
+    FSDP2 does with what it has gathered."""
+    return np.from_dlpack(parameter.detach())
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
