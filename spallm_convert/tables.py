@@ -2,7 +2,8 @@
 
 A model keeps named sets of tables. The set called "base" is what it was loaded with and is never
 changed by loading another; one set is active. Changing sets exchanges the storage of parameters, so
-that it takes milliseconds, and optimizers and hooks keep the parameters that they know.
+that it takes milliseconds, and optimizers and hooks keep the parameters that they know. Sharded
+parameters keep storage and dtype, and get copies of the values.
 """
 
 from __future__ import annotations
@@ -95,9 +96,10 @@ def load_tables(
 ) -> None:
     """Loads tables from a folder or the Hub as a set of the model, and makes it the active one.
 
-    The tables keep the dtype they were saved in and go to the device of those they replace. A set
-    of the same name is replaced. Raises FormatError, listing every problem, when they were made for
-    other index maps or do not fit, and leaves the model as it was then.
+    The tables keep the dtype they were saved in and go to the device of those they replace; in a
+    sharded model they take the dtype of its shards. A set of the same name is replaced.
+    Raises FormatError, listing every problem, when they were made for other index maps or do not
+    fit, and leaves the model as it was then.
     """
     model = sketched_model(model)
     if name == BASE:
@@ -116,7 +118,7 @@ def load_tables(
     if sets.active == name:
         _activate(model, BASE)
     for key in tensors:  # where the base has no value yet, no set has replaced it
-        sets.stored[BASE].setdefault(key, parameters[key].data)
+        sets.stored[BASE].setdefault(key, _current(parameters[key]))
     sets.stored[name] = tensors
     if activate:
         _activate(model, name)
@@ -243,12 +245,30 @@ def _activate(model: nn.Module, name: str) -> None:
     sets, parameters = _sets(model), _replaceable(model)
     concerned, base = {key for one in sets.stored.values() for key in one}, sets.stored[BASE]
     for key in sets.stored[sets.active]:  # storage may have moved, with the model to a device
-        sets.stored[sets.active][key] = parameters[key].data
+        sets.stored[sets.active][key] = _current(parameters[key])
     for key in concerned:
-        value = sets.stored[name].get(key, base[key])
-        parameters[key].data = value.to(parameters[key].device)
-        parameters[key].grad = None
+        _replace(parameters[key], sets.stored[name].get(key, base[key]))
     sets.active = name
+
+
+def _current(parameter: nn.Parameter) -> Tensor:
+    """The value of a parameter, to be put back later."""
+    value = parameter.detach()
+    return value.clone() if _is_sharded(parameter) else value
+
+
+def _replace(parameter: nn.Parameter, value: Tensor) -> None:
+    """Gives a parameter the storage of a value, or, where it is sharded, a copy."""
+    if _is_sharded(parameter):
+        with torch.no_grad():
+            parameter.copy_(value)
+    else:
+        parameter.data = value.to(parameter.device)
+    parameter.grad = None
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
 
 
 def _sets(model: nn.Module) -> _Sets:
@@ -258,13 +278,14 @@ def _sets(model: nn.Module) -> _Sets:
 
 def _whole(value: Tensor) -> Tensor:
     """A tensor in one piece, gathered from all processes where it is sharded."""
-    detached = value.detach()
-    return detached.full_tensor() if hasattr(detached, "full_tensor") else detached
+    detached: Any = value.detach()
+    whole: Tensor = detached.full_tensor() if _is_sharded(detached) else detached
+    return whole
 
 
 def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A tensor of its own dtype, placed (and sharded) as a parameter is."""
-    if hasattr(parameter, "full_tensor"):
+    if _is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
 
         placed: Any = parameter

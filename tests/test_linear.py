@@ -61,6 +61,26 @@ def test_forward_and_gradients_equal_the_dense_layers(
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("hash_seed", [None, 5])
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_training_steps_equal_those_through_plain_indexing(bits, groups, hash_seed):
+    sketch = random_sketch(bits, groups, hash_seed=hash_seed)
+    x, target = random(7, 48), random(7, 9, seed=1)
+    ours, plain = (sketch.table.clone().requires_grad_() for _ in range(2))
+    for table, product in (
+        (ours, lambda: lut_linear(x, sketch.index_map, ours, hash_seed=hash_seed)),
+        (plain, lambda: x @ sketch.dense(plain).T),
+    ):
+        optimizer = torch.optim.SGD([table], lr=1e-2, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (product() - target).square().mean().backward()
+            optimizer.step()
+    assert not torch.equal(ours, sketch.table)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 5])

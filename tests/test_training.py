@@ -345,6 +345,18 @@ def test_torchs_own_sharding_gives_the_same_loss(jobs):
     assert_close(parameters(saved(jobs["by hand, sharded"])), parameters(saved(jobs["by hand"])))
 
 
+@pytest.mark.parametrize("name", ["by hand", "by hand, sharded"])
+def test_tables_are_saved_and_swapped_on_whole_and_shared_models(jobs, name):
+    job = jobs[name]
+    for rank in range(job.processes):
+        trained, loaded, base_changed, again = outcome(job, rank)["losses"][-4:]
+        assert trained == loaded == again != base_changed
+    tables = load_file(Path(job.output) / "tables/sketch_tables.safetensors")
+    model = saved(job)
+    assert len(tables) == 14
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in tables.items())
+
+
 def saved(job):
     return load_sketched(Path(job.output) / "model")
 

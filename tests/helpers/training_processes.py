@@ -31,7 +31,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers.training import counting, losses, trainer
-from spallm_convert import SketchedLinear, load_sketched
+from spallm_convert import SketchedLinear, load_sketched, load_tables, save_tables
 
 #: A job that hangs, because one of its processes has failed, is killed.
 _SECONDS = 120
@@ -178,7 +178,30 @@ def _by_hand(job, rank):
     state_dict = get_model_state_dict(model, options=whole)
     if rank == 0:
         model.save_pretrained(f"{job.output}/model", state_dict=state_dict)
-    return model, curve
+    return model, curve + _swap_tables(model, job, rows)
+
+
+def _swap_tables(model, job, rows):
+    """Losses with the trained tables, with the same loaded, and after a change of the base."""
+    save_tables(model, f"{job.output}/tables")
+    if job.processes > 1:
+        dist.barrier()
+    found = [_evaluate(model, rows)]
+    load_tables(model, f"{job.output}/tables", name="again")
+    found.append(_evaluate(model, rows))
+    model.set_tables("base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    found.append(_evaluate(model, rows))
+    model.set_tables("again")
+    return [*found, _evaluate(model, rows)]
+
+
+def _evaluate(model, rows):
+    with torch.no_grad():
+        return model(input_ids=rows, labels=rows).loss.item()
 
 
 def _dtype(job: Job) -> Any:
