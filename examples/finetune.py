@@ -29,9 +29,10 @@ def main() -> None:
     options = parse()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     records = read_records(options.data)
-    held_out = records[: options.held_out]
+    held_out = encode(records[: options.held_out], tokenizer, options.max_length)
     train = encode(records[options.held_out :], tokenizer, options.max_length)
-    held_out = encode(held_out, tokenizer, options.max_length)
+    if not train:
+        raise SystemExit(f"{options.data}: no example is left to train on of {len(records)}")
 
     cuda = torch.cuda.is_available()
     model = load_sketched(options.model, dtype=torch.bfloat16 if cuda else torch.float32)
@@ -95,6 +96,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.batch_size % options.micro_batch_size:
         parser.error("--batch-size must be a multiple of --micro-batch-size")
+    if (options.output / "sketch_tables.json").exists() and not options.overwrite:
+        parser.error(f"{options.output} holds sketch tables already: --overwrite replaces them")
     return options
 
 
@@ -104,11 +107,18 @@ def read_records(source: str) -> list[dict[str, Any]]:
     if not path.exists():
         from datasets import load_dataset
 
-        return list(load_dataset(source, split="train"))
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    return json.loads(text)
+        records = list(load_dataset(source, split="train"))
+    else:
+        text = path.read_text(encoding="utf-8")
+        lines = (line for line in text.splitlines() if line.strip())
+        records = list(map(json.loads, lines)) if path.suffix == ".jsonl" else json.loads(text)
+    for number, record in enumerate(records):
+        if not isinstance(record, dict) or not {"instruction", "output"} <= record.keys():
+            found = sorted(record) if isinstance(record, dict) else type(record).__name__
+            raise SystemExit(
+                f"{source}: record {number} must have instruction and output, found {found}"
+            )
+    return records
 
 
 def encode(records: list[dict[str, Any]], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:

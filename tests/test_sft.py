@@ -3,28 +3,14 @@
 import pytest
 import torch
 
-from helpers.training import losses, parameters
+from helpers.training import losses, parameters, word_tokenizer
 from spallm_convert import SketchConfig, convert, load_sketched, load_tables, save_tables
 
 WORDS = [f"word{number}" for number in range(126)]
 
 
-@pytest.fixture
-def tokenizer():
-    """A word is a token; the ids are those of the tiny models."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {"<end>": 0, "<unknown>": 1} | {word: 2 + place for place, word in enumerate(WORDS)}
-    made = Tokenizer(models.WordLevel(ids, unk_token="<unknown>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, eos_token="<end>", pad_token="<end>", unk_token="<unknown>"
-    )
-
-
 @pytest.mark.filterwarnings("ignore")  # TRL and datasets have warnings of their own
-def test_sft_trainer_trains_the_tables(tiny_llama, tokenizer, tmp_path):
+def test_sft_trainer_trains_the_tables(tiny_llama, tmp_path):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -53,7 +39,7 @@ def test_sft_trainer_trains_the_tables(tiny_llama, tokenizer, tmp_path):
         model=model,
         args=options,
         train_dataset=Dataset.from_list(examples),
-        processing_class=tokenizer,
+        processing_class=word_tokenizer(),
     )
     run.train()
     curve = losses(run)

@@ -18,6 +18,19 @@ def counting(rows=24, length=16):
     return [{"input_ids": row, "labels": row.clone()} for row in tokens]
 
 
+def word_tokenizer():
+    """One for the tiny models: "word0" to "word125" are tokens, 0 is the end, 1 all else."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"word{number}": _FIRST + number for number in range(_IDS)}
+    made = Tokenizer(models.WordLevel({"<end>": 0, "<unknown>": 1} | words, unk_token="<unknown>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<end>", pad_token="<end>", unk_token="<unknown>"
+    )
+
+
 def trainer(model, output, *, evaluation=None, callbacks=(), **options):
     """transformers' Trainer on sequences that count, on the CPU, four of them per step."""
     from transformers import Trainer, TrainingArguments
