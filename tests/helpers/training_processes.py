@@ -145,6 +145,8 @@ def _by_trainer(job, rank):
     if job.processes > 1:
         options["ddp_backend"] = "gloo"
     if "fsdp" in options:
+        # Later releases of transformers 5 say so themselves; early ones save no whole model else.
+        os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
         _let_accelerate_shard_on_cpus()
     model = load_sketched(job.model, dtype=_dtype(job))
     if rank and options.get("fsdp_config", {}).get("cpu_ram_efficient_loading"):
