@@ -3,6 +3,7 @@
 import string
 
 BOS, EOS, UNKNOWN = "<s>", "</s>", "<unk>"
+CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n"
 _MERGES = [("t", "h"), ("i", "n"), ("e", "r"), (" ", "a")]
 
 
@@ -11,7 +12,7 @@ def tiny_tokenizer(*, adds_bos=False, has_eos=True):
     from tokenizers import Tokenizer, decoders, models, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokens = [BOS, EOS, UNKNOWN, *string.printable[:-5], *("".join(pair) for pair in _MERGES)]
+    tokens = [BOS, EOS, UNKNOWN, *CHARACTERS, *("".join(pair) for pair in _MERGES)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, _MERGES, unk_token=UNKNOWN))
     tokenizer.decoder = decoders.Fuse()
