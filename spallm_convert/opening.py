@@ -38,15 +38,15 @@ def load_any(
     trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source is not None and source.is_gguf:
         loaded = _load_gguf(source, dtype)
-        tokenizer = _load_tokenizer(str(source.path.parent), gguf_file=source.path.name)
+        tokenizer = _load_tokenizer(model, source.path.parent, gguf_file=source.path.name)
     elif _is_sketched(model, source, revision):
         loaded = load_sketched(model, revision=revision, dtype=dtype, **trusted)
-        tokenizer = _load_tokenizer(model, revision=revision, **trusted)
+        tokenizer = _load_tokenizer(model, model, revision=revision, **trusted)
     else:
         source = source or locate(model, revision)
         source.open(source.path)  # refuses, in words of our own, what is no whole checkpoint
         loaded = _load_dense(source, dtype, trust_remote_code)
-        tokenizer = _load_tokenizer(str(source.path), **trusted)
+        tokenizer = _load_tokenizer(model, source.path, **trusted)
     return loaded.to(place), tokenizer
 
 
@@ -105,16 +105,16 @@ def _load_gguf(source: Source, dtype: str) -> PreTrainedModel:
         raise SourceError(f"{source.name}: transformers cannot read it ({_line(error)})") from error
 
 
-def _load_tokenizer(name: str, **options: Any) -> Any:
+def _load_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with clear_errors(name, SourceError):
-            return AutoTokenizer.from_pretrained(name, **options)
+        with clear_errors(model, SourceError):
+            return AutoTokenizer.from_pretrained(place, **options)
     except SourceError:
         raise
     except Exception as error:  # what it raises without files of a tokenizer differs by model
-        raise SourceError(f"{name}: its tokenizer cannot be loaded ({_line(error)})") from error
+        raise SourceError(f"{model}: its tokenizer cannot be loaded ({_line(error)})") from error
 
 
 def _line(error: Exception) -> str:

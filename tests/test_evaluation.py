@@ -122,18 +122,26 @@ def test_a_model_without_that_option_gives_the_same(model, monkeypatch):
     assert perplexity(model, TOKENS, window=40, stride=20) == pytest.approx(expected, rel=1e-6)
 
 
-def test_progress_and_modes(model):
+def test_progress_is_told(model):
     calls = []
     progress = SimpleNamespace(start=calls.append, advance=calls.append)
+    text_loss(model, TOKENS, window=40, stride=20, progress=progress)
+    assert calls == [100, 40, 20, 20, 20]
+
+
+def test_it_evaluates_and_leaves_modes_as_they_were(model):
     model.train()
     model.model.layers[0].eval()
-    model.config.attention_dropout, before = 0.5, model.config.attention_dropout
-    text_loss(model, TOKENS, window=40, stride=20, progress=progress)
-    model.config.attention_dropout = before
-    assert calls == [100, 40, 20, 20, 20]
-    assert model.training
-    assert model.model.layers[1].mlp.training
-    assert not model.model.layers[0].mlp.training
+    before = {name: module.training for name, module in model.named_modules()}
+    seen = []
+    handle = model.lm_head.register_forward_pre_hook(
+        lambda *_: seen.append(any(module.training for module in model.modules()))
+    )
+    perplexity(model, TOKENS)
+    handle.remove()
+    assert seen == [False]
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert len(set(before.values())) == 2
     model.eval()
 
 
