@@ -20,14 +20,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from .calibration.text import read_documents
-from .errors import EvaluationError, OptionError, SourceError
+from .errors import EvaluationError, OptionError
 
 #: Logits turned to float32 at a time: 64 MiB of them, whatever window and vocabulary.
 _CHUNK_LOGITS = 1 << 24
@@ -177,7 +176,7 @@ def check_windows(window: int, stride: int) -> None:
 def evaluate_text(
     model: Any,
     tokenizer: Any,
-    source: str,
+    documents: Sequence[str],
     *,
     window: int = 1024,
     stride: int = 512,
@@ -186,12 +185,13 @@ def evaluate_text(
 ) -> dict[str, Any]:
     """Measures a model on a text: tokens counted, nats per token, perplexity, bits per byte.
 
-    source: as `read_documents` takes it; documents are joined by blank lines and tokenised with
+    documents: as `read_documents` gives them; they are joined by blank lines and tokenised with
     the special tokens that the tokenizer adds to one text. limit: measure only that many tokens
     from the start. Bits per byte are per byte of UTF-8, None where the tokenizer cannot say what
-    text its tokens stand for. Raises what `read_documents` and `text_loss` raise.
+    text its tokens stand for. Raises OptionError for a text of fewer than 2 tokens, and what
+    `text_loss` raises.
     """
-    tokens, nbytes = _tokens_of(tokenizer, source, limit)
+    tokens, nbytes = _tokens_of(tokenizer, "\n\n".join(documents), limit)
     loss = text_loss(model, tokens, window=window, stride=stride, progress=progress)
     # Without overlap some tokens are not counted: they are taken to be like the others.
     bits = loss.nats_per_token * (len(tokens) - 1) / math.log(2)
@@ -203,17 +203,14 @@ def evaluate_text(
     }
 
 
-def _tokens_of(tokenizer: Any, source: str, limit: int | None) -> tuple[torch.Tensor, int | None]:
+def _tokens_of(tokenizer: Any, text: str, limit: int | None) -> tuple[torch.Tensor, int | None]:
     """Tokens of a text, int64 [n], and the bytes that all of them but the first stand for."""
-    text = "\n\n".join(read_documents(source))
     # verbose=False: no remark that this is longer than the model's context.
     encoded = tokenizer(text[: limit and limit * _CHARACTERS], verbose=False)
     if limit is not None and len(encoded["input_ids"]) < 2 * limit:  # too near to where it was cut
         encoded = tokenizer(text, verbose=False)
     tokens = encoded["input_ids"][:limit]
-    if len(tokens) < 2:
-        raise SourceError(f"text {source!r} is too short: at least 2 tokens are needed")
-    if not encoded.is_fast:
+    if not tokens or not encoded.is_fast:
         return torch.tensor(tokens), None
     first = encoded.token_to_chars(0)  # None for a token that stands for no text
     spans = map(encoded.token_to_chars, reversed(range(1, len(tokens))))
@@ -224,7 +221,9 @@ def _tokens_of(tokenizer: Any, source: str, limit: int | None) -> tuple[torch.Te
 def _check_request(model: Any, tokens: torch.Tensor, window: int, stride: int) -> None:
     """Refuses what cannot be measured before anything runs."""
     if tokens.ndim != 1 or len(tokens) < 2:
-        raise OptionError(f"tokens must be [n] with n of at least 2, found {list(tokens.shape)}")
+        raise OptionError(
+            f"the tokens to measure must be [n] with n of at least 2, found {list(tokens.shape)}"
+        )
     check_windows(window, stride)
     name = type(model).__name__
     if model.config.is_encoder_decoder or getattr(model, "loss_type", None) not in _CAUSAL_LOSSES:

@@ -33,7 +33,7 @@ def load_any(
     Raises OptionError for cuda without a GPU, SpallmError naming the model when it, or its
     tokenizer, cannot be had.
     """
-    place: Any = _device(device)
+    target: Any = _device(device)
     source = find_here(model, revision)
     trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source is not None and source.is_gguf:
@@ -41,13 +41,14 @@ def load_any(
         tokenizer = _load_tokenizer(model, source.path.parent, gguf_file=source.path.name)
     elif _is_sketched(model, source, revision):
         loaded = load_sketched(model, revision=revision, dtype=dtype, **trusted)
-        tokenizer = _load_tokenizer(model, model, revision=revision, **trusted)
+        place = source.path if source else model
+        tokenizer = _load_tokenizer(model, place, revision=revision, **trusted)
     else:
         source = source or locate(model, revision)
         source.open(source.path)  # refuses, in words of our own, what is no whole checkpoint
         loaded = _load_dense(source, dtype, trust_remote_code)
         tokenizer = _load_tokenizer(model, source.path, **trusted)
-    return loaded.to(place), tokenizer
+    return loaded.to(target), tokenizer
 
 
 def _device(name: str) -> torch.device:

@@ -10,7 +10,7 @@ import torch
 
 from helpers.tiny_models import save_tiny_llama
 from helpers.tiny_tokenizer import tiny_tokenizer
-from spallm_convert import OptionError, SketchConfig, SourceError, convert, evaluation, perplexity
+from spallm_convert import OptionError, SketchConfig, convert, evaluation, perplexity
 from spallm_convert.calibration.text import english_text
 from spallm_convert.cli import main
 from spallm_convert.errors import EvaluationError
@@ -239,14 +239,11 @@ def test_logits_of_another_shape_are_refused(model, monkeypatch):
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 @pytest.mark.parametrize("limit", [None, 50])
-def test_bits_per_byte_are_those_of_the_text(model, tmp_path, adds_bos, limit):
-    (tmp_path / "a.jsonl").write_text(
-        '{"text": "the theatre in the inner"}\n{"text": "other"}\n' * 9
-    )
-    text = "\n\n".join(["the theatre in the inner", "other"] * 9)
+def test_bits_per_byte_are_those_of_the_text(model, adds_bos, limit):
+    documents = ["the theatre in the inner", "other"] * 9
+    text = "\n\n".join(documents)
     tokenizer = tiny_tokenizer(adds_bos=adds_bos)
-    source = str(tmp_path / "a.jsonl")
-    found = evaluate_text(model, tokenizer, source, window=64, stride=32, limit=limit)
+    found = evaluate_text(model, tokenizer, documents, window=64, stride=32, limit=limit)
     tokens = tokenizer(text)["input_ids"][:limit]
     loss = text_loss(model, torch.tensor(tokens), window=64, stride=32)
     covered = tokenizer.decode(tokens[1:])  # a character is a byte here
@@ -266,19 +263,29 @@ def test_of_a_long_text_only_the_start_is_tokenised(model, monkeypatch):
         seen.append(len(text))
         return tokenizer(text, **options)
 
-    found = evaluate_text(model, watched, "builtin", limit=64)
+    found = evaluate_text(model, watched, [english_text()], limit=64)
     assert seen == [64 * 32]
     whole = torch.tensor(tokenizer(english_text())["input_ids"][:64])
     assert found["perplexity"] == perplexity(model, whole, window=1024, stride=512)
     monkeypatch.setattr(evaluation, "_CHARACTERS", 1)
-    assert evaluate_text(model, watched, "builtin", limit=64) == found
+    assert evaluate_text(model, watched, [english_text()], limit=64) == found
     assert seen[1:] == [64, len(english_text())]
 
 
-def test_a_text_of_one_token_is_too_short(model, tmp_path):
-    (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(SourceError, match="too short: at least 2 tokens"):
-        evaluate_text(model, tiny_tokenizer(), str(tmp_path / "a.txt"))
+def test_a_text_of_one_token_is_too_short(model):
+    with pytest.raises(OptionError, match=r"n of at least 2, found \[1\]"):
+        evaluate_text(model, tiny_tokenizer(), ["a"])
+
+
+def test_a_tokenizer_without_offsets_gives_no_bits_per_byte(model):
+    class Slow(dict):
+        is_fast = False
+
+    def tokenizer(text, **options):
+        return Slow(input_ids=[1, 2, 3, 4])
+
+    found = evaluate_text(model, tokenizer, ["text"])
+    assert (found["tokens"], found["bits_per_byte"]) == (3, None)
 
 
 @pytest.mark.parametrize("kind", ["dense", "sketched"])
@@ -302,6 +309,17 @@ def test_the_command_measures_either_kind(run, folders, kind):
     assert "299 tokens of builtin counted, window 64, stride 48" in out
     assert f"perplexity: {expected:.4f}" in out
     assert "bits per byte of the text: " in out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # GGUF reading is transformers' and gguf's own
+def test_the_command_measures_a_gguf_file(run):
+    from spallm_convert.demo import demo_model
+
+    document = json.loads(run("eval", demo_model(), "--text=builtin", "--tokens=256", "--json"))
+    assert document["tokens"] == 255
+    assert 5 < document["perplexity"] < 50
+    assert 0.5 < document["bits_per_byte"] < 2
 
 
 def test_progress_is_told_on_stderr(folders, capsys):

@@ -65,6 +65,7 @@ def command(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if text is None and not names:
         raise click.UsageError("nothing to measure: give --text, --tasks, or both")
+    from spallm_convert.calibration.text import read_documents
     from spallm_convert.evaluation import check_windows, evaluate_text
     from spallm_convert.harness import load_harness, run_tasks
     from spallm_convert.opening import load_any
@@ -73,6 +74,7 @@ def command(
     check_windows(window, stride)
     if names:
         load_harness()
+    documents = None if text is None else read_documents(text)
     quiet_libraries()
     document: dict[str, Any] = {"model": model}
     with EvaluationProgress(hidden=quiet or as_json) as progress:
@@ -83,11 +85,11 @@ def command(
             device=device,
             trust_remote_code=trust_remote_code,
         )
-        if text is not None:
+        if documents is not None:
             result = evaluate_text(
                 loaded,
                 tokenizer,
-                text,
+                documents,
                 window=window,
                 stride=stride,
                 limit=tokens,
