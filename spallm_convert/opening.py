@@ -1,0 +1,122 @@
+"""Any checkpoint as a model with its tokenizer: sketched, dense, or a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spallm_formats import CONFIG_FILE, QUANT_METHOD, load_json
+
+from .errors import OptionError, SourceError
+from .hub import clear_errors
+from .loading import load_sketched, model_class
+from .source import Source, find_here, locate
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def load_any(
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, Any]:
+    """Loads a model and its tokenizer: a sketched or dense checkpoint, or a GGUF file.
+
+    model: a folder, an id on the Hub or a `.gguf` file. dtype: "auto" (that of the checkpoint,
+    bfloat16 for a GGUF file) or the name of a torch dtype. device: "cpu", "cuda", or "auto" for a
+    GPU if there is one. The model is in evaluation mode.
+    Raises OptionError for cuda without a GPU, SpallmError naming the model when it, or its
+    tokenizer, cannot be had.
+    """
+    target: Any = _device(device)
+    source = find_here(model, revision)
+    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if source is not None and source.is_gguf:
+        loaded = _load_gguf(source, dtype)
+        tokenizer = _load_tokenizer(model, source.path.parent, gguf_file=source.path.name)
+    elif _is_sketched(model, source, revision):
+        loaded = load_sketched(model, revision=revision, dtype=dtype, **trusted)
+        place = source.path if source else model
+        tokenizer = _load_tokenizer(model, place, revision=revision, **trusted)
+    else:
+        source = source or locate(model, revision)
+        source.open(source.path)  # refuses, in words of our own, what is no whole checkpoint
+        loaded = _load_dense(source, dtype, trust_remote_code)
+        tokenizer = _load_tokenizer(model, source.path, **trusted)
+    return loaded.to(target), tokenizer
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device cuda: torch finds no GPU here; accepted are cpu and auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _is_sketched(model: str, source: Source | None, revision: str | None) -> bool:
+    if source is not None:
+        path = source.path / CONFIG_FILE
+    else:
+        from huggingface_hub import hf_hub_download
+
+        with clear_errors(model, SourceError):
+            path = Path(hf_hub_download(model, CONFIG_FILE, revision=revision))
+    config = load_json(path.read_bytes(), str(path))
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def _load_dense(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+        loaded: PreTrainedModel
+        loaded, found = model_class(config).from_pretrained(
+            source.path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever a model's code makes of a checkpoint that does not suit
+        raise SourceError(f"{source.name}: transformers cannot load it ({_line(error)})") from error
+    if found["missing_keys"]:
+        missing = ", ".join(sorted(found["missing_keys"])[:5])
+        raise SourceError(f"{source.name}: tensors are missing: {missing}")
+    return loaded
+
+
+def _load_gguf(source: Source, dtype: str) -> PreTrainedModel:
+    import torch
+
+    from .gguf import load_gguf
+
+    try:
+        return load_gguf(source.path, getattr(torch, "bfloat16" if dtype == "auto" else dtype))
+    except Exception as error:  # a damaged file may raise anything
+        raise SourceError(f"{source.name}: transformers cannot read it ({_line(error)})") from error
+
+
+def _load_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with clear_errors(model, SourceError):
+            return AutoTokenizer.from_pretrained(place, **options)
+    except SourceError:
+        raise
+    except Exception as error:  # what it raises without files of a tokenizer differs by model
+        raise SourceError(f"{model}: its tokenizer cannot be loaded ({_line(error)})") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
