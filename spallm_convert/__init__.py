@@ -14,7 +14,14 @@ from . import registration
 if TYPE_CHECKING:
     from .config import SketchConfig
     from .conversion import convert, plan_conversion
-    from .errors import FormatError, HubError, OptionError, SourceError, SpallmError
+    from .errors import (
+        EvaluationError,
+        FormatError,
+        HubError,
+        OptionError,
+        SourceError,
+        SpallmError,
+    )
     from .evaluation import perplexity
     from .hub import push_to_hub
     from .linear import SketchedLinear
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
     from .trainable import TrainableSummary, set_trainable, trainable_summary
 
 __all__ = [
+    "EvaluationError",
     "FormatError",
     "HubError",
     "OptionError",
@@ -49,6 +57,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "EvaluationError": "errors",
     "FormatError": "errors",
     "HubError": "errors",
     "OptionError": "errors",
