@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .trainable import TrainableSummary, set_trainable, trainable_summary
 
 __all__ = [
+    "CalibrationError",
     "EvaluationError",
     "FormatError",
     "HubError",
@@ -57,6 +58,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CalibrationError": "errors",
     "EvaluationError": "errors",
     "FormatError": "errors",
     "HubError": "errors",

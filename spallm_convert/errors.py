@@ -1,6 +1,7 @@
 """What can go wrong, for callers to catch.
 
 SpallmError             anything a user can mend
+├── CalibrationError    a model that cannot be gone through block by block
 ├── EvaluationError     a model that cannot be measured
 ├── FormatError         a sketched checkpoint that breaks the format
 ├── OptionError         an option, or a combination of options, that cannot be used
@@ -13,6 +14,7 @@ from __future__ import annotations
 from spallm_formats.errors import FormatError, SpallmError
 
 __all__ = [
+    "CalibrationError",
     "EvaluationError",
     "FormatError",
     "HubError",
@@ -20,6 +22,10 @@ __all__ = [
     "SourceError",
     "SpallmError",
 ]
+
+
+class CalibrationError(SpallmError):
+    """A model cannot be gone through block by block, or gives activations that are no numbers."""
 
 
 class EvaluationError(SpallmError):

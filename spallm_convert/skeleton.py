@@ -12,9 +12,12 @@ import re
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 
@@ -32,15 +35,19 @@ class Skeleton:
     needs_float: frozenset[str]
 
     def stored_name(self, module: str, tensors: Container[str]) -> str | None:
-        """The path under which the checkpoint stores a module, with or without the base prefix.
+        """The path under which the checkpoint stores a module, with or without the base prefix."""
+        found = stored_name(module + ".weight", self.base_prefix, tensors)
+        return None if found is None else found.removesuffix(".weight")
 
-        transformers adds and drops that prefix ("transformer.", "bert.") while loading.
-        """
-        prefix = self.base_prefix + "."
-        for name in (module, module.removeprefix(prefix), prefix + module):
-            if name + ".weight" in tensors:
-                return name
-        return None
+
+def stored_name(name: str, base_prefix: str, tensors: Container[str]) -> str | None:
+    """What the checkpoint calls a tensor of the model, None when it has none such.
+
+    transformers adds and drops the base model's prefix ("transformer.", "bert.") while loading.
+    """
+    prefix = base_prefix + "."
+    candidates = (name, name.removeprefix(prefix), prefix + name)
+    return next((candidate for candidate in candidates if candidate in tensors), None)
 
 
 def read_skeleton(
@@ -54,7 +61,8 @@ def read_skeleton(
     import torch
 
     model_class = _model_class(folder, config, trust_remote_code)
-    model = _meta_model(model_class, folder, config, trust_remote_code)
+    with torch.device("meta"):
+        model = _build(model_class, folder, config, trust_remote_code)
     linears = {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
@@ -97,16 +105,27 @@ def _remote_class(config: dict[str, Any], architecture: str) -> str | None:
     return next((name for name in references if name.endswith("." + architecture)), None)
 
 
-def _meta_model(
-    model_class: Any, folder: Path, config: dict[str, Any], trust_remote_code: bool
-) -> Any:
-    import torch
+def build_empty(
+    folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a folder's config with buffers, but with parameters on the meta device.
+
+    Raises SourceError as `read_skeleton` does.
+    """
+    from accelerate import init_empty_weights
+
+    model_class = _model_class(folder, config, trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = _build(model_class, folder, config, trust_remote_code)
+        return model
+
+
+def _build(model_class: Any, folder: Path, config: dict[str, Any], trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     try:
         parsed = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            return model_class(parsed)
+        return model_class(parsed)
     except Exception as error:  # whatever a model's code makes of a config that does not suit it
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(

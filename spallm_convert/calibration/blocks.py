@@ -1,0 +1,241 @@
+"""A dense model gone through block by block, with the weights of one block in memory at a time.
+
+Nothing here knows an architecture. transformers builds the model without weights; its blocks are
+the list of modules that holds the linear layers to sketch. What a block is called with is seen by
+running the model on the text with its embeddings in memory and, in place of every block's
+`forward`, one that notes its arguments and gives the hidden states back as they came. All samples
+are equally long, so those arguments have to be the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from spallm_convert.errors import CalibrationError
+from spallm_convert.skeleton import stored_name
+from spallm_formats import StoredTensor, read_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a block is called with: arguments, and the keyword of the hidden states among them,
+    None where they come first."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: str | None
+
+
+class Blocks:
+    """The blocks of a model, to be loaded and run one after the other.
+
+    model: built without weights (`build_empty`); tensors: those of its checkpoint; linears: paths
+    in the model of the layers to sketch; tokens: int64 [samples, seqlen]; batch: samples that run
+    at once, a divisor of their number. Computes in `dtype` on `device`.
+
+    path: of the list of blocks; inputs: hidden states [batch, seqlen, hidden] that enter the first
+    block, by batch. Raises CalibrationError when the layers lie in no list of blocks or in several,
+    when the checkpoint stores a block's weights otherwise than the model has them, or when the
+    model calls its blocks with more that depends on the text than hidden states.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tensors: dict[str, StoredTensor],
+        linears: Iterable[str],
+        tokens: Tensor,
+        *,
+        batch: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.path = find_blocks(model, linears)
+        nn.Module.eval(model)
+        self._model = model
+        self._tensors = tensors
+        self._dtype, self._device = dtype, torch.device(device)
+        listed = dict(model.get_submodule(self.path).named_children())
+        self._paths = [f"{self.path}.{name}" for name in listed]
+        self._modules = list(listed.values())
+        self._as_tuple = False
+        self._fill_surroundings()
+        self._calls, self.inputs = self._enter(torch.split(tokens, batch))
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def load(self, number: int) -> nn.Module:
+        """A block with its dense weights, to be given back by `unload`."""
+        block, path = self._modules[number], self._paths[number]
+        missing = self._fill(block, path)
+        if missing:
+            raise CalibrationError(
+                f"{path}: the checkpoint has no tensor for {', '.join(missing[:3])}, so the block "
+                f"cannot be run"
+            )
+        return block
+
+    def unload(self, number: int) -> None:
+        """Forgets the weights of a block."""
+        for module in self._modules[number].modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, _parameter(parameter.to("meta")))
+
+    def run(self, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Hidden states [batch, seqlen, hidden] after a block, of `dtype` on `device`."""
+        output = self._invoke(block, self._calls[number], hidden)
+        return output[0] if self._as_tuple else output  # type: ignore[no-any-return]
+
+    def path_of(self, number: int) -> str:
+        """The path of a block in the model."""
+        return self._paths[number]
+
+    @torch.no_grad()
+    def _enter(self, batches: tuple[Tensor, ...]) -> tuple[list[_Call], list[Tensor]]:
+        """How every block is called, and what enters the first, by batch."""
+        (first,), hidden = self._record(batches[0], 1)
+        self._as_tuple = isinstance(self._invoke(self.load(0), first, hidden), tuple)
+        self.unload(0)
+        calls: list[_Call] = []
+        inputs = []
+        for tokens in batches:
+            found, hidden = self._record(tokens, len(self))
+            calls = calls or found
+            if not all(map(_same, found, calls)):
+                raise CalibrationError(
+                    f"{type(self._model).__name__} calls its blocks with more that depends on the "
+                    f"text than hidden states, so they cannot be run one by one"
+                )
+            inputs.append(hidden)
+        return calls, inputs
+
+    def _record(self, tokens: Tensor, count: int) -> tuple[list[_Call], Tensor]:
+        """How the first `count` blocks are called, and the hidden states that enter them."""
+        calls: list[_Call] = []
+        entered: list[Tensor] = []
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            call, hidden = _taken_apart(args, kwargs)
+            calls.append(call)
+            entered.append(hidden)
+            if len(calls) == count:
+                raise _Enough
+            return (hidden,) if self._as_tuple else hidden
+
+        for block in self._modules:
+            block.forward = stand_in
+        try:
+            self._model(tokens.to(self._device), use_cache=False)
+        except _Enough:
+            pass
+        finally:
+            for block in self._modules:
+                del block.forward
+        if len(calls) != count or entered[0].is_meta:
+            why = "weights that come before them are missing" if calls else "they were not run"
+            raise CalibrationError(
+                f"{type(self._model).__name__}: the blocks {self.path} cannot be run: {why}"
+            )
+        return calls, entered[0]
+
+    def _invoke(self, block: nn.Module, call: _Call, hidden: Tensor) -> Any:
+        hidden = hidden.to(self._device, self._dtype)
+        if call.keyword is None:
+            return block(hidden, *call.args, **call.kwargs)
+        return block(*call.args, **call.kwargs, **{call.keyword: hidden})
+
+    def _fill_surroundings(self) -> None:
+        """Reads what is neither in a block nor the output layer, whose result nobody looks at."""
+        inside = {id(module) for block in self._modules for module in block.modules()}
+        model: Any = self._model
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is not None and head is not embedding:
+            inside.add(id(head))
+        for path, module in self._model.named_modules():
+            if id(module) not in inside:
+                self._fill_own(module, path)
+        for module in self._model.modules():  # those in blocks too: they are never read again
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self._device))
+
+    def _fill(self, module: nn.Module, path: str) -> list[str]:
+        """Reads all weights below a module; returns names that the checkpoint does not have."""
+        missing = []
+        for below, inner in module.named_modules():
+            missing += self._fill_own(inner, f"{path}.{below}" if below else path)
+        return missing
+
+    def _fill_own(self, module: nn.Module, path: str) -> list[str]:
+        missing = []
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            stored = stored_name(full, self._model.base_model_prefix, self._tensors)
+            tensor = self._tensors[stored] if stored else None
+            if tensor is None or tensor.shape != tuple(parameter.shape):
+                missing.append(full)
+            else:
+                setattr(module, name, _parameter(self._read(tensor)))
+        return missing
+
+    def _read(self, tensor: StoredTensor) -> Tensor:
+        raw = read_bytes(tensor, 0, tensor.nbytes)
+        flat = torch.frombuffer(raw, dtype=_DTYPES[tensor.dtype])
+        return flat.view(tensor.shape).to(self._device, self._dtype)
+
+
+def find_blocks(model: nn.Module, linears: Iterable[str]) -> str:
+    """Path of the one list of modules that all the linear layers lie in."""
+    lists = [path for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    owners: dict[str | None, str] = {}
+    for linear in linears:
+        owner = next((path for path in lists if linear.startswith(path + ".")), None)
+        owners.setdefault(owner, linear)
+    path, *others = owners
+    if others or path is None:
+        lying = ", ".join(f"{linear} in {owner or 'none'}" for owner, linear in owners.items())
+        raise CalibrationError(
+            f"{type(model).__name__}: the layers to sketch must lie in one list of blocks to be "
+            f"calibrated, found {lying}; --ignore leaves layers dense"
+        )
+    return path
+
+
+class _Enough(Exception):  # noqa: N818  nothing went wrong
+    """Ends a run of which all is known that is wanted."""
+
+
+def _taken_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Call, Tensor]:
+    """A call of a block without its hidden states, and these."""
+    if args:
+        return _Call(args[1:], kwargs, None), args[0]
+    rest = dict(kwargs)
+    hidden = rest.pop("hidden_states")
+    return _Call((), rest, "hidden_states"), hidden
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Whether two values are the same, whatever tensors they are made of."""
+    if isinstance(found, Tensor):
+        return isinstance(expected, Tensor) and torch.equal(found, expected)
+    if isinstance(found, _Call):
+        return _same((found.args, found.kwargs), (expected.args, expected.kwargs))
+    if isinstance(found, tuple | list):
+        return len(found) == len(expected) and all(map(_same, found, expected))
+    if isinstance(found, dict):
+        return found.keys() == expected.keys() and all(_same(found[k], expected[k]) for k in found)
+    return type(found) is type(expected)
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
