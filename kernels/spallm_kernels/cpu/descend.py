@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from .hessian import PreparedHessian
 from .nearest import fill_middles, nearest
-from .quadratic import check_shapes, gradient
+from .quadratic import Measured, check_shapes, keep_better, measure
 
 Singles = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
@@ -28,16 +28,25 @@ def descend(
     """Codes, uint8 [rows, n], of no greater loss: at most `sweeps` passes over the columns.
 
     weights: float32 [rows, n]; table: float32 [rows, groups, entries], ascending; codes: uint8
-    [rows, n], where to start. A row whose codes no longer change is left. A code changes only
-    where that lowers the quadratic loss of the damped Hessian. Raises ValueError for shapes that
-    do not match.
+    [rows, n], where to start. A code changes only where that lowers the loss, which is that of the
+    damped Hessian. Raises ValueError for shapes that do not match.
     """
     check_shapes(weights, table, codes, hessian.columns)
-    slopes = gradient(weights, table, codes, hessian.full)
-    codes = codes.copy()
-    diagonal = np.ascontiguousarray(hessian.single.diagonal())
+    start = measure(weights, table, codes, hessian.full)
+    end = measure(weights, table, descend_from(start, hessian, sweeps), hessian.full)
+    return keep_better(start, end).codes
+
+
+def descend_from(start: Measured, hessian: PreparedHessian, sweeps: int) -> Codes:
+    """Codes after the sweeps; rounding of slopes may have raised a loss by parts in a million."""
+    codes = start.codes.copy()
     _descend_rows(
-        np.ascontiguousarray(table), codes, slopes, hessian.single, diagonal, np.int64(sweeps)
+        np.ascontiguousarray(start.table),
+        codes,
+        start.slopes.copy(),
+        hessian.single,
+        hessian.single.diagonal().copy(),
+        sweeps,
     )
     return codes
 

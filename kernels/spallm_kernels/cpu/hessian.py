@@ -91,5 +91,6 @@ def importance(hessian: PreparedHessian, power: float | None) -> Singles:
 
 
 def _upper_factor(matrix: Floats) -> Floats:
-    """R, upper triangular, with matrix = R R^T: the usual factor of the reversed matrix, reversed."""
-    return np.linalg.cholesky(matrix[::-1, ::-1])[::-1, ::-1].copy()
+    """R, upper triangular, with matrix = R R^T: the factor of the reversed matrix, reversed."""
+    lower = np.linalg.cholesky(matrix[::-1, ::-1])
+    return np.array(lower[::-1, ::-1], np.float64, order="C")

@@ -19,7 +19,7 @@ def fill_middles(table: Singles, middles: Singles) -> None:
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def nearest(value: np.float32, middles: Singles) -> int:
+def nearest(value: np.float32, middles: Singles) -> np.int32:
     """Code of the entry nearest to value, the lower one of two; as `assign` does."""
     code = np.int32(0)
     for entry in range(len(middles)):
