@@ -1,4 +1,4 @@
-"""Numeric code of sketching: clustering, hashing, and the sketched linear layer.
+"""Numeric code of sketching: clustering, calibration, hashing, and the sketched linear layer.
 
 `reference` states each operation plainly, `cpu` is fast in numba, `triton` on NVIDIA GPUs. The
 names at the top are the fast ones, or choose a backend by device. Importing this package imports
@@ -12,30 +12,56 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cpu.assign import assign, squared_error
+    from .cpu.calibrated import Fitted, fit
+    from .cpu.compensate import compensate
+    from .cpu.descend import descend
     from .cpu.hashing import hash_codes, hash_table
+    from .cpu.hessian import PreparedHessian, importance, prepare_hessian
     from .cpu.kmeans import kmeans
+    from .cpu.least_squares import least_squares
+    from .cpu.quadratic import look_up, quadratic_loss
     from .dispatch import choose_backend
     from .linear import dequantize, lut_linear
 
 __all__ = [
+    "Fitted",
+    "PreparedHessian",
     "assign",
     "choose_backend",
+    "compensate",
     "dequantize",
+    "descend",
+    "fit",
     "hash_codes",
     "hash_table",
+    "importance",
     "kmeans",
+    "least_squares",
+    "look_up",
     "lut_linear",
+    "prepare_hessian",
+    "quadratic_loss",
     "squared_error",
 ]
 
 _HOMES = {
+    "Fitted": "cpu.calibrated",
+    "PreparedHessian": "cpu.hessian",
     "assign": "cpu.assign",
     "choose_backend": "dispatch",
+    "compensate": "cpu.compensate",
     "dequantize": "linear",
+    "descend": "cpu.descend",
+    "fit": "cpu.calibrated",
     "hash_codes": "cpu.hashing",
     "hash_table": "cpu.hashing",
+    "importance": "cpu.hessian",
     "kmeans": "cpu.kmeans",
+    "least_squares": "cpu.least_squares",
+    "look_up": "cpu.quadratic",
     "lut_linear": "linear",
+    "prepare_hessian": "cpu.hessian",
+    "quadratic_loss": "cpu.quadratic",
     "squared_error": "cpu.assign",
 }
 
