@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +24,12 @@ from spallm_kernels import assign, hash_codes, hash_table, kmeans, squared_error
 
 @dataclass(frozen=True)
 class SketchedRows:
-    """index_map: uint8 [rows, row_bytes]; table: [rows, groups, 2^bits] as stored on disk;
-    sums: float64 [rows, 2], squared error and squared norm of each row."""
+    """index_map: uint8 [rows, row_bytes]; table: [rows, groups, 2^bits] as stored on disk, rounded:
+    the same in float32; sums: float64 [rows, 2], squared error and squared norm of each row."""
 
     index_map: npt.NDArray[np.uint8]
     table: npt.NDArray[Any]
+    rounded: npt.NDArray[np.float32]
     sums: npt.NDArray[np.float64]
 
 
@@ -42,25 +45,44 @@ def sketch_rows(
     weights that are not finite, OverflowError for tables that are not in their stored dtype.
     """
     importance = np.ones((1, module.in_features), np.float32)
-    dtype = TABLE_DTYPES[metadata.table_dtype]
     groups, bits = module.groups_per_row, module.bits
     if metadata.mapping == "hash":
-        wide = hash_table(weights, importance, groups, bits, metadata.hash_seed, first_row)
-        codes = hash_codes(len(weights), module.in_features, bits, metadata.hash_seed, first_row)
-        table = from_float32(wide, dtype)
-        index_map = np.empty((len(weights), 0), np.uint8)
-    else:
-        wide, _ = kmeans(weights, importance, groups, module.entries)
-        table = from_float32(wide, dtype)
-        codes = assign(weights, _widened(table, dtype))
-        index_map = pack(codes, bits)
-        assert index_map.shape[1] == row_bytes(module.in_features, bits)
-    stored = _widened(table, dtype)
-    held = np.isfinite(stored).all(axis=(1, 2))
+        seed = metadata.hash_seed
+        codes = hash_codes(len(weights), module.in_features, bits, seed, first_row)
+        wide = hash_table(weights, importance, groups, bits, seed, first_row)
+        return store_rows(weights, wide, lambda _: codes, module, metadata, first_row)
+    wide, _ = kmeans(weights, importance, groups, module.entries)
+    nearest = functools.partial(assign, weights)
+    return store_rows(weights, wide, nearest, module, metadata, first_row)
+
+
+def store_rows(
+    weights: npt.NDArray[np.float32],
+    table: npt.NDArray[np.floating],
+    choose: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.uint8]],
+    module: SketchedModule,
+    metadata: SketchMetadata,
+    first_row: int = 0,
+) -> SketchedRows:
+    """Rows as they stand on disk: tables rounded, codes chosen for the rounded tables and packed.
+
+    table: [rows, groups, 2^bits]; choose: codes [rows, in_features] for a table of its shape.
+    Raises OverflowError for tables that are not in their stored dtype.
+    """
+    dtype = TABLE_DTYPES[metadata.table_dtype]
+    stored = from_float32(table, dtype)
+    rounded = _widened(stored, dtype)
+    held = np.isfinite(rounded).all(axis=(1, 2))
     if not held.all():
         row = first_row + int(np.argmin(held))
         raise OverflowError(f"values in row {row} that {metadata.table_dtype} tables cannot hold")
-    return SketchedRows(index_map, table, squared_error(weights, stored, codes))
+    codes = choose(rounded)
+    if metadata.mapping == "hash":
+        index_map = np.empty((len(weights), 0), np.uint8)
+    else:
+        index_map = pack(codes, module.bits)
+        assert index_map.shape[1] == row_bytes(module.in_features, module.bits)
+    return SketchedRows(index_map, stored, rounded, squared_error(weights, rounded, codes))
 
 
 def _widened(table: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:

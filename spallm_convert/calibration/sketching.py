@@ -1,0 +1,171 @@
+"""A block sketched on its own inputs: layer by layer, each fed by those before it as they are now.
+
+Linear layers that read the same tensor (query, key and value; gate and up) share its sums. Two
+streams of hidden states go through the model side by side, one through the dense blocks and one
+through the sketched ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spallm_convert.errors import CalibrationError
+from spallm_formats import SketchedModule, SketchMetadata
+
+from .blocks import Blocks
+from .layers import InputSums, SketchedLayer, sketch_layer
+
+
+class Streams(NamedTuple):
+    """Hidden states [batch, seqlen, hidden] of the text, by batch, in both models."""
+
+    dense: list[Tensor]
+    sketched: list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Linear layers with the same input: their names in the block, and calls of one per run."""
+
+    names: list[str]
+    calls: int
+
+
+@torch.no_grad()
+def sketch_block(
+    blocks: Blocks,
+    number: int,
+    layers: dict[str, SketchedModule],
+    streams: Streams,
+    metadata: SketchMetadata,
+    without: Collection[str] = (),
+) -> Iterator[tuple[str, SketchedLayer]]:
+    """Sketches layers of a block in the order in which it runs them; updates `streams` at the end.
+
+    layers: by their names in the block. Raises CalibrationError when inputs are not finite.
+    """
+    block = blocks.load(number)
+    dense = copy.deepcopy(block)
+    for stage in _stages(blocks, number, block, layers, streams.sketched[0]):
+        columns = layers[stage.names[0]].in_features
+        sums = _sum_inputs(blocks, number, (dense, block), stage, columns, streams)
+        for name in stage.names:
+            linear: Any = block.get_submodule(name)
+            weights = linear.weight.float().cpu().numpy()
+            layer = sketch_layer(weights, sums, layers[name], metadata, without)
+            linear.weight.copy_(torch.from_numpy(layer.dense))
+            yield name, layer
+    for stream, module in ((streams.dense, dense), (streams.sketched, block)):
+        for index, hidden in enumerate(stream):
+            stream[index] = blocks.run(number, module, hidden)
+    blocks.unload(number)
+
+
+@torch.no_grad()
+def replay_block(
+    blocks: Blocks, number: int, weights: dict[str, np.ndarray[Any, Any]], streams: Streams
+) -> None:
+    """Lets the streams through a block that has been sketched before, float32 weights by name."""
+    block = blocks.load(number)
+    for index, hidden in enumerate(streams.dense):
+        streams.dense[index] = blocks.run(number, block, hidden)
+    for name, dense in weights.items():
+        linear: Any = block.get_submodule(name)
+        linear.weight.copy_(torch.from_numpy(dense))
+    for index, hidden in enumerate(streams.sketched):
+        streams.sketched[index] = blocks.run(number, block, hidden)
+    blocks.unload(number)
+
+
+def _stages(
+    blocks: Blocks,
+    number: int,
+    block: nn.Module,
+    layers: Collection[str],
+    hidden: Tensor,
+) -> list[_Stage]:
+    """Layers in order of their first call, those that read the same tensor together; at the end
+    layers that are not called, such as experts that no token of the text chose."""
+    seen: list[tuple[str, Tensor]] = []
+    with contextlib.ExitStack() as stack:
+        for name in layers:
+            stack.enter_context(_on_input(block, name, lambda x, name=name: seen.append((name, x))))
+        blocks.run(number, block, hidden)
+    stages: list[tuple[Tensor | None, _Stage]] = []
+    for name, x in seen:
+        calls = sum(other == name for other, _ in seen)
+        if any(name in stage.names for _, stage in stages):
+            continue
+        if calls == 1 and stages and stages[-1][0] is x:
+            stages[-1][1].names.append(name)
+        else:
+            stages.append((x if calls == 1 else None, _Stage([name], calls)))
+    idle = [_Stage([name], 0) for name in layers if all(name != other for other, _ in seen)]
+    return [stage for _, stage in stages] + idle
+
+
+def _sum_inputs(
+    blocks: Blocks,
+    number: int,
+    modules: tuple[nn.Module, nn.Module],
+    stage: _Stage,
+    columns: int,
+    streams: Streams,
+) -> InputSums:
+    """Sums over the inputs of a stage, in the dense block and in the one that is being sketched."""
+    hessian, cross = np.zeros((2, columns, columns))
+    for before in zip(*streams, strict=True) if stage.calls else ():
+        z, x = (
+            _inputs(blocks, number, module, stage, hidden)
+            for module, hidden in zip(modules, before, strict=True)
+        )
+        hessian += (x.T @ x).double().cpu().numpy()
+        cross += (x.T @ z).double().cpu().numpy()
+    if not (np.isfinite(hessian).all() and np.isfinite(cross).all()):
+        raise CalibrationError(
+            f"{blocks.path_of(number)}.{stage.names[0]}: its inputs on the calibration text are "
+            f"not all finite"
+        )
+    return InputSums(hessian, cross)
+
+
+def _inputs(
+    blocks: Blocks, number: int, module: nn.Module, stage: _Stage, hidden: Tensor
+) -> Tensor:
+    """The inputs of a stage's layers for some hidden states, float32 [tokens, in_features]."""
+    seen: list[Tensor] = []
+
+    def note(x: Tensor) -> None:
+        seen.append(x.reshape(-1, x.shape[-1]).float())
+        if len(seen) == stage.calls:
+            raise _Enough
+
+    with _on_input(module, stage.names[0], note), contextlib.suppress(_Enough):
+        blocks.run(number, module, hidden)
+    return torch.cat(seen)
+
+
+@contextlib.contextmanager
+def _on_input(block: nn.Module, name: str, note: Any) -> Iterator[None]:
+    """Has `note` called with the input of a layer whenever the layer is run."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        note(args[0])
+
+    handle = block.get_submodule(name).register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Enough(Exception):  # noqa: N818  nothing went wrong
+    """Ends a run of a block whose rest is not wanted."""
