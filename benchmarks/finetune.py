@@ -1,18 +1,22 @@
 """Fine-tuning one dense model by several methods: sketch tables, LoRA, QLoRA, everything.
 
-All see the same examples in the same order, for as many steps, with the same optimizer and schedule.
-Every method is tried with several learning rates, each in a process of its own, and judged by its
-best one. What is measured: loss and accuracy on held-out questions, trainable parameters, the peak
-of memory while training, tokens per second. `finetune_methods.py` says what the methods are.
+All see the same examples in the same order, for as many steps, with the same optimizer and
+schedule. Every method is tried with several learning rates, each in a process of its own, and
+judged by its best one. What is measured: loss and accuracy on held-out questions, trainable
+parameters, the peak of memory while training, tokens per second. `finetune_methods.py` says what
+the methods are.
 
 The file is written after every run, and runs that it holds are not repeated: what was interrupted
 goes on when it is started again.
 
     pip install -r benchmarks/peers.txt      (for LoRA and QLoRA, and the picture)
-    python benchmarks/finetune.py --data FOLDER                 writes benchmarks/results/finetune.json
+    python benchmarks/finetune.py --data FOLDER                 writes results/finetune.json
     python benchmarks/finetune.py --data FOLDER --speed 10      adds: speed, all methods in turn
     python benchmarks/finetune.py --shape 1.3b --output FILE    random weights: memory and speed
     python benchmarks/finetune_plot.py
+
+On the CPU set OMP_NUM_THREADS to cores that nothing else uses: threads that wait for each other
+slow a step down many times over.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,8 @@ from common import RESULTS, machine, versions, write_results
 from finetune_data import TEST_FILE, TRAIN_FILE
 from finetune_methods import METHODS, PEERS, SHAPES, dense_folder, digest, sketch_folder
 from finetune_run import Job
+from finetune_runs import Row, key, open_document, planned, summarise
+from spallm_convert.demo import demo_model
 from spallm_convert.errors import SpallmError
 from spallm_formats import sha256
 
@@ -46,100 +52,6 @@ RATES = {
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "spallm-convert")
 _RUN = Path(__file__).with_name("finetune_run.py")
 _GIGA = 10**9
-
-Row = dict[str, Any]
-
-
-def rates_of(kind: str, chosen: dict[str, tuple[float, ...]]) -> tuple[float, ...]:
-    """Learning rates of a kind of method; QLoRA's are LoRA's."""
-    return chosen["lora" if kind == "qlora" else kind]
-
-
-def key(row: Row) -> tuple[str, float | None]:
-    """What a run is known by. Before training methods of one base are the same."""
-    rate = row["learning_rate"]
-    return (row["base"] if rate is None else row["method"], rate)
-
-
-def planned(
-    methods: Sequence[str], chosen: dict[str, tuple[float, ...]], *, quality: bool
-) -> list[Row]:
-    """Runs in order. Where quality is not measured one rate will do, and none before training."""
-    runs: dict[tuple[str, float | None], Row] = {}
-    for name in methods:
-        rates = rates_of(METHODS[name].kind, chosen)
-        for rate in (None, *rates) if quality else rates[:1]:
-            run = {"method": name, "base": METHODS[name].base, "learning_rate": rate}
-            runs.setdefault(key(run), run)
-    return list(runs.values())
-
-
-def summarise(runs: Iterable[Row]) -> list[Row]:
-    """Each method with the rate of its lowest held-out loss, first what was best.
-
-    A rate at the end of those tried may not be the method's best; `rate_at_end` says so. Without
-    held-out losses all runs are listed.
-    """
-    runs = [run for run in runs if run["learning_rate"] is not None and not run["diverged"]]
-    if not any("held_out" in run for run in runs):
-        return [_summary(run, [run]) for run in runs]
-    by_method: dict[str, list[Row]] = {}
-    for run in runs:
-        if run["held_out"]["loss"] is not None:
-            by_method.setdefault(run["method"], []).append(run)
-    best = [
-        _summary(min(tried, key=lambda run: run["held_out"]["loss"]), tried)
-        for tried in by_method.values()
-    ]
-    return sorted(best, key=lambda row: row["held_out_loss"])
-
-
-def _summary(run: Row, tried: Sequence[Row]) -> Row:
-    held_out = run.get("held_out", {})
-    rates = sorted(row["learning_rate"] for row in tried)
-    return {
-        "method": run["method"],
-        "learning_rate": run["learning_rate"],
-        "rate_at_end": run["learning_rate"] in (rates[0], rates[-1]),
-        "held_out_loss": held_out.get("loss"),
-        "accuracy": held_out.get("accuracy"),
-        "trainable_parameters": run["trainable_parameters"],
-        "rank": run.get("rank"),
-        "model_bytes": run["model_bytes"],
-        "peak_bytes": run["memory"]["peak_bytes"],
-        "rise_bytes": run["memory"]["rise_bytes"],
-        "tokens_per_second": run.get("tokens_per_second", {}).get("p50"),
-    }
-
-
-def open_document(path: Path, header: Row, *, fresh: bool) -> Row:
-    """The document to add to: what the file holds, when it was made in the same way."""
-    if fresh or not path.exists():
-        return header | {"runs": [], "summary": []}
-    try:
-        document: Row = json.loads(path.read_text())
-    except ValueError as error:
-        raise click.ClickException(f"{path} is not JSON: {error}") from None
-    before, now = _flat(document), _flat(header)
-    different = [
-        f"{name}: {before.get(name)!r} in the file, {now.get(name)!r} now"
-        for name in {**now, **before}
-        if before.get(name) != now.get(name)
-    ]
-    if different:
-        raise click.ClickException(
-            f"{path} was written with other settings; name another --output, or start over with "
-            f"--fresh\n  " + "\n  ".join(different)
-        )
-    return document
-
-
-def _flat(document: Row) -> Row:
-    """Settings, versions and machine with dotted names."""
-    found: Row = {"benchmark": document.get("benchmark")}
-    for part in ("settings", "versions", "machine"):
-        found |= {f"{part}.{name}": value for name, value in document.get(part, {}).items()}
-    return found
 
 
 def run_job(job: Job, scratch: Path) -> Row | None:
@@ -208,7 +120,7 @@ def _echo_speed(speed: Row) -> None:
 def _header(options: Row, dense: Path) -> Row:
     data: Path | None = options["data"]
     names = ("steps", "batch_size", "seed", "device")
-    settings: Row = {"model": options["shape"] or dense.name, "model_digest": digest(dense)}
+    settings: Row = {"model": _model_name(options), "model_digest": digest(dense)}
     settings |= {name: options[name] for name in names}
     if data is None:
         settings["tokens_per_example"] = options["tokens"]
@@ -227,6 +139,12 @@ def _header(options: Row, dense: Path) -> Row:
         "versions": versions(*(name for name in _PACKAGES if name in installed)),
         "settings": settings,
     }
+
+
+def _model_name(options: Row) -> str:
+    if options["model"] is not None:
+        return str(options["model"].resolve().name)
+    return options["shape"] or demo_model().stem
 
 
 def _check(options: Row) -> None:
@@ -249,7 +167,8 @@ def measure(options: Row, chosen: dict[str, tuple[float, ...]]) -> list[str]:
     """Carries out what the file lacks; returns the titles of the runs that failed."""
     cache, output, data = options["cache"].expanduser(), options["output"], options["data"]
     dense = dense_folder(options["model"], options["shape"], cache)
-    document = open_document(output, header := _header(options, dense), fresh=options["fresh"])
+    header = _header(options, dense)
+    document = open_document(output, header, fresh=options["fresh"])
     click.echo("preparing the sketched models")
     sketches = {
         name: str(sketch_folder(METHODS[name], dense, header["settings"]["model_digest"], cache))
@@ -265,33 +184,37 @@ def measure(options: Row, chosen: dict[str, tuple[float, ...]]) -> list[str]:
         data=None if data is None else str(data),
         **{name: options[name] for name in names},
     )
-    failed = []
     with tempfile.TemporaryDirectory() as scratch:
-        if options["speed"]:
-            speed = run_job(replace(job, steps=options["speed"] + 1, in_turn=True), Path(scratch))
-            if speed is None:
-                return ["speed"]
-            _echo_speed(speed)
-            write_results(output, document | {"speed": speed})
-            return []
-        done = {key(row) for row in document["runs"]}
-        runs = planned(options["methods"], chosen, quality=data is not None)
-        todo = [run for run in runs if key(run) not in done]
-        click.echo(f"{len(todo)} runs to do, {len(runs) - len(todo)} in {output} already")
-        for number, run in enumerate(todo, start=1):
-            rate = run["learning_rate"]
-            title = (
-                f"{run['base']} before training" if rate is None else f"{run['method']} {rate:g}"
-            )
-            click.echo(f"{number} of {len(todo)}: {title}")
-            row = run_job(replace(job, methods=(run["method"],), learning_rate=rate), Path(scratch))
-            if row is None:
-                failed.append(title)
-                continue
-            document["runs"].append(run | row)
-            document["summary"] = summarise(document["runs"])
-            write_results(output, document)
-            _echo_row(row)
+        if not options["speed"]:
+            return _carry_out(job, chosen, document, output, Path(scratch))
+        speed = run_job(replace(job, steps=options["speed"] + 1, in_turn=True), Path(scratch))
+        if speed is None:
+            return ["speed"]
+        _echo_speed(speed)
+        write_results(output, document | {"speed": speed})
+        return []
+
+
+def _carry_out(
+    job: Job, chosen: dict[str, tuple[float, ...]], document: Row, output: Path, scratch: Path
+) -> list[str]:
+    done = {key(row) for row in document["runs"]}
+    runs = planned(job.methods, chosen, quality=job.data is not None)
+    todo = [run for run in runs if key(run) not in done]
+    click.echo(f"{len(todo)} runs to do, {len(runs) - len(todo)} in {output} already")
+    failed = []
+    for number, run in enumerate(todo, start=1):
+        rate = run["learning_rate"]
+        title = f"{run['base']} before training" if rate is None else f"{run['method']} {rate:g}"
+        click.echo(f"{number} of {len(todo)}: {title}")
+        row = run_job(replace(job, methods=(run["method"],), learning_rate=rate), scratch)
+        if row is None:
+            failed.append(title)
+            continue
+        document["runs"].append(run | row)
+        document["summary"] = summarise(document["runs"])
+        write_results(output, document)
+        _echo_row(row)
     return failed
 
 
@@ -326,7 +249,7 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
     default=lambda: "cuda" if torch.cuda.is_available() else "cpu",
     show_default="cuda where there is one",
 )
-@click.option("--speed", type=click.IntRange(1), help="Rounds in turn, and nothing else.")
+@click.option("--speed", type=click.IntRange(1), help="Rounds in turn, nothing else.")
 @click.option(
     "--cache",
     type=click.Path(path_type=Path, file_okay=False),

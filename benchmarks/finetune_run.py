@@ -1,4 +1,4 @@
-"""One run of the fine-tuning benchmark, in a process of its own so that its peak of memory is known.
+"""One run of the fine-tuning benchmark, in a process of its own: its peak of memory is known then.
 
     python benchmarks/finetune_run.py JOB.json RESULT.json      as benchmarks/finetune.py starts it
 
@@ -59,7 +59,7 @@ class Job:
 
 
 class Training:
-    """A model with its optimizer, one step at a time: AdamW, no decay, clipped at 1, linear rate."""
+    """A model with its optimizer, a step at a time: AdamW, no decay, clipped at 1, linear rate."""
 
     def __init__(self, model: Any, learning_rate: float, steps: int) -> None:
         self.model = model
