@@ -95,7 +95,8 @@ def _echo_row(row: Row) -> None:
     parts = [f"{row['trainable_parameters'] / 1e6:.2f} M trained"]
     if held_out.get("loss") is not None:
         parts.append(
-            f"held-out loss {held_out['loss']:.4f}, accuracy {100 * held_out['accuracy']:.1f} %"
+            f"held-out loss {held_out['loss']:.4f}, of options {held_out['option_loss']:.3f}, "
+            f"accuracy {100 * held_out['accuracy']:.1f} %"
         )
     if row.get("diverged"):
         parts.append("diverged")

@@ -145,9 +145,14 @@ def offered(record: dict[str, Any]) -> list[str]:
 def evaluate(
     model: Any, data: Data, batch_size: int, autocast: AbstractContextManager[Any]
 ) -> dict[str, float]:
-    """Mean loss per answer token, and the share of questions whose right option is likeliest."""
+    """What a model makes of the held-out questions.
+
+    loss: mean per token of the answers, as in training; most of these tokens are the same in every
+    answer. option_loss: of choosing among a question's options by their likelihoods, ln(4) by
+    chance where there are four. accuracy: share of questions whose right option is the likeliest.
+    """
     model.eval()
-    loss = tokens = right = 0.0
+    loss = tokens = option_loss = right = 0.0
     device = next(model.parameters()).device
     for start in range(0, len(data.questions), batch_size):
         part = data.questions[start : start + batch_size]
@@ -164,8 +169,14 @@ def evaluate(
             for option in question.options:
                 row = own if _is_carried(question, option) else next(scores)
                 found.append(_likelihood(row, len(lead), option))
+            option_loss -= float(log_softmax(torch.tensor(found), dim=0)[question.right])
             right += max(range(len(found)), key=found.__getitem__) == question.right
-    return {"loss": loss / tokens, "accuracy": right / len(data.questions)}
+    count = len(data.questions)
+    return {
+        "loss": loss / tokens,
+        "option_loss": option_loss / count,
+        "accuracy": right / count,
+    }
 
 
 def _prompt(example: Example) -> list[int]:

@@ -24,9 +24,13 @@ _STYLES = {
     "full": ("tab:gray", "D", "all parameters"),
 }
 _GIGA = 1e9
-_LINE = 13  # points between labels, above their font size
-_ASIDE = 14  # points between a point and its label
+# In points, for labels of 8 points:
+_CHARACTER, _HEIGHT = 4.6, 10.0
+_MARKER = 5.0  # half the side of a point's box
+_ASIDE = 9.0  # from a point to its label
+_LEVELS = (0, 1, -1, 2, -2, 3, -3, 4, -4)  # lines up or down that a label may make way
 
+Box = tuple[float, float, float, float]
 Row = dict[str, Any]
 
 
@@ -74,15 +78,14 @@ def draw(document: dict[str, Any], output: Path) -> None:
     axes.grid(visible=True, linewidth=0.3)
     axes.set_xlabel("peak memory while training, GB")
     axes.set_ylabel("held-out loss")
-    axes.legend(fontsize=8)
-    _label(axes, document["summary"])
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
     settings = document["settings"]
     axes.set_title(
         f"{settings['model']}: {settings['steps']} steps of {settings['batch_size']} examples, "
         f"each method at its best learning rate",
         fontsize=9,
     )
-    figure.tight_layout()
+    _label(axes, document["summary"])
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, metadata={"Date": None})
     pyplot.close(figure)
@@ -93,31 +96,36 @@ def point(row: Row) -> tuple[float, float]:
 
 
 def _label(axes: Any, rows: list[Row]) -> None:
-    """Names beside the points, right of them; where lines would overlap, further down.
-
-    Lines are thin enough that only labels of points near each other have to make way.
-    """
+    """Names right or left of the points, at the nearest level where nothing else is."""
+    axes.figure.tight_layout()
     points_per_pixel = 72 / axes.figure.dpi
-    below = sorted(rows, key=lambda row: (-row["held_out_loss"], row["peak_bytes"]))
-    placed: list[tuple[float, float, float]] = []
-    for row in below:
-        x, y = axes.transData.transform(point(row)) * points_per_pixel
-        text = name(row)
-        left, level, width = x + _ASIDE, y, 4.6 * len(text)
-        for other_left, other_level, other_width in placed:
-            aside = left > other_left + other_width or other_left > left + width
-            if not aside and abs(level - other_level) < _LINE:
-                level = other_level - _LINE
-        placed.append((left, level, width))
+    places = [axes.transData.transform(point(row)) * points_per_pixel for row in rows]
+    taken = [(x - _MARKER, y - _MARKER, x + _MARKER, y + _MARKER) for x, y in places]
+    for row, (x, y) in zip(rows, places, strict=True):
+        width = _CHARACTER * len(name(row))
+        boxes = [
+            (left, middle - _HEIGHT / 2, left + width, middle + _HEIGHT / 2)
+            for level in _LEVELS
+            for middle in (y + level * _HEIGHT,)
+            for left in (x + _ASIDE, x - _ASIDE - width)
+        ]
+        box = next((box for box in boxes if not any(_overlap(box, o) for o in taken)), boxes[0])
+        taken.append(box)
+        is_right = box[0] > x
         axes.annotate(
-            text,
+            name(row),
             point(row),
-            xytext=(_ASIDE, level - y),
+            xytext=((box[0] if is_right else box[2]) - x, (box[1] + box[3]) / 2 - y),
             textcoords="offset points",
             fontsize=8,
+            horizontalalignment="left" if is_right else "right",
             verticalalignment="center",
-            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "tab:gray"},
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "tab:gray", "shrinkA": 0},
         )
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def name(row: Row) -> str:

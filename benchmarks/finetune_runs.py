@@ -65,6 +65,7 @@ def _summary(run: Row, tried: Sequence[Row]) -> Row:
         "learning_rate": run["learning_rate"],
         "rate_at_end": run["learning_rate"] in (rates[0], rates[-1]),
         "held_out_loss": held_out.get("loss"),
+        "option_loss": held_out.get("option_loss"),
         "accuracy": held_out.get("accuracy"),
         "trainable_parameters": run["trainable_parameters"],
         "rank": run.get("rank"),
