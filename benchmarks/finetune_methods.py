@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,7 @@ def dense_folder(model: Path | None, shape: str | None, cache: Path) -> Path:
     folder = cache / f"random-{shape}"
     done = cache / f"random-{shape}.complete"
     if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
         cache.mkdir(parents=True, exist_ok=True)
         write_checkpoint(folder, SHAPES[shape])
         done.touch()
