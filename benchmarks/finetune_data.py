@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -29,13 +30,14 @@ Example = dict[str, Any]
 
 _EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "finetune.py"
 _FORMAT = "Answer format:"
+_SPELLED = re.compile(r"\bAnswer(\d+): ")
 
 
 @dataclass(frozen=True)
 class Question:
     """A held-out record: its example as in training, the token ids of every option, the right one.
 
-    An option is the whole completion ("the correct answer is answer2") without the final token.
+    An option is the whole completion without the final token.
     """
 
     example: Example
@@ -71,7 +73,7 @@ def load_data(
     paths = [folder / name for name in (TRAIN_FILE, TEST_FILE)]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise OptionError(f"{folder} has no {' and no '.join(missing)}")
-    train, test = (example.read_records(str(path)) for path in paths)
+    train, test = ([in_words(r) for r in example.read_records(str(path))] for path in paths)
     if len(test) < held_out:
         raise OptionError(f"{paths[1]} has {len(test)} records, {held_out} are to be held out")
     encoded = example.encode(train, tokenizer, max_length)
@@ -119,6 +121,27 @@ def example_order(examples: int, count: int, seed: int) -> list[int]:
     return order[:count]
 
 
+def in_words(record: dict[str, Any]) -> dict[str, Any]:
+    """A question that spells its options out, with the right one's words for an answer.
+
+    A small model has an idea of the words and none of the number of an option: it takes thousands
+    of examples until anything but the form of an answer is learned. Other records stay as they are.
+    """
+    question, _, rest = record["instruction"].partition("\n\nAnswer1: ")
+    if not rest:
+        return record
+    spelled = _SPELLED.split("Answer1: " + rest.split("\n\n" + _FORMAT)[0])[1:]
+    options = dict(zip(spelled[::2], map(str.strip, spelled[1::2]), strict=True))
+    question = question.partition("to the question: ")[2] or question
+    answer = options[record["answer"].removeprefix("answer")]
+    return {
+        "instruction": question,
+        "output": answer,
+        "answer": answer,
+        "options": [*options.values()],
+    }
+
+
 def ask(record: dict[str, Any], tokenizer: Any, max_length: int) -> Question | None:
     """A record as a question; None when it is overlong."""
     options, answer, output = offered(record), record["answer"], record["output"]
@@ -136,7 +159,9 @@ def ask(record: dict[str, Any], tokenizer: Any, max_length: int) -> Question | N
 
 
 def offered(record: dict[str, Any]) -> list[str]:
-    """Options of a record, which ends with "Answer format: answer1/answer2/..."."""
+    """Options of a record: its own, or those after "Answer format: answer1/answer2/..."."""
+    if "options" in record:
+        return list(record["options"])
     _, found, options = record["instruction"].rpartition(_FORMAT)
     return [option.strip() for option in options.split("/")] if found else []
 
@@ -147,8 +172,7 @@ def evaluate(
 ) -> dict[str, float]:
     """What a model makes of the held-out questions.
 
-    loss: mean per token of the answers, as in training; most of these tokens are the same in every
-    answer. option_loss: of choosing among a question's options by their likelihoods, ln(4) by
+    loss: mean per token of the answers, as in training. option_loss: of choosing among a question's options by their likelihoods, ln(4) by
     chance where there are four. accuracy: share of questions whose right option is the likeliest.
     """
     model.eval()

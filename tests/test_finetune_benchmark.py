@@ -273,6 +273,19 @@ def test_records_that_offer_no_options_are_refused(tokenizer, data, tmp_path):
         load_data(data, tokenizer, held_out=4, **options)
 
 
+def test_options_that_are_spelled_out_are_answers_in_words():
+    from finetune_data import in_words, offered
+
+    spelled = record(1, "answer2") | {
+        "instruction": "Please choose the correct answer to the question: What is red?\n\n"
+        "Answer1: the sky Answer2: a rose: Answer3: 3 \n\nAnswer format: answer1/answer2/answer3"
+    }
+    found = in_words(spelled)
+    assert (found["instruction"], found["output"]) == ("What is red?", "a rose:")
+    assert offered(found) == ["the sky", "a rose:", "3"]
+    assert in_words(record(1, "answer1")) == record(1, "answer1")
+
+
 def test_the_matched_rank_is_the_largest_within_the_tables_parameters():
     from finetune_methods import METHODS, adapter_parameters, matched_rank, table_entries
 
