@@ -126,12 +126,13 @@ def _ours(importance: Singles, clusters: int) -> Callable[[Singles], Floats]:
 def _scikit_learn(importance: Singles, clusters: int, pool: Pool) -> Callable[[Singles], Floats]:
     def run(weights: Singles) -> Floats:
         tasks = [(row[:, None], importance, clusters) for row in weights]
-        return np.stack(list(pool.imap(_fit_row, tasks)))
+        return np.stack(list(pool.imap(fit_row, tasks)))
 
     return run
 
 
-def _fit_row(task: tuple[Singles, Singles, int]) -> Singles:
+def fit_row(task: tuple[Singles, Singles, int]) -> Singles:
+    """Centroids of one row: values [n, 1], importance and clusters; called as LeanQuant does."""
     from sklearn.cluster import KMeans
 
     values, importance, clusters = task

@@ -1,5 +1,7 @@
 """Calibrated sketching in torch gives what numba gives; here on the CPU."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -102,3 +104,27 @@ def test_look_up_and_loss_match():
     np.testing.assert_allclose(
         batched.quadratic_loss(weights, dense, hessian.full), losses(*arrays), rtol=1e-9
     )
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_fit_matches(shape):
+    (array, _, _, prepared), (weights, _, _, hessian) = layer(*shape, dead=(1,))
+    _, _, groups, bits = shape
+    powers = (2.0, None)
+    tables = [
+        spallm_kernels.kmeans(array, spallm_kernels.importance(prepared, power), groups, 2**bits)[
+            0
+        ].astype(np.float32)
+        for power in powers
+    ]
+    expected = spallm_kernels.fit(array, prepared, groups, 2**bits, powers=powers)
+    table, codes, steps = batched.fit(weights, [torch.from_numpy(t) for t in tables], hessian)
+    assert steps[0][1] == pytest.approx(expected.losses[0][1], rel=1e-9)
+    assert [name for name, _ in steps[:4]] == [name for name, _ in expected.losses[:4]]
+    assert all(after <= before for (_, before), (_, after) in itertools.pairwise(steps))
+    total = losses(array, table, codes, prepared).sum()
+    assert total == pytest.approx(steps[-1][1], rel=1e-9)
+    # Rows whose codes once differ end elsewhere, about as well.
+    assert total == pytest.approx(expected.losses[-1][1], rel=0.01)
+    with pytest.raises(ValueError, match="tables"):
+        batched.fit(weights, [], hessian)

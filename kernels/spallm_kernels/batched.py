@@ -7,7 +7,9 @@ torch's default (`torch.backends.cuda.matmul.allow_tf32` false). Needs torch alo
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -196,6 +198,101 @@ def _solve(
     lower = torch.where(failed[:, None, None] > 0, torch.eye(lower.shape[1]).to(lower), lower)
     steps = torch.cholesky_solve(right.reshape(rows, -1, 1), lower)[:, :, 0]
     return torch.where(failed[:, None] > 0, 0, steps)
+
+
+def fit(
+    weights: Tensor,
+    tables: Sequence[Tensor],
+    hessian: PreparedHessian,
+    *,
+    compensation: bool = True,
+    refit: bool = True,
+    rounds: int = 5,
+    sweeps: int = 3,
+    tolerance: float = 3e-3,
+) -> tuple[Tensor, Tensor, list[tuple[str, float]]]:
+    """Table, codes and the loss after every step, as `cpu.calibrated.fit` from tables on.
+
+    weights: float32 [rows, n]; tables: one or more, float32 [rows, groups, entries], ascending, as
+    `kmeans` finds them for several powers; clustering itself stays on the CPU.
+    """
+    best: _Sketched | None = None
+    steps: list[tuple[str, float]] = []
+    for table in tables:
+        trials = [("k-means", _assign(weights, table))]
+        if compensation:
+            trials.append(("compensate", compensate(weights, table, hessian)))
+        for name, codes in trials:
+            trial = _measured(weights, table, codes, hessian)
+            best = trial if best is None else _better(best, trial)
+            steps.append((name, float(best.losses.sum())))
+    if best is None:
+        raise ValueError("tables must hold at least one, found none")
+    active = torch.arange(len(weights), device=weights.device)
+    for _ in range(rounds):
+        before = best.losses[active]
+        part = _Sketched(*(whole[active] for whole in best))
+        for name, after in _round(weights[active], part, hessian, compensation, refit, sweeps):
+            for whole, rows in zip(best, after, strict=True):
+                whole[active] = rows
+            steps.append((name, float(best.losses.sum())))
+        active = active[before - best.losses[active] > tolerance * before]
+        if len(active) == 0:
+            break
+    return best.table, best.codes, steps
+
+
+class _Sketched(NamedTuple):
+    table: Tensor
+    codes: Tensor
+    losses: Tensor
+
+
+def _round(
+    weights: Tensor,
+    state: _Sketched,
+    hessian: PreparedHessian,
+    compensation: bool,
+    refit: bool,
+    sweeps: int,
+) -> Iterator[tuple[str, _Sketched]]:
+    """Every step's name and the rows after it."""
+
+    def better(table: Tensor, codes: Tensor) -> _Sketched:
+        return _better(state, _measured(weights, table, codes, hessian))
+
+    if refit:
+        state = better(*least_squares(weights, state.table, state.codes, hessian))
+        yield "least squares", state
+        if compensation:
+            state = better(state.table, compensate(weights, state.table, hessian))
+            yield "compensate", state
+    if sweeps:
+        state = better(state.table, descend(weights, state.table, state.codes, hessian, sweeps))
+        yield "descend", state
+
+
+def _measured(weights: Tensor, table: Tensor, codes: Tensor, hessian: PreparedHessian) -> _Sketched:
+    losses = quadratic_loss(weights, look_up(table, codes), hessian.full)
+    return _Sketched(table.clone(), codes, losses)
+
+
+def _better(old: _Sketched, new: _Sketched) -> _Sketched:
+    better = new.losses < old.losses
+    return _Sketched(
+        torch.where(better[:, None, None], new.table, old.table),
+        torch.where(better[:, None], new.codes, old.codes),
+        torch.where(better, new.losses, old.losses),
+    )
+
+
+def _assign(weights: Tensor, table: Tensor) -> Tensor:
+    """Codes, uint8 [rows, n], of the nearest entries."""
+    grouped = weights.reshape(*table.shape[:2], -1)
+    codes = torch.zeros_like(grouped, dtype=torch.uint8)
+    for middle in _middles(table).unbind(2):
+        codes += grouped > middle[:, :, None]
+    return codes.reshape(weights.shape)
 
 
 def _slopes_and_losses(weights: Tensor, dense: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:

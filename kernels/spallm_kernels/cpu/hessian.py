@@ -20,6 +20,9 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
 
+#: Rows that are checked at a time, so that the check takes no memory to speak of.
+_BLOCK = 256
+
 
 @dataclass(frozen=True, eq=False)
 class PreparedHessian:
@@ -61,7 +64,8 @@ def prepare_hessian(hessian: npt.NDArray[np.floating], damping: float) -> Prepar
     diagonal = full.diagonal().copy()
     if (diagonal < 0).any():
         raise ValueError(f"a Hessian's diagonal must not be negative, found {diagonal.min()}")
-    asymmetry = np.abs(full - full.T).max()
+    blocks = [slice(first, first + _BLOCK) for first in range(0, len(full), _BLOCK)]
+    asymmetry = max(np.abs(full[rows] - full.T[rows]).max() for rows in blocks)
     if asymmetry > 1e-3 * diagonal.max():
         raise ValueError(f"a Hessian must be symmetric, found entries that differ by {asymmetry}")
     full[np.diag_indices_from(full)] += damping * diagonal.mean() if diagonal.any() else 1.0

@@ -136,12 +136,17 @@ def _solve(matrix: Floats, right: Floats, ridge: float) -> bool:
 
 @numba.njit(cache=True, nogil=True)
 def _sort_table(table: Singles, codes: Codes) -> None:
-    """Sorts the entries of one group and renames its codes."""
+    """Sorts the entries of one group and renames its codes, by insertion."""
     entries = len(table)
-    order = np.argsort(table, kind="mergesort")
+    order = np.arange(entries)
+    for i in range(1, entries):
+        value, name, place = table[i], order[i], i
+        while place > 0 and table[place - 1] > value:
+            table[place], order[place] = table[place - 1], order[place - 1]
+            place -= 1
+        table[place], order[place] = value, name
     names = np.empty(entries, np.uint8)
     for place in range(entries):
         names[order[place]] = place
-    table[:] = table[order]
     for i in range(len(codes)):
         codes[i] = names[codes[i]]
