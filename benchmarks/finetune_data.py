@@ -172,8 +172,9 @@ def evaluate(
 ) -> dict[str, float]:
     """What a model makes of the held-out questions.
 
-    loss: mean per token of the answers, as in training. option_loss: of choosing among a question's options by their likelihoods, ln(4) by
-    chance where there are four. accuracy: share of questions whose right option is the likeliest.
+    loss: mean per token of the answers, as in training. option_loss: of choosing among a question's
+    options by their likelihoods, ln(4) by chance where there are four. accuracy: share of questions
+    whose right option is the likeliest.
     """
     model.eval()
     loss = tokens = option_loss = right = 0.0
