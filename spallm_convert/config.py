@@ -19,6 +19,10 @@ AUTO = "auto"
 AUTO_COLUMNS = 1024
 AUTO_MAX_GROUPS = 4
 
+#: Steps of calibrated sketching that can be left out: targets that make up for layers before, codes
+#: that make up for each other, tables solved for their codes, codes improved one at a time.
+STEPS = ("correction", "compensation", "least-squares", "descent")
+
 _SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -32,18 +36,27 @@ class SketchConfig:
         layer's columns, or "auto".
     mapping: "cluster" (index map from exact 1-D k-means) or "hash" (computed, not stored).
     table_dtype: "bfloat16", "float16" or "float32" on disk.
-    hash_seed: of the hash mapping, 0 to 2^32 - 1.
+    seed: of the hash mapping and of the draw from the calibration text, 0 to 2^32 - 1.
     ignore: patterns, as in a shell, of module paths to leave dense.
     max_shard_size: of the files written, as "5GB" or in bytes; units are powers of 1000.
+    calibration: text to sketch for, as `calibration.text.read_documents` takes it; None: sketches
+        depend on the weights alone. samples, seqlen: how much of it, so many times so many tokens.
+    without: of STEPS, what calibration leaves out.
+    fallback: sketch without calibration a model that cannot be gone through block by block.
     """
 
     bits: int = 4
     groups_per_row: int | str = AUTO
     mapping: str = "cluster"
     table_dtype: str = "bfloat16"
-    hash_seed: int = 0
+    seed: int = 0
     ignore: tuple[str, ...] = ()
     max_shard_size: str | int = "5GB"
+    calibration: str | None = None
+    samples: int = 128
+    seqlen: int = 512
+    without: tuple[str, ...] = ()
+    fallback: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -57,17 +70,33 @@ class SketchConfig:
         if not isinstance(self.table_dtype, str) or self.table_dtype not in TABLE_DTYPES:
             accepted = tuple(TABLE_DTYPES)
             problems.append(f"table_dtype must be one of {accepted}, found {self.table_dtype!r}")
-        if not (type(self.hash_seed) is int and 0 <= self.hash_seed < 2**32):
-            problems.append(f"hash_seed must be 0 to 2^32 - 1, found {self.hash_seed!r}")
+        if not (type(self.seed) is int and 0 <= self.seed < 2**32):
+            problems.append(f"seed must be 0 to 2^32 - 1, found {self.seed!r}")
         if isinstance(self.ignore, str):
             problems.append(f"ignore must be a sequence of patterns, found {self.ignore!r}")
         try:
             parse_size(self.max_shard_size)
         except OptionError as error:
             problems.append(f"max_shard_size: {error}")
+        problems += self._calibration_problems()
         if problems:
             raise OptionError("; ".join(problems))
         object.__setattr__(self, "ignore", tuple(self.ignore))
+        object.__setattr__(self, "without", tuple(self.without))
+
+    def _calibration_problems(self) -> list[str]:
+        problems = []
+        for name, least in (("samples", 1), ("seqlen", 2)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                problems.append(f"{name} must be at least {least}, found {value!r}")
+        if isinstance(self.without, str) or not set(self.without) <= set(STEPS):
+            problems.append(f"without must be some of {STEPS}, found {self.without!r}")
+        if self.calibration is None and (self.without or self.fallback):
+            problems.append("without and fallback are for a conversion with calibration")
+        if self.calibration is not None and self.mapping == "hash":
+            problems.append("calibration is for the mapping 'cluster', found 'hash'")
+        return problems
 
     @property
     def max_shard_bytes(self) -> int:
@@ -86,7 +115,7 @@ class SketchConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The options as they stand in `conversion.json`."""
-        return asdict(self) | {"ignore": list(self.ignore)}
+        return asdict(self) | {"ignore": list(self.ignore), "without": list(self.without)}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> SketchConfig:

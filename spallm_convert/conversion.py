@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -36,13 +36,19 @@ from spallm_formats import (
     to_json,
 )
 
+from .calibration.calibrate import CalibratedModules, calibrate, draw_tokens, open_blocks
 from .card import CARD_FILE, model_card
 from .config import SketchConfig
-from .errors import FormatError, OptionError, SourceError, SpallmError
+from .errors import CalibrationError, FormatError, OptionError, SourceError, SpallmError
 from .plan import Plan, make_plan
 from .report import REPORT_FILE, Report, identity, make_report
 from .sketch import sketch_rows
 from .source import DenseCheckpoint, Source, find_here, locate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CALIBRATED = "calibrated"
 
 #: Weights sketched, and bytes copied, at a time: large enough to keep all cores busy.
 BLOCK_WEIGHTS = 1 << 23
@@ -103,7 +109,10 @@ def convert(
 
     # A plan costs nothing beside hashing the source, so what cannot work is refused first.
     ready = None if source.is_gguf else planned(folder)
-    same = identity(config, source.identity())
+    tokens = None
+    if config.calibration is not None:
+        tokens = draw_tokens(source, config, trust_remote_code=trust_remote_code)
+    same = identity(config, source.identity(), tokens)
     older = _older_report(folder)
     if resume and is_whole and older and older.has_identity(same):
         remove_leftovers(folder)
@@ -113,7 +122,14 @@ def convert(
             staging.finish_publishing()
         else:
             checkpoint, plan = ready or planned(staging.scratch("source"))
-            report = _carry_out(staging, plan, same, progress or _Silent())
+            progress = progress or _Silent()
+            progress.start(plan.sketched_weights)
+            sketches = None
+            if tokens is not None:
+                sketches = _calibrated(
+                    staging, checkpoint, plan, config, tokens, progress, trust_remote_code
+                )
+            report = _carry_out(staging, plan, same, sketches, progress)
             _publish(staging, source, checkpoint, plan, report, older)
     written = Report.read(folder)
     assert written is not None
@@ -143,16 +159,42 @@ def plan_conversion(
         return make_plan(checkpoint, config, trust_remote_code=trust_remote_code)
 
 
-def _carry_out(staging: Staging, plan: Plan, same: dict[str, Any], progress: Progress) -> Report:
+def _calibrated(
+    staging: Staging,
+    checkpoint: DenseCheckpoint,
+    plan: Plan,
+    config: SketchConfig,
+    tokens: Tensor,
+    progress: Progress,
+    trust_remote_code: bool,
+) -> CalibratedModules | None:
+    """Every module sketched for the text; None for a model that is not fit, if that is fine."""
+    _check_space(staging, plan)
+    try:
+        blocks = open_blocks(checkpoint, plan, tokens, trust_remote_code=trust_remote_code)
+    except CalibrationError:
+        if not config.fallback:
+            raise
+        return None
+    folder = staging.scratch(_CALIBRATED, worth_keeping=True)
+    return calibrate(blocks, plan, config, folder, progress.advance)
+
+
+def _carry_out(
+    staging: Staging,
+    plan: Plan,
+    same: dict[str, Any],
+    sketches: CalibratedModules | None,
+    progress: Progress,
+) -> Report:
     """Writes every shard that is not there yet; returns the report on all of them."""
     _check_space(staging, plan)
-    progress.start(plan.sketched_weights)
     records = {}
     for shard in plan.shards:
         record = staging.record(shard)
         if record is None:
-            record = _write_shard(staging, shard, plan, progress)
-        else:
+            record = _write_shard(staging, shard, plan, sketches, progress)
+        elif sketches is None:
             for name in record["modules"]:
                 progress.advance(plan.metadata.modules[name].weights, name)
         records[shard.filename] = record
@@ -192,7 +234,13 @@ def _older_report(folder: Path) -> Report | None:
         return None
 
 
-def _write_shard(staging: Staging, shard: Shard, plan: Plan, progress: Progress) -> dict[str, Any]:
+def _write_shard(
+    staging: Staging,
+    shard: Shard,
+    plan: Plan,
+    sketches: CalibratedModules | None,
+    progress: Progress,
+) -> dict[str, Any]:
     record: dict[str, Any] = {"modules": {}}
     with staging.write_shard(shard, record) as file:
         for name in shard.tensors:
@@ -200,7 +248,11 @@ def _write_shard(staging: Staging, shard: Shard, plan: Plan, progress: Progress)
                 _copy(plan.kept[name], file)
             elif name.endswith(TABLE_SUFFIX):
                 module = name.removesuffix(TABLE_SUFFIX)
-                record["modules"][module] = _sketch(module, plan, file, progress)
+                record["modules"][module] = (
+                    _store(module, sketches, file)
+                    if sketches
+                    else _sketch(module, plan, file, progress)
+                )
     return record
 
 
@@ -209,6 +261,14 @@ def _copy(tensor: StoredTensor, file: ShardFile) -> None:
         file.write(
             tensor.name, start, _read(tensor, start, min(start + _BLOCK_BYTES, tensor.nbytes))
         )
+
+
+def _store(name: str, sketches: CalibratedModules, file: ShardFile) -> tuple[float, ...]:
+    """Writes a module that has been sketched before; returns its sums."""
+    module = sketches.read(name)
+    file.write(name + INDEX_MAP_SUFFIX, 0, module.index_map)
+    file.write(name + TABLE_SUFFIX, 0, module.table)
+    return module.sums
 
 
 def _sketch(name: str, plan: Plan, file: ShardFile, progress: Progress) -> tuple[float, float]:

@@ -164,6 +164,12 @@ def _finite_sum(losses: torch.Tensor, end: int) -> float:
     return total
 
 
+def predicts_next_token(model: Any) -> bool:
+    """Whether a transformers model is a causal language model, by its class."""
+    causal = getattr(model, "loss_type", None) in _CAUSAL_LOSSES
+    return causal and not model.config.is_encoder_decoder
+
+
 def check_windows(window: int, stride: int) -> None:
     """Raises OptionError unless windows of this size and distance can be measured."""
     if window < 2 or not 1 <= stride <= window:
@@ -226,7 +232,7 @@ def _check_request(model: Any, tokens: torch.Tensor, window: int, stride: int) -
         )
     check_windows(window, stride)
     name = type(model).__name__
-    if model.config.is_encoder_decoder or getattr(model, "loss_type", None) not in _CAUSAL_LOSSES:
+    if not predicts_next_token(model):
         raise EvaluationError(
             f"{name} does not predict the next token, so it has no perplexity: a causal language "
             f"model is needed"

@@ -38,7 +38,7 @@ def load_any(
     trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source is not None and source.is_gguf:
         loaded = _load_gguf(source, dtype)
-        tokenizer = _load_tokenizer(model, source.path.parent, gguf_file=source.path.name)
+        tokenizer = load_tokenizer(source)
     elif _is_sketched(model, source, revision):
         loaded = load_sketched(model, revision=revision, dtype=dtype, **trusted)
         place = source.path if source else model
@@ -104,6 +104,14 @@ def _load_gguf(source: Source, dtype: str) -> PreTrainedModel:
         return load_gguf(source.path, getattr(torch, "bfloat16" if dtype == "auto" else dtype))
     except Exception as error:  # a damaged file may raise anything
         raise SourceError(f"{source.name}: transformers cannot read it ({_line(error)})") from error
+
+
+def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model that is on this machine. Raises SourceError when there is none."""
+    if source.is_gguf:
+        name = source.path.name
+        return _load_tokenizer(source.name, source.path.parent, gguf_file=name)
+    return _load_tokenizer(source.name, source.path, trust_remote_code=trust_remote_code)
 
 
 def _load_tokenizer(model: str, place: str | Path, **options: Any) -> Any:

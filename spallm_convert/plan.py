@@ -29,7 +29,8 @@ from .source import DenseCheckpoint
 
 @dataclass(frozen=True)
 class Plan:
-    """metadata: what is sketched and how; weights: the dense weight of each sketched module.
+    """metadata: what is sketched and how; weights: the dense weight of each sketched module;
+    paths: where it is in the model, which may differ from its name in the base model's prefix.
 
     kept: tensors copied as they are; left_dense: linear layers among them that were not sketched,
     each with the reason; shards: the files to write.
@@ -37,6 +38,7 @@ class Plan:
 
     metadata: SketchMetadata
     weights: dict[str, StoredTensor]
+    paths: dict[str, str]
     kept: dict[str, StoredTensor]
     left_dense: dict[str, str]
     shards: list[Shard]
@@ -71,6 +73,7 @@ def make_plan(
     folder, tensors = checkpoint.folder, checkpoint.tensors
     skeleton = read_skeleton(folder, checkpoint.config, trust_remote_code=trust_remote_code)
     modules: dict[str, SketchedModule] = {}
+    paths: dict[str, str] = {}
     left_dense: dict[str, str] = {}
     problems: list[str] = []
     for path, shape in skeleton.linears.items():
@@ -87,6 +90,7 @@ def make_plan(
         else:
             problems += _tensor_problems(weight, shape)
             modules[name] = _sketched(shape, config)
+            paths[name] = path
     _check_patterns(config.ignore, skeleton.linears)
     left_dense |= _other_matrices(tensors, {*modules, *left_dense})
     if problems:
@@ -94,7 +98,7 @@ def make_plan(
     if not modules:
         raise SourceError(f"{folder}: no linear layer to sketch {_why_none(left_dense)}")
     _check_groups(modules)
-    return _laid_out(tensors, modules, left_dense, config)
+    return _laid_out(tensors, modules, paths, left_dense, config)
 
 
 def _other_matrices(tensors: dict[str, StoredTensor], known: set[str]) -> dict[str, str]:
@@ -117,13 +121,14 @@ def _check_patterns(patterns: tuple[str, ...], linears: Iterable[str]) -> None:
 def _laid_out(
     tensors: dict[str, StoredTensor],
     modules: dict[str, SketchedModule],
+    paths: dict[str, str],
     left_dense: dict[str, str],
     config: SketchConfig,
 ) -> Plan:
     metadata = SketchMetadata(
         mapping=config.mapping,
         table_dtype=config.table_dtype,
-        hash_seed=config.hash_seed,
+        hash_seed=config.seed,
         modules=modules,
     )
     weights: dict[str, StoredTensor] = {}
@@ -138,7 +143,7 @@ def _laid_out(
             kept[tensor.name] = tensor
             groups.append((TensorSpec(tensor.name, tensor.dtype, tensor.shape),))
     shards = plan_shards(groups, config.max_shard_bytes)
-    return Plan(metadata, weights, kept, left_dense, shards)
+    return Plan(metadata, weights, paths, kept, left_dense, shards)
 
 
 def _sketched(shape: tuple[int, int], config: SketchConfig) -> SketchedModule:

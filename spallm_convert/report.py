@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spallm_formats import FORMAT_VERSION, FormatError, load_json
 
@@ -13,8 +15,10 @@ from . import __version__
 from .config import SketchConfig
 from .plan import Plan
 
-REPORT_FILE = "conversion.json"
+if TYPE_CHECKING:
+    from torch import Tensor
 
+REPORT_FILE = "conversion.json"
 
 _TOTALS = (
     "sketched_weights",
@@ -33,7 +37,8 @@ class Report:
     """A parsed `conversion.json`.
 
     `totals` has sketched_weights, kept_weights, bits_per_weight, source_bytes, sketched_bytes,
-    ratio and relative_error; `modules` one object per sketched module.
+    ratio and relative_error; `modules` one object per sketched module. Both have
+    relative_output_error, on the calibration text, if the conversion was calibrated.
     """
 
     document: dict[str, Any]
@@ -114,13 +119,19 @@ def _is_inside(name: str) -> bool:
     return bool(name) and not path.is_absolute() and ".." not in path.parts
 
 
-def identity(config: SketchConfig, source: dict[str, Any]) -> dict[str, Any]:
-    """What decides the bytes of a conversion; equal identities give equal checkpoints."""
+def identity(
+    config: SketchConfig, source: dict[str, Any], tokens: Tensor | None = None
+) -> dict[str, Any]:
+    """What decides the bytes of a conversion; equal identities give equal checkpoints.
+
+    tokens: int64, of the calibration text: what is in a file may change, and so may a tokenizer.
+    """
     import numba
     import numpy
     import transformers
 
-    return {
+    drawn = {} if tokens is None else {"calibration_tokens": _digest(tokens)}
+    return drawn | {
         "format_version": FORMAT_VERSION,
         "versions": {
             "spallm-convert": __version__,
@@ -145,16 +156,15 @@ def make_report(plan: Plan, identity: dict[str, Any], records: dict[str, Any]) -
             "bits_per_weight": module.stored_bits_per_weight(
                 plan.metadata.mapping, plan.metadata.table_dtype
             ),
-            "relative_error": _relative(*sums[name]),
+            **_errors(sums[name]),
         }
         for name, module in plan.metadata.modules.items()
     ]
-    error = math.fsum(error for error, _ in sums.values())
-    norm = math.fsum(norm for _, norm in sums.values())
+    totals = [math.fsum(column) for column in zip(*sums.values(), strict=True)]
     return Report(
         identity
         | {
-            "totals": plan.totals() | {"relative_error": _relative(error, norm)},
+            "totals": plan.totals() | _errors(totals),
             "files": {
                 name: {"sha256": record["sha256"], "bytes": record["bytes"]}
                 for name, record in records.items()
@@ -163,6 +173,17 @@ def make_report(plan: Plan, identity: dict[str, Any], records: dict[str, Any]) -
             "modules": modules,
         }
     )
+
+
+def _errors(sums: Sequence[float]) -> dict[str, float]:
+    """Relative errors from squared errors and norms of weights, and of outputs if calibrated."""
+    names = ("relative_error", "relative_output_error")
+    pairs = zip(sums[::2], sums[1::2], strict=True)
+    return {name: _relative(*pair) for name, pair in zip(names, pairs, strict=False)}
+
+
+def _digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def _relative(error: float, norm: float) -> float:

@@ -31,7 +31,7 @@ def test_every_bad_option_is_named_at_once():
             groups_per_row=0,
             mapping="guess",
             table_dtype="int8",
-            hash_seed=-1,
+            seed=-1,
             ignore="*.q_proj",
             max_shard_size="many",
         )

@@ -98,7 +98,7 @@ def test_report_has_the_figures(tiny_llama, tmp_path):
 
 
 def test_hash_stores_no_index_map(tiny_llama, tmp_path):
-    config = SketchConfig(bits=2, mapping="hash", hash_seed=9, table_dtype="float32")
+    config = SketchConfig(bits=2, mapping="hash", seed=9, table_dtype="float32")
     report = convert(tiny_llama.folder, tmp_path / "out", config)
     checkpoint = SketchedCheckpoint.open(tmp_path / "out")
     name = report.modules[0]["name"]

@@ -32,6 +32,7 @@ _PLAN_FILE = "plan.json"
 _MARKER = "complete.json"
 _LOCK = "lock"
 _FILES = "files"
+_SCRATCH = "scratch"
 _SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -55,6 +56,7 @@ class Staging:
         self._overwrite = overwrite
         self._lock: BinaryIO | None = None
         self._made_folder = False
+        self._worth_keeping: list[Path] = []
 
     def __enter__(self) -> Self:
         check_output_folder(self.folder, resume=self._resume, overwrite=self._overwrite)
@@ -126,10 +128,15 @@ class Staging:
         """Adds a copy of a small file to the checkpoint; returns its "sha256" and "bytes"."""
         return self.write_file(name, source.read_bytes())
 
-    def scratch(self, name: str) -> Path:
-        """A folder for intermediate files, gone when the checkpoint is published."""
-        path = self._partial / "scratch" / name
+    def scratch(self, name: str, *, worth_keeping: bool = False) -> Path:
+        """A folder for intermediate files, gone when the checkpoint is published.
+
+        worth_keeping: what is in it is kept after a failure, to be gone on with.
+        """
+        path = self._partial / _SCRATCH / name
         path.mkdir(parents=True, exist_ok=True)
+        if worth_keeping:
+            self._worth_keeping.append(path)
         return path
 
     @property
@@ -187,7 +194,8 @@ class Staging:
     def _leave(self, *, failed: bool) -> None:
         """Gives up the lock; after a failure with nothing worth resuming, removes the work."""
         assert self._lock is not None
-        nothing_done = not self._files.exists() or not any(self._files.iterdir())
+        work = (self._files, *self._worth_keeping)
+        nothing_done = not any(path.exists() and any(path.iterdir()) for path in work)
         if failed and nothing_done and not self.is_published:
             self._remove_work()
             if self._made_folder:

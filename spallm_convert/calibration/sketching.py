@@ -50,7 +50,8 @@ def sketch_block(
 ) -> Iterator[tuple[str, SketchedLayer]]:
     """Sketches layers of a block in the order in which it runs them; updates `streams` at the end.
 
-    layers: by their names in the block. Raises CalibrationError when inputs are not finite.
+    layers: by their names in the block. Raises CalibrationError when weights or inputs are not
+    finite, or tables are not in their stored dtype.
     """
     block = blocks.load(number)
     dense = copy.deepcopy(block)
@@ -60,7 +61,11 @@ def sketch_block(
         for name in stage.names:
             linear: Any = block.get_submodule(name)
             weights = linear.weight.float().cpu().numpy()
-            layer = sketch_layer(weights, sums, layers[name], metadata, without)
+            try:
+                layer = sketch_layer(weights, sums, layers[name], metadata, without)
+            except (ValueError, OverflowError) as error:
+                where = f"{blocks.path_of(number)}.{name}"
+                raise CalibrationError(f"{where} cannot be sketched: {error}") from error
             linear.weight.copy_(torch.from_numpy(layer.dense))
             yield name, layer
     for stream, module in ((streams.dense, dense), (streams.sketched, block)):

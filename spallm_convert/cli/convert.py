@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from spallm_convert.config import AUTO, BITS, SketchConfig
+from spallm_convert.config import AUTO, BITS, STEPS, SketchConfig
 from spallm_convert.errors import HubError
 from spallm_formats.dtypes import TABLE_DTYPES
 from spallm_formats.metadata import MAPPINGS
@@ -60,8 +60,30 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
-    default=_DEFAULTS.hash_seed,
-    help="Seed of the hash mapping.",
+    default=_DEFAULTS.seed,
+    help="Seed of the hash mapping, and of the draw from the calibration text.",
+)
+@click.option(
+    "--calibration",
+    metavar="SRC",
+    help="Sketch for a text: builtin, a text, .json or .jsonl file, or a dataset of the Hub.",
+)
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=_DEFAULTS.samples, help="Samples of the text."
+)
+@click.option(
+    "--seqlen", type=click.IntRange(min=2), default=_DEFAULTS.seqlen, help="Tokens of a sample."
+)
+@click.option(
+    "--without",
+    multiple=True,
+    type=click.Choice(STEPS),
+    help="Leave a step of calibration out; may be repeated.",
+)
+@click.option(
+    "--fallback",
+    is_flag=True,
+    help="Sketch without calibration a model that cannot be gone through block by block.",
 )
 @click.option(
     "--ignore",
@@ -96,6 +118,11 @@ def command(
     mapping: str,
     table_dtype: str,
     seed: int,
+    calibration: str | None,
+    samples: int,
+    seqlen: int,
+    without: tuple[str, ...],
+    fallback: bool,
     ignore: tuple[str, ...],
     max_shard_size: str,
     revision: str | None,
@@ -119,7 +146,12 @@ def command(
         groups_per_row=groups_per_row,
         mapping=mapping,
         table_dtype=table_dtype,
-        hash_seed=seed,
+        seed=seed,
+        calibration=calibration,
+        samples=samples,
+        seqlen=seqlen,
+        without=without,
+        fallback=fallback,
         ignore=ignore,
         max_shard_size=max_shard_size,
     )

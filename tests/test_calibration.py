@@ -1,0 +1,279 @@
+"""Calibrated conversion: any model block by block, less error than without, resumable, refusals."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from helpers.tiny_models import save_tiny_llama
+from helpers.training import word_tokenizer
+from spallm_convert import (
+    CalibrationError,
+    OptionError,
+    SketchConfig,
+    SourceError,
+    convert,
+    load_sketched,
+)
+from spallm_convert.calibration.blocks import Blocks
+from spallm_convert.cli import main
+from spallm_convert.plan import make_plan
+from spallm_convert.skeleton import build_empty, read_skeleton
+from spallm_convert.source import find_here
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+}
+#: Blocks that differ in what they are called with, give tuples, have biases, or run side by side.
+ARCHITECTURES = {
+    "llama": SIZES,
+    "qwen3": SIZES | {"head_dim": 16},
+    "gemma3_text": SIZES | {"head_dim": 16, "sliding_window": 8},
+    "gpt_neox": {k: v for k, v in SIZES.items() if k != "num_key_value_heads"},
+    "opt": {
+        "hidden_size": 64,
+        "ffn_dim": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 128,
+        "word_embed_proj_dim": 64,
+    },
+    "phi": SIZES,
+}
+
+
+def save_model(folder, architecture, **changes):
+    from transformers import AutoConfig
+
+    torch.manual_seed(0)
+    options = ARCHITECTURES[architecture] | {"tie_word_embeddings": False} | changes
+    config = AutoConfig.for_model(architecture, **options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def open_blocks(folder, tokens, batch=2):
+    checkpoint = find_here(str(folder)).open(folder)
+    linears = read_skeleton(checkpoint.folder, checkpoint.config).linears
+    model = build_empty(checkpoint.folder, checkpoint.config)
+    return Blocks(model, checkpoint.tensors, linears, tokens, batch=batch)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_going_through_the_blocks_is_running_the_model(architecture, tmp_path):
+    folder = save_model(tmp_path / "model", architecture)
+    tokens = torch.randint(2, 128, (4, 24))
+    blocks = open_blocks(folder, tokens)
+    hidden = list(blocks.inputs)
+    assert len(blocks) == 3
+    with torch.no_grad():
+        for number in range(len(blocks)):
+            block = blocks.load(number)
+            hidden = [blocks.run(number, block, states) for states in hidden]
+            blocks.unload(number)
+            assert all(p.is_meta for p in block.parameters())
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    seen = []
+    last = model.get_submodule(blocks.path_of(2))
+    last.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        model(tokens)
+    expected = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    assert torch.allclose(torch.cat(hidden), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A model with a tokenizer."""
+    folder = save_tiny_llama(tmp_path_factory.mktemp("source") / "model").folder
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    generator = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"word{generator.randrange(126)}" for _ in range(4000)))
+    return path
+
+
+def options(text, **changes):
+    given = {"bits": 3, "groups_per_row": 2, "samples": 8, "seqlen": 32, "calibration": str(text)}
+    return SketchConfig(**given | changes)
+
+
+def logits_error(source, folder, *, seed=1):
+    """Of a sketched model, relative, on tokens that calibration has not seen."""
+    tokens = torch.randint(2, 128, (8, 32), generator=torch.Generator().manual_seed(seed))
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    sketched = load_sketched(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected, found = dense(tokens).logits, sketched(tokens).logits
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_calibrated_models_are_nearer_to_the_dense_one(source, text, tmp_path):
+    report = convert(source, tmp_path / "calibrated", options(text))
+    convert(source, tmp_path / "plain", SketchConfig(bits=3, groups_per_row=2))
+    calibrated, plain = (logits_error(source, tmp_path / name) for name in ("calibrated", "plain"))
+    assert calibrated < 0.9 * plain
+    assert 0 < report.totals["relative_output_error"] < report.totals["relative_error"]
+    assert all(module["relative_output_error"] > 0 for module in report.modules)
+    stored = load_file(tmp_path / "calibrated/model.safetensors")
+    assert stored["model.layers.0.self_attn.q_proj.weight"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("step", ["correction", "compensation", "least-squares", "descent"])
+def test_steps_can_be_left_out(source, text, tmp_path, step):
+    whole = convert(source, tmp_path / "whole", options(text)).modules[-1]
+    less = convert(source, tmp_path / "less", options(text, without=(step,))).modules[-1]
+    assert less["relative_output_error"] != whole["relative_output_error"]
+
+
+def test_same_bytes_every_time_and_no_global_state_is_touched(source, text, tmp_path):
+    def states():
+        return (
+            torch.random.get_rng_state().tolist(),
+            np.random.get_state()[1].tolist(),
+            (random.getstate()),
+        )
+
+    before = states()
+    convert(source, tmp_path / "first", options(text))
+    assert states() == before
+    torch.manual_seed(5)
+    convert(source, tmp_path / "second", options(text))
+    assert contents(tmp_path / "first") == contents(tmp_path / "second")
+    convert(source, tmp_path / "other", options(text, seed=1))
+    weights = "model.safetensors"
+    assert contents(tmp_path / "first")[weights] != contents(tmp_path / "other")[weights]
+
+
+class _StopAt:
+    """Stops a conversion when so many modules are done."""
+
+    def __init__(self, count):
+        self.left = count
+
+    def start(self, weights):
+        self.total = weights
+
+    def advance(self, weights, tensor):
+        self.total -= weights
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("count", [3, 9, 14])
+def test_stopped_and_resumed_it_ends_in_the_same_bytes(source, text, tmp_path, count):
+    convert(source, tmp_path / "whole", options(text))
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", options(text), progress=_StopAt(count))
+    kept = list((tmp_path / "out").rglob("block-*.safetensors"))
+    assert len(kept) == (count > 7)
+    progress = _StopAt(100)
+    resume = bool(kept)
+    convert(source, tmp_path / "out", options(text), resume=resume, progress=progress)
+    assert progress.total == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_text_that_changed_is_not_gone_on_with(source, text, tmp_path):
+    copy = Path(shutil.copy(text, tmp_path / "text.txt"))
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", options(copy), progress=_StopAt(9))
+    copy.write_text(copy.read_text().replace("word1 ", "word2 "))
+    with pytest.raises(Exception, match="calibration_tokens was"):
+        convert(source, tmp_path / "out", options(copy), resume=True)
+
+
+def refused(error, message, *arguments, **changes):
+    with pytest.raises(error, match=message):
+        convert(*arguments, **changes)
+    assert not Path(arguments[1]).exists()
+
+
+def test_texts_that_cannot_be_used(source, text, tmp_path):
+    output = tmp_path / "out"
+    refused(
+        SourceError, "too short: it has 4,000 tokens", source, output, options(text, samples=999)
+    )
+    refused(
+        OptionError,
+        "seqlen 3000 is more than the 2048",
+        source,
+        output,
+        options(text, samples=1, seqlen=3000),
+    )
+    refused(SourceError, "no such file", source, output, options(tmp_path / "missing.txt"))
+
+
+def test_encoders_are_refused_unless_falling_back_is_allowed(text, tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"})
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    word_tokenizer().save_pretrained(tmp_path / "bert")
+    output = tmp_path / "out"
+    refused(
+        CalibrationError, "is no causal language model", tmp_path / "bert", output, options(text)
+    )
+    report = convert(tmp_path / "bert", output, options(text, fallback=True))
+    assert "relative_output_error" not in report.totals
+    convert(tmp_path / "bert", tmp_path / "plain", SketchConfig(bits=3, groups_per_row=2))
+    weights = "model.safetensors"
+    assert contents(output)[weights] == contents(tmp_path / "plain")[weights]
+
+
+def test_activations_that_are_no_numbers_are_named(source, text, tmp_path):
+    broken = Path(shutil.copytree(source, tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = torch.inf
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CalibrationError, match=r"model\.layers\.1\.self_attn\.q_proj: its inputs"):
+        convert(broken, tmp_path / "out", options(text))
+
+
+def test_blocks_that_cannot_be_found_or_read(source, tmp_path):
+    checkpoint = find_here(str(source)).open(source)
+    tokens = torch.randint(2, 128, (2, 8))
+    plan = make_plan(checkpoint, SketchConfig(groups_per_row=1))
+    model = build_empty(source, checkpoint.config)
+    with pytest.raises(CalibrationError, match="must lie in one list of blocks"):
+        Blocks(model, checkpoint.tensors, [*plan.paths.values(), "lm_head"], tokens, batch=1)
+    fewer = {n: t for n, t in checkpoint.tensors.items() if "layers.0.mlp.up_proj" not in n}
+    with pytest.raises(CalibrationError, match=r"no tensor for model\.layers\.0\.mlp\.up_proj"):
+        Blocks(build_empty(source, checkpoint.config), fewer, plan.paths.values(), tokens, batch=1)
+
+
+def test_the_command_line_calibrates(source, text, tmp_path, capsys):
+    arguments = [str(source), "-o", str(tmp_path / "out"), "--groups-per-row", "2", "--json"]
+    arguments += ["--calibration", str(text), "--samples", "4", "--seqlen", "16"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--without", "descent"])
+    assert stopped.value.code == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["options"]["without"] == ["descent"]
+    assert document["totals"]["relative_output_error"] > 0
+    with pytest.raises(SystemExit) as stopped:
+        main([str(source), "-o", str(tmp_path / "other"), "--without", "descent"])
+    assert stopped.value.code == 2
+    assert "are for a conversion with calibration" in capsys.readouterr().err
