@@ -23,7 +23,6 @@ def dequantized(path: Path, scratch: Path) -> Path:
     if (scratch / f"{_DONE}.complete").exists():
         return folder
     try:
-        import accelerate  # noqa: F401
         import gguf  # noqa: F401
     except ImportError as error:
         raise SourceError(

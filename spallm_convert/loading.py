@@ -25,15 +25,16 @@ def load_sketched(
     device_map: Any = None,
     trust_remote_code: bool = False,
     tables: str | os.PathLike[str] | None = None,
+    tables_revision: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Loads a sketched checkpoint: a local folder or an id on the Hub.
 
     dtype: of the activations and of everything but the index maps ("auto": that of the
     checkpoint). tables: a tables-only checkpoint to use instead of the model's own tables, a folder
-    or an id on the Hub (see `load_tables`). device_map and other `options` are those of
-    `from_pretrained`. The model is in evaluation mode, its sketch tables are the only trainable
-    parameters, and `model.set_tables(name)` changes between sets of tables.
+    or an id on the Hub (see `load_tables`) with its revision. device_map and other `options` are
+    those of `from_pretrained`. The model is in evaluation mode, its sketch tables are the only
+    trainable parameters, and `model.set_tables(name)` changes between sets of tables.
     Raises FormatError when the checkpoint breaks the format, SourceError when it cannot be had.
     """
     from transformers import AutoConfig
@@ -78,7 +79,7 @@ def load_sketched(
     if missing:
         raise FormatError(f"{name}: tensors are missing: {', '.join(missing[:5])}")
     if tables is not None:
-        load_tables(loaded, tables)
+        load_tables(loaded, tables, revision=tables_revision)
     return loaded
 
 

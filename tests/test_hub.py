@@ -17,6 +17,7 @@ import pytest
 from helpers import hub_server
 from helpers.hub_server import HubServer
 from helpers.tiny_tokenizer import tiny_tokenizer
+from spallm_convert import load_sketched, save_tables
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WRITE, READ = "write-token", "read-token"
@@ -277,6 +278,32 @@ def test_loaded_from_the_hub_and_from_the_folder_alike(hub, work, pushed):
     assert found["gated"].startswith("SourceError: org/gated is gated")
     assert found["no such revision"].startswith("SourceError: org/other: no such revision")
     assert found["dense"].startswith("FormatError: org/tiny: ")
+
+
+@pytest.mark.slow
+def test_tables_from_the_hub_and_from_a_folder_alike(hub, work, pushed, tmp_path):
+    four, tuned = str(work / "four"), tmp_path / "tuned"
+    model = load_sketched(four)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data *= 1.5
+    save_tables(model, tuned)
+    first = hub.add_repo("user/tuned-tables", contents(tuned))
+    hub.add_repo("user/tuned-tables", contents(work / "two"))
+    cases = {
+        "base": {},
+        "folder": {"tables": str(tuned)},
+        "hub": {"tables": "user/tuned-tables", "tables_revision": first},
+        "not tables": {"tables": "user/tuned-tables"},
+        "missing": {"tables": "user/missing"},
+    }
+    cases = {name: ("load_sketched", four, options) for name, options in cases.items()}
+    cases["both"] = ("load_sketched", "org/other", cases["hub"][2])
+    found, _ = run(LOADS, cases, hub.environment(home=tmp_path / "home"))
+    assert found["hub"] == found["folder"] == found["both"] != found["base"]
+    assert {len(found[name]) for name in ("base", "folder")} == {64}, found
+    assert found["not tables"].startswith("FormatError: user/tuned-tables holds no sketch tables")
+    assert found["missing"].startswith("SourceError: user/missing: no such repository")
 
 
 @pytest.mark.slow
