@@ -34,7 +34,7 @@ is. The model is fine-tuned by training the tables themselves: no adapter.
 | mapping | {options["mapping"]} |
 | bits per sketched weight, tables included | {totals["bits_per_weight"]:.3f} |
 | size | {totals["sketched_bytes"] / 1e6:,.1f} MB, was {totals["source_bytes"] / 1e6:,.1f} MB |
-| relative error of the weights (Frobenius) | {totals["relative_error"]:.4f} |
+| relative error of the weights (Frobenius) | {totals["relative_error"]:.4f} |{_calibration(report)}
 
 ## How to load it
 
@@ -77,6 +77,18 @@ def _front_matter(report: Report, is_decoder: bool) -> str:
         "---",
     ]
     return "\n".join(lines)
+
+
+def _calibration(report: Report) -> str:
+    """Rows of the table about calibration; none without it."""
+    error, options = report.totals.get("relative_output_error"), report.document["options"]
+    if error is None:
+        return ""
+    return (
+        f"\n| calibration | {options['calibration']}, {options['samples']} samples of "
+        f"{options['seqlen']} tokens |"
+        f"\n| relative error of the layers' outputs on it | {error:.4f} |"
+    )
 
 
 def _at_revision(source: dict[str, Any]) -> str:

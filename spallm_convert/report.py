@@ -140,7 +140,7 @@ def identity(
             "transformers": transformers.__version__,
         },
         "source": source,
-        "options": config.to_json(),
+        "options": _public(config.to_json()),
     }
 
 
@@ -180,6 +180,14 @@ def _errors(sums: Sequence[float]) -> dict[str, float]:
     names = ("relative_error", "relative_output_error")
     pairs = zip(sums[::2], sums[1::2], strict=True)
     return {name: _relative(*pair) for name, pair in zip(names, pairs, strict=False)}
+
+
+def _public(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as others may see them: of a file of the user's, its name."""
+    text = options["calibration"]
+    if text is not None and Path(text).expanduser().is_file():
+        return options | {"calibration": Path(text).name}
+    return options
 
 
 def _digest(tokens: Tensor) -> str:

@@ -21,11 +21,18 @@ from spallm_convert import (
     convert,
     load_sketched,
 )
+from spallm_convert.calibration import layers
 from spallm_convert.calibration.blocks import Blocks
+from spallm_convert.calibration.sketching import Streams, sketch_block
+from spallm_convert.calibration.text import calibration_tokens
 from spallm_convert.cli import main
+from spallm_convert.demo import demo_model
+from spallm_convert.gguf import dequantized
+from spallm_convert.opening import load_tokenizer
 from spallm_convert.plan import make_plan
 from spallm_convert.skeleton import build_empty, read_skeleton
 from spallm_convert.source import find_here
+from spallm_kernels import fit
 
 SIZES = {
     "hidden_size": 64,
@@ -136,8 +143,11 @@ def test_calibrated_models_are_nearer_to_the_dense_one(source, text, tmp_path):
     assert calibrated < 0.9 * plain
     assert 0 < report.totals["relative_output_error"] < report.totals["relative_error"]
     assert all(module["relative_output_error"] > 0 for module in report.modules)
-    stored = load_file(tmp_path / "calibrated/model.safetensors")
-    assert stored["model.layers.0.self_attn.q_proj.weight"].dtype == torch.uint8
+    card = (tmp_path / "calibrated/README.md").read_text()
+    assert "| calibration | text.txt, 8 samples of 32 tokens |" in card
+    assert f"outputs on it | {report.totals['relative_output_error']:.4f} |" in card
+    assert str(text) not in (tmp_path / "calibrated/conversion.json").read_text()
+    assert "| calibration |" not in (tmp_path / "plain/README.md").read_text()
 
 
 @pytest.mark.parametrize("step", ["correction", "compensation", "least-squares", "descent"])
@@ -272,8 +282,47 @@ def test_the_command_line_calibrates(source, text, tmp_path, capsys):
     assert stopped.value.code == 0
     document = json.loads(capsys.readouterr().out)
     assert document["options"]["without"] == ["descent"]
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "out")])
+    shown = capsys.readouterr().out
+    assert "of outputs" in shown
+    assert "their outputs on the calibration text: 0." in shown
     assert document["totals"]["relative_output_error"] > 0
     with pytest.raises(SystemExit) as stopped:
         main([str(source), "-o", str(tmp_path / "other"), "--without", "descent"])
     assert stopped.value.code == 2
     assert "are for a conversion with calibration" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # GGUF reading is transformers' and gguf's own
+@pytest.mark.parametrize("bits", [4, 2])
+def test_no_step_raises_the_loss_of_a_real_layer(bits, smollm2, tmp_path, monkeypatch):
+    checkpoint = find_here(str(smollm2)).open(smollm2)
+    tokens = calibration_tokens(
+        load_tokenizer(find_here(str(smollm2))), "builtin", samples=8, seqlen=128, seed=0
+    )
+    blocks = open_blocks(smollm2, tokens, batch=8)
+    plan = make_plan(checkpoint, SketchConfig(bits=bits, groups_per_row=1))
+    prefix = blocks.path_of(0) + "."
+    shapes = {
+        name.removeprefix(prefix): module
+        for name, module in plan.metadata.modules.items()
+        if name.startswith(prefix)
+    }
+    steps = []
+    monkeypatch.setattr(layers, "fit", lambda *a, **k: steps.append(fit(*a, **k)) or steps[-1])
+    streams = Streams(list(blocks.inputs), list(blocks.inputs))
+    found = dict(sketch_block(blocks, 0, shapes, streams, plan.metadata))
+    assert list(found)[:3] == [f"self_attn.{name}_proj" for name in "qkv"]
+    assert len(steps) == 7
+    for fitted in steps:
+        names, losses = zip(*fitted.losses, strict=True)
+        assert {"k-means", "compensate", "least squares", "descend"} <= set(names)
+        assert list(losses) == sorted(losses, reverse=True)
+        assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    return dequantized(demo_model(), tmp_path_factory.mktemp("smollm2"))

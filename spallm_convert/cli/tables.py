@@ -45,14 +45,16 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
 
 def print_report(report: Report, folder: Path) -> None:
     """The error and size of every module, then the totals."""
-    table = _table("layer", "shape", "groups", "bits/weight", "relative error")
+    errors = {"relative_error": "relative error", "relative_output_error": "of outputs"}
+    errors = {key: title for key, title in errors.items() if key in report.totals}
+    table = _table("layer", "shape", "groups", "bits/weight", *errors.values())
     for module in report.modules:
         table.add_row(
             module["name"],
             " x ".join(map(str, module["shape"])),
             str(module["groups_per_row"]),
             f"{module['bits_per_weight']:.3f}",
-            f"{module['relative_error']:.4f}",
+            *(f"{module[key]:.4f}" for key in errors),
         )
     stdout.print(table)
     _print_left_dense(report.left_dense)
@@ -92,3 +94,6 @@ def _print_totals(totals: dict[str, Any]) -> None:
     )
     if "relative_error" in totals:
         click.echo(f"relative error of the sketched weights: {totals['relative_error']:.4f}")
+    if "relative_output_error" in totals:
+        error = totals["relative_output_error"]
+        click.echo(f"relative error of their outputs on the calibration text: {error:.4f}")
