@@ -42,6 +42,8 @@ class SketchConfig:
     calibration: text to sketch for, as `calibration.text.read_documents` takes it; None: sketches
         depend on the weights alone. samples, seqlen: how much of it, so many times so many tokens.
     without: of STEPS, what calibration leaves out.
+    heal: steps of tuning all tables together, so that the model predicts what the dense one
+        predicts on the text; 0 for none.
     fallback: sketch without calibration a model that cannot be gone through block by block.
     """
 
@@ -56,6 +58,7 @@ class SketchConfig:
     samples: int = 128
     seqlen: int = 512
     without: tuple[str, ...] = ()
+    heal: int = 0
     fallback: bool = False
 
     def __post_init__(self) -> None:
@@ -86,14 +89,14 @@ class SketchConfig:
 
     def _calibration_problems(self) -> list[str]:
         problems = []
-        for name, least in (("samples", 1), ("seqlen", 2)):
+        for name, least in (("samples", 1), ("seqlen", 2), ("heal", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 problems.append(f"{name} must be at least {least}, found {value!r}")
         if isinstance(self.without, str) or not set(self.without) <= set(STEPS):
             problems.append(f"without must be some of {STEPS}, found {self.without!r}")
-        if self.calibration is None and (self.without or self.fallback):
-            problems.append("without and fallback are for a conversion with calibration")
+        if self.calibration is None and (self.without or self.heal or self.fallback):
+            problems.append("without, heal and fallback are for a conversion with calibration")
         if self.calibration is not None and self.mapping == "hash":
             problems.append("calibration is for the mapping 'cluster', found 'hash'")
         return problems

@@ -11,9 +11,9 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,11 +36,13 @@ from spallm_formats import (
     to_json,
 )
 
-from .calibration.calibrate import CalibratedModules, calibrate, draw_tokens, open_blocks
+from .calibration.calibrate import calibrate, draw_tokens, open_blocks
+from .calibration.store import CalibratedModules
 from .card import CARD_FILE, model_card
 from .config import SketchConfig
 from .errors import CalibrationError, FormatError, OptionError, SourceError, SpallmError
 from .plan import Plan, make_plan
+from .progress import Progress, Silent
 from .report import REPORT_FILE, Report, identity, make_report
 from .sketch import sketch_rows
 from .source import DenseCheckpoint, Source, find_here, locate
@@ -53,24 +55,6 @@ _CALIBRATED = "calibrated"
 #: Weights sketched, and bytes copied, at a time: large enough to keep all cores busy.
 BLOCK_WEIGHTS = 1 << 23
 _BLOCK_BYTES = 1 << 26
-
-
-class Progress(Protocol):
-    """Is told how a conversion goes on."""
-
-    def start(self, weights: int) -> None:
-        """Called once, with the number of weights to sketch."""
-
-    def advance(self, weights: int, tensor: str) -> None:
-        """Called as weights of a tensor have been sketched, or found sketched already."""
-
-
-class _Silent:
-    def start(self, weights: int) -> None:
-        pass
-
-    def advance(self, weights: int, tensor: str) -> None:
-        pass
 
 
 def convert(
@@ -122,7 +106,7 @@ def convert(
             staging.finish_publishing()
         else:
             checkpoint, plan = ready or planned(staging.scratch("source"))
-            progress = progress or _Silent()
+            progress = progress or Silent()
             progress.start(plan.sketched_weights)
             sketches = None
             if tokens is not None:
@@ -177,7 +161,7 @@ def _calibrated(
             raise
         return None
     folder = staging.scratch(_CALIBRATED, worth_keeping=True)
-    return calibrate(blocks, plan, config, folder, progress.advance)
+    return calibrate(blocks, plan, config, tokens, folder, progress)
 
 
 def _carry_out(
@@ -198,7 +182,7 @@ def _carry_out(
             for name in record["modules"]:
                 progress.advance(plan.metadata.modules[name].weights, name)
         records[shard.filename] = record
-    return make_report(plan, same, records)
+    return make_report(plan, same, records, sketches.healing if sketches else None)
 
 
 def _publish(
@@ -263,7 +247,7 @@ def _copy(tensor: StoredTensor, file: ShardFile) -> None:
         )
 
 
-def _store(name: str, sketches: CalibratedModules, file: ShardFile) -> tuple[float, ...]:
+def _store(name: str, sketches: CalibratedModules, file: ShardFile) -> Sequence[float]:
     """Writes a module that has been sketched before; returns its sums."""
     module = sketches.read(name)
     file.write(name + INDEX_MAP_SUFFIX, 0, module.index_map)

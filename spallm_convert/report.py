@@ -144,7 +144,12 @@ def identity(
     }
 
 
-def make_report(plan: Plan, identity: dict[str, Any], records: dict[str, Any]) -> Report:
+def make_report(
+    plan: Plan,
+    identity: dict[str, Any],
+    records: dict[str, Any],
+    healing: dict[str, float] | None = None,
+) -> Report:
     """Assembles the report from the records of all shards, each {"sha256", "bytes", "modules"}."""
     sums = {name: pair for record in records.values() for name, pair in record["modules"].items()}
     modules = [
@@ -163,6 +168,7 @@ def make_report(plan: Plan, identity: dict[str, Any], records: dict[str, Any]) -
     totals = [math.fsum(column) for column in zip(*sums.values(), strict=True)]
     return Report(
         identity
+        | ({} if healing is None else {"healing": healing})
         | {
             "totals": plan.totals() | _errors(totals),
             "files": {

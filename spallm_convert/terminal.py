@@ -95,6 +95,11 @@ class ConversionProgress(_WorkProgress):
         line = f"{self._total / 1e6:,.0f} M weights sketched: {tensor}"
         self._advance(weights, f"sketching {tensor}", line)
 
+    def say(self, line: str) -> None:
+        self._bar.update(self._task, description=line)
+        if not self._hidden and not stderr.is_terminal:
+            stderr.print(line)
+
 
 class EvaluationProgress(_WorkProgress):
     """How far a measurement is, in tokens."""

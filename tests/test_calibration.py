@@ -21,7 +21,7 @@ from spallm_convert import (
     convert,
     load_sketched,
 )
-from spallm_convert.calibration import layers
+from spallm_convert.calibration import healing, layers
 from spallm_convert.calibration.blocks import Blocks
 from spallm_convert.calibration.sketching import Streams, sketch_block
 from spallm_convert.calibration.text import calibration_tokens
@@ -113,7 +113,7 @@ def source(tmp_path_factory):
 def text(tmp_path_factory):
     generator = random.Random(0)
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(f"word{generator.randrange(126)}" for _ in range(4000)))
+    path.write_text(" ".join(f"word{generator.randrange(126)}" for _ in range(20000)))
     return path
 
 
@@ -148,6 +148,65 @@ def test_calibrated_models_are_nearer_to_the_dense_one(source, text, tmp_path):
     assert f"outputs on it | {report.totals['relative_output_error']:.4f} |" in card
     assert str(text) not in (tmp_path / "calibrated/conversion.json").read_text()
     assert "| calibration |" not in (tmp_path / "plain/README.md").read_text()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_assembled_model_is_the_dense_one(tmp_path, tied):
+    folder = save_tiny_llama(tmp_path / "model", tie_word_embeddings=tied).folder
+    tokens = torch.randint(2, 128, (2, 16))
+    blocks = open_blocks(folder, tokens)
+    hidden = blocks.inputs[0]
+    with torch.no_grad():
+        for number in range(len(blocks)):
+            hidden = blocks.run(number, blocks.load(number), hidden)
+            blocks.unload(number)
+        model = blocks.assemble(lambda path, layer: None)
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+        assert torch.equal(model(tokens).logits, expected)
+        assert torch.equal(blocks.logits(tokens, hidden), expected)
+
+
+def test_healed_models_are_nearer_still(text, tmp_path, monkeypatch):
+    # Predictions far from uniform; steps that are not too small for weights of that size.
+    source = save_tiny_llama(
+        tmp_path / "source", tie_word_embeddings=True, initializer_range=0.2
+    ).folder
+    monkeypatch.setattr(healing, "LEARNING_RATE", 2e-3)
+    word_tokenizer().save_pretrained(source)
+    convert(source, tmp_path / "calibrated", options(text, bits=2, samples=300))
+    config = options(text, bits=2, samples=300, heal=20)
+    report = convert(source, tmp_path / "healed", config)
+    gained = report.document["healing"]
+    assert 0 < gained["kl_after"] < 0.97 * gained["kl_before"]
+    calibrated, healed = (
+        divergence(source, tmp_path / name, text) for name in ("calibrated", "healed")
+    )
+    assert healed < 0.97 * calibrated
+    before, after = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("calibrated", "healed")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith(".weight_table")}
+
+    class StopWhenHealing(_StopAt):
+        def say(self, line):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", config, progress=StopWhenHealing(1000))
+    convert(source, tmp_path / "out", config, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "healed")
+
+
+def divergence(source, folder, text):
+    """KL(dense || sketched) on text like that of calibration, nats per token."""
+    words = text.read_text().split()[-1024:]
+    tokens = torch.tensor([2 + int(word.removeprefix("word")) for word in words]).reshape(32, 32)
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    sketched = load_sketched(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected, found = (model(tokens).logits.log_softmax(-1) for model in (dense, sketched))
+    return (expected.exp() * (expected - found)).sum(-1).mean().item()
 
 
 @pytest.mark.parametrize("step", ["correction", "compensation", "least-squares", "descent"])
@@ -224,7 +283,7 @@ def refused(error, message, *arguments, **changes):
 def test_texts_that_cannot_be_used(source, text, tmp_path):
     output = tmp_path / "out"
     refused(
-        SourceError, "too short: it has 4,000 tokens", source, output, options(text, samples=999)
+        SourceError, "too short: it has 20,000 tokens", source, output, options(text, samples=999)
     )
     refused(
         OptionError,

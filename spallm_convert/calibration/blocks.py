@@ -9,7 +9,8 @@ are equally long, so those arguments have to be the same for all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,37 @@ class Blocks:
         output = self._invoke(block, self._calls[number], hidden)
         return output[0] if self._as_tuple else output  # type: ignore[no-any-return]
 
+    def assemble(self, replace: Callable[[str, nn.Linear], nn.Module | None]) -> PreTrainedModel:
+        """The whole model with its weights, layers of blocks replaced; no block can be run after.
+
+        replace: gives the layer in place of the linear one at a path, None to leave that.
+        """
+        for number in range(len(self)):
+            block = self.load(number)
+            for name, layer in list(block.named_modules()):
+                path = f"{self.path_of(number)}.{name}"
+                if isinstance(layer, nn.Linear) and (other := replace(path, layer)) is not None:
+                    self._model.set_submodule(path, other)
+        head = self._head()
+        if head is not None and self._fill(head, self._path_of_head()):
+            self._model.tie_weights()
+        return self._model
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What norm and head make of hidden states after the last block, [batch, seqlen, vocab].
+
+        tokens: those that the states belong to. For a model that has been assembled.
+        """
+        final = hidden.to(self._device, self._dtype)
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            return (final,) if self._as_tuple else final
+
+        with self._instead_of_blocks(stand_in):
+            logits: Tensor = self._model(tokens.to(self._device), use_cache=False).logits
+        return logits
+
     def path_of(self, number: int) -> str:
         """The path of a block in the model."""
         return self._paths[number]
@@ -133,21 +165,35 @@ class Blocks:
                 raise _Enough
             return (hidden,) if self._as_tuple else hidden
 
-        for block in self._modules:
-            block.forward = stand_in
-        try:
+        with self._instead_of_blocks(stand_in), contextlib.suppress(_Enough):
             self._model(tokens.to(self._device), use_cache=False)
-        except _Enough:
-            pass
-        finally:
-            for block in self._modules:
-                del block.forward
         if len(calls) != count or entered[0].is_meta:
             why = "weights that come before them are missing" if calls else "they were not run"
             raise CalibrationError(
                 f"{type(self._model).__name__}: the blocks {self.path} cannot be run: {why}"
             )
         return calls, entered[0]
+
+    @contextlib.contextmanager
+    def _instead_of_blocks(self, stand_in: Callable[..., Any]) -> Iterator[None]:
+        for block in self._modules:
+            block.forward = stand_in
+        try:
+            yield
+        finally:
+            for block in self._modules:
+                del block.forward
+
+    def _head(self) -> nn.Module | None:
+        """The output layer, where it is not the embedding itself."""
+        model: Any = self._model
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        return None if head is embedding else head
+
+    def _path_of_head(self) -> str:
+        head = self._head()
+        paths: dict[nn.Module, str] = {m: path for path, m in self._model.named_modules()}
+        return paths[head] if head else ""
 
     def _invoke(self, block: nn.Module, call: _Call, hidden: Tensor) -> Any:
         hidden = hidden.to(self._device, self._dtype)
@@ -158,9 +204,7 @@ class Blocks:
     def _fill_surroundings(self) -> None:
         """Reads what is neither in a block nor the output layer, whose result nobody looks at."""
         inside = {id(module) for block in self._modules for module in block.modules()}
-        model: Any = self._model
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        if head is not None and head is not embedding:
+        if (head := self._head()) is not None:
             inside.add(id(head))
         for path, module in self._model.named_modules():
             if id(module) not in inside:

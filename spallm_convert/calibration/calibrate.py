@@ -7,9 +7,6 @@ hidden states of the text and the sums over the inputs of one layer.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,74 +16,22 @@ from spallm_convert.config import SketchConfig
 from spallm_convert.errors import CalibrationError, OptionError
 from spallm_convert.plan import Plan
 from spallm_convert.skeleton import build_empty
+from spallm_convert.sketch import SketchedRows, store_rows
 from spallm_convert.source import DenseCheckpoint, Source
-from spallm_formats import (
-    INDEX_MAP_SUFFIX,
-    TABLE_DTYPES,
-    TABLE_SUFFIX,
-    SketchedModule,
-    to_float32,
-    unpack,
-)
-from spallm_formats.durable import write_atomic
+from spallm_formats import read_bytes, to_float32
+
+from .store import CalibratedModule, CalibratedModules
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from spallm_convert.progress import Progress
 
     from .blocks import Blocks
     from .sketching import Streams
 
 #: Tokens that go through a block at once.
 _BATCH_TOKENS = 4096
-_SUMS = "sums"
-
-Advance = Callable[[int, str], None]
-
-
-@dataclass(frozen=True)
-class CalibratedModule:
-    """A sketched module as it goes to disk, and its sums: squared error and norm of the weights,
-    then of the outputs on the calibration text."""
-
-    index_map: np.ndarray[Any, np.dtype[np.uint8]]
-    table: np.ndarray[Any, Any]
-    sums: tuple[float, float, float, float]
-
-
-class CalibratedModules:
-    """The sketched modules of a model, in files of one block each below a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._homes: dict[str, Path] = {}
-        for path in sorted(folder.glob("block-*.safetensors")):
-            self._homes |= dict.fromkeys(_read_sums(path), path)
-
-    def has(self, modules: dict[str, SketchedModule]) -> bool:
-        return modules.keys() <= self._homes.keys()
-
-    def read(self, name: str) -> CalibratedModule:
-        """A module by its name in the checkpoint."""
-        from safetensors import safe_open
-
-        path = self._homes[name]
-        with safe_open(path, framework="numpy") as file:
-            index_map = file.get_tensor(name + INDEX_MAP_SUFFIX)
-            table = file.get_tensor(name + TABLE_SUFFIX)
-        return CalibratedModule(index_map, table, _read_sums(path)[name])
-
-    def write(self, number: int, modules: dict[str, CalibratedModule]) -> None:
-        """Keeps the modules of a block, all or none of them."""
-        from safetensors.numpy import save
-
-        tensors: dict[str, Any] = {}
-        for name, module in modules.items():
-            tensors[name + INDEX_MAP_SUFFIX] = module.index_map
-            tensors[name + TABLE_SUFFIX] = module.table
-        sums = {name: module.sums for name, module in modules.items()}
-        path = self._folder / f"block-{number:05d}.safetensors"
-        write_atomic(path, save(tensors, metadata={_SUMS: json.dumps(sums)}))
-        self._homes |= dict.fromkeys(modules, path)
 
 
 def draw_tokens(source: Source, config: SketchConfig, *, trust_remote_code: bool) -> Tensor:
@@ -131,11 +76,15 @@ def open_blocks(
 
 
 def calibrate(
-    blocks: Blocks, plan: Plan, config: SketchConfig, folder: Path, advance: Advance
+    blocks: Blocks,
+    plan: Plan,
+    config: SketchConfig,
+    tokens: Tensor,
+    folder: Path,
+    progress: Progress,
 ) -> CalibratedModules:
-    """Sketches every module of a plan on a text; goes on with the blocks that `folder` holds.
+    """Sketches every module of a plan on a text; goes on with what `folder` holds.
 
-    advance: is told the weights and name of every module that is done.
     Raises CalibrationError for activations that are not finite, or a layer that cannot be sketched.
     """
     from .sketching import Streams
@@ -153,11 +102,66 @@ def calibrate(
         if done.has(modules):
             _replay(blocks, number, names, plan, done, streams)
             for name, module in modules.items():
-                advance(module.weights, name)
+                progress.advance(module.weights, name)
         else:
-            found = _sketch(blocks, number, names, plan, config, streams, advance)
+            found = _sketch(blocks, number, names, plan, config, streams, progress)
             done.write(number, found)
+    if config.heal and done.healing is None:
+        _heal(blocks, plan, config, tokens, done, streams, progress)
     return done
+
+
+def _heal(
+    blocks: Blocks,
+    plan: Plan,
+    config: SketchConfig,
+    tokens: Tensor,
+    done: CalibratedModules,
+    streams: Streams,
+    progress: Progress,
+) -> None:
+    """Tunes the tables of all modules together, and keeps them as they will be stored."""
+    import torch
+
+    from spallm_convert.linear import SketchedLinear
+
+    from .healing import heal
+
+    names = {path: name for name, path in plan.paths.items()}
+
+    def sketched(path: str, dense: torch.nn.Linear) -> SketchedLinear | None:
+        if path not in names:
+            return None
+        module, shape = done.read(names[path]), plan.metadata.modules[names[path]]
+        layer = SketchedLinear(shape, bias=dense.bias, table_dtype=torch.float32)
+        layer.weight.data = torch.from_numpy(module.index_map)
+        layer.weight_table.data = torch.from_numpy(module.wide_table(shape, plan.metadata))
+        return layer.to(dense.weight.device)
+
+    healed = heal(
+        blocks,
+        sketched,
+        tokens,
+        streams.dense,
+        steps=config.heal,
+        seed=config.seed,
+        say=progress.say,
+    )
+    rows = {
+        names[path]: _stored(names[path], table.cpu().numpy(), plan, done)
+        for path, table in healed.tables.items()
+    }
+    done.write_healed(rows, {"kl_before": healed.before, "kl_after": healed.after})
+
+
+def _stored(
+    name: str, table: np.ndarray[Any, Any], plan: Plan, done: CalibratedModules
+) -> SketchedRows:
+    """A module with another table, as it goes to disk, and its error."""
+    module, tensor = plan.metadata.modules[name], plan.weights[name]
+    codes = done.read(name).codes(module)
+    weights = to_float32(read_bytes(tensor, 0, tensor.nbytes), tensor.dtype).reshape(tensor.shape)
+    return store_rows(weights, table, lambda _: codes, module, plan.metadata)
 
 
 def _sketch(
@@ -167,7 +171,7 @@ def _sketch(
     plan: Plan,
     config: SketchConfig,
     streams: Streams,
-    advance: Advance,
+    progress: Progress,
 ) -> dict[str, CalibratedModule]:
     """A block's modules by their names in the checkpoint; `names` has those by the ones in it."""
     from .sketching import sketch_block
@@ -181,7 +185,7 @@ def _sketch(
         found[names[inner]] = CalibratedModule(
             layer.rows.index_map, layer.rows.table, (error, norm, *layer.output_sums)
         )
-        advance(layers[inner].weights, names[inner])
+        progress.advance(layers[inner].weights, names[inner])
     return found
 
 
@@ -200,20 +204,10 @@ def _replay(
     weights = {}
     for inner, name in names.items():
         module, shape = done.read(name), plan.metadata.modules[name]
-        stored = TABLE_DTYPES[plan.metadata.table_dtype]
-        table = to_float32(module.table.tobytes(), stored).reshape(shape.table_shape)
-        weights[inner] = look_up(table, unpack(module.index_map, shape.bits, shape.in_features))
+        weights[inner] = look_up(module.wide_table(shape, plan.metadata), module.codes(shape))
     replay_block(blocks, number, weights, streams)
 
 
 def _fits(samples: int, seqlen: int) -> bool:
     """Whether so many samples go through a block at once; one always does."""
     return samples == 1 or samples * seqlen <= _BATCH_TOKENS
-
-
-def _read_sums(path: Path) -> dict[str, Any]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        sums: dict[str, Any] = json.loads(file.metadata()[_SUMS])
-    return sums

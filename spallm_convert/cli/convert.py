@@ -81,6 +81,13 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
     help="Leave a step of calibration out; may be repeated.",
 )
 @click.option(
+    "--heal",
+    metavar="STEPS",
+    type=click.IntRange(min=0),
+    default=_DEFAULTS.heal,
+    help="Then tune all tables until the model predicts on the text what the dense one does.",
+)
+@click.option(
     "--fallback",
     is_flag=True,
     help="Sketch without calibration a model that cannot be gone through block by block.",
@@ -122,6 +129,7 @@ def command(
     samples: int,
     seqlen: int,
     without: tuple[str, ...],
+    heal: int,
     fallback: bool,
     ignore: tuple[str, ...],
     max_shard_size: str,
@@ -151,6 +159,7 @@ def command(
         samples=samples,
         seqlen=seqlen,
         without=without,
+        heal=heal,
         fallback=fallback,
         ignore=ignore,
         max_shard_size=max_shard_size,

@@ -1,0 +1,116 @@
+"""Calibrated modules on their way into the checkpoint: in files below the work folder.
+
+A block is a file, written when all its modules are sketched; healed tables are one more. A killed
+conversion goes on from the files that there are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spallm_convert.sketch import SketchedRows
+from spallm_formats import (
+    INDEX_MAP_SUFFIX,
+    TABLE_DTYPES,
+    TABLE_SUFFIX,
+    SketchedModule,
+    SketchMetadata,
+    to_float32,
+    unpack,
+)
+from spallm_formats.durable import write_atomic
+
+_SUMS, _HEALING = "sums", "healing"
+_HEALED = "healed.safetensors"
+
+
+@dataclass(frozen=True)
+class CalibratedModule:
+    """A sketched module as it goes to disk, and its sums: squared error and norm of the weights,
+    then of the outputs on the calibration text, before any healing."""
+
+    index_map: np.ndarray[Any, np.dtype[np.uint8]]
+    table: np.ndarray[Any, Any]
+    sums: Sequence[float]
+
+    def codes(self, module: SketchedModule) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """uint8 [out_features, in_features]."""
+        return unpack(self.index_map, module.bits, module.in_features)
+
+    def wide_table(
+        self, module: SketchedModule, metadata: SketchMetadata
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """float32 [out_features, groups, 2^bits]."""
+        stored = TABLE_DTYPES[metadata.table_dtype]
+        return to_float32(self.table.tobytes(), stored).reshape(module.table_shape)
+
+
+class CalibratedModules:
+    """The sketched modules of a model, in files of one block each below a folder.
+
+    healing: the divergence from the dense model before and after, once tables have been healed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._homes: dict[str, Path] = {}
+        for path in sorted(folder.glob("block-*.safetensors")):
+            self._homes |= dict.fromkeys(_read_metadata(path)[_SUMS], path)
+        self._healed = folder / _HEALED
+        self.healing: dict[str, float] | None = None
+        if self._healed.exists():
+            self.healing = _read_metadata(self._healed)[_HEALING]
+
+    def has(self, modules: dict[str, SketchedModule]) -> bool:
+        return modules.keys() <= self._homes.keys()
+
+    def read(self, name: str) -> CalibratedModule:
+        """A module by its name in the checkpoint."""
+        from safetensors import safe_open
+
+        path = self._homes[name]
+        with safe_open(path, framework="numpy") as file:
+            index_map = file.get_tensor(name + INDEX_MAP_SUFFIX)
+            table = file.get_tensor(name + TABLE_SUFFIX)
+        sums = _read_metadata(path)[_SUMS][name]
+        if self.healing is not None:
+            with safe_open(self._healed, framework="numpy") as file:
+                table = file.get_tensor(name + TABLE_SUFFIX)
+            sums[:2] = _read_metadata(self._healed)[_SUMS][name]
+        return CalibratedModule(index_map, table, sums)
+
+    def write(self, number: int, modules: dict[str, CalibratedModule]) -> None:
+        """Keeps the modules of a block, all or none of them."""
+        from safetensors.numpy import save
+
+        tensors: dict[str, Any] = {}
+        for name, module in modules.items():
+            tensors[name + INDEX_MAP_SUFFIX] = module.index_map
+            tensors[name + TABLE_SUFFIX] = module.table
+        sums = {name: module.sums for name, module in modules.items()}
+        path = self._folder / f"block-{number:05d}.safetensors"
+        write_atomic(path, save(tensors, metadata={_SUMS: json.dumps(sums)}))
+        self._homes |= dict.fromkeys(modules, path)
+
+    def write_healed(self, rows: dict[str, SketchedRows], healing: dict[str, float]) -> None:
+        """Keeps other tables for all modules."""
+        from safetensors.numpy import save
+
+        tensors = {name + TABLE_SUFFIX: healed.table for name, healed in rows.items()}
+        sums = {name: healed.sums.sum(axis=0).tolist() for name, healed in rows.items()}
+        metadata = {_SUMS: json.dumps(sums), _HEALING: json.dumps(healing)}
+        write_atomic(self._healed, save(tensors, metadata=metadata))
+        self.healing = healing
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return {key: json.loads(text) for key, text in file.metadata().items()}
