@@ -3,6 +3,8 @@
 PYTHON ?= python3
 PIP_FLAGS = --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES = pyproject.toml constraints.txt
+# A file of tests at a time on every core: files share what is costly to make.
+PARALLEL = --numprocesses auto --dist loadfile
 
 .PHONY: demo test test-fast lint bench bench-finetune gpu clean
 
@@ -10,10 +12,10 @@ demo: .venv-demo/.installed
 	.venv-demo/bin/spallm-convert demo --output-dir demo-output
 
 test: .venv/.installed
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q $(PARALLEL)
 
 test-fast: .venv/.installed
-	.venv/bin/python -m pytest -q -m "not slow"
+	.venv/bin/python -m pytest -q $(PARALLEL) -m "not slow"
 
 lint: .venv/.installed
 	.venv/bin/ruff format --check .

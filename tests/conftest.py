@@ -14,6 +14,8 @@ _ROOT = Path(__file__).parent.parent
 _SOURCES = sorted([*_ROOT.glob("kernels/**/*.py"), *_ROOT.glob("formats/**/*.py")])
 _DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
 os.environ["NUMBA_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"spallm-numba-{_DIGEST}")
+# Several processes of tests share the cores: threads that spin while they wait keep others off.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
