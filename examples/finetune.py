@@ -32,21 +32,27 @@ def main() -> None:
     held_out = encode(records[: options.held_out], tokenizer, options.max_length)
     train = encode(records[options.held_out :], tokenizer, options.max_length)
     if not train:
-        raise SystemExit(f"{options.data}: no example is left to train on of {len(records)}")
+        raise SystemExit(
+            f"{options.data}: of {len(records)} examples none is left to train on, as the first "
+            f"{options.held_out} are held out (--held-out)"
+        )
 
     cuda = torch.cuda.is_available()
-    model = load_sketched(options.model, dtype=torch.bfloat16 if cuda else torch.float32)
+    # Norms are trained in float32 or hardly at all; tables are float32 in any case.
+    half = cuda and not options.norms
+    model = load_sketched(options.model, dtype=torch.bfloat16 if half else torch.float32)
     if cuda:
         model.cuda()
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     print(set_trainable(model, options.tables or True, norms=options.norms))
 
+    checkpoints = options.output / "checkpoints"
     steps = options.epochs * -(-len(train) // options.batch_size)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=options.output / "checkpoints",
+            output_dir=checkpoints,
             num_train_epochs=options.epochs,
             per_device_train_batch_size=options.micro_batch_size,
             per_device_eval_batch_size=options.micro_batch_size,
@@ -56,6 +62,7 @@ def main() -> None:
             warmup_steps=min(100, steps // 10),
             weight_decay=0.0,
             max_grad_norm=1.0,
+            bf16=cuda,
             dataloader_pin_memory=cuda,
             eval_strategy="epoch" if held_out else "no",
             save_strategy="epoch" if options.checkpoints else "no",
@@ -67,7 +74,7 @@ def main() -> None:
         eval_dataset=held_out or None,
         data_collator=Collator(tokenizer),
     )
-    trainer.train(resume_from_checkpoint=options.resume)
+    trainer.train(resume_from_checkpoint=options.resume and any(checkpoints.glob("checkpoint-*")))
     if held_out:
         print(f"held-out loss {trainer.evaluate()['eval_loss']:.4f}")
     print(f"tables saved in {save_tables(model, options.output, overwrite=options.overwrite)}")
@@ -109,8 +116,8 @@ def read_records(source: str) -> list[dict[str, Any]]:
 
         records = list(load_dataset(source, split="train"))
     else:
-        text = path.read_text(encoding="utf-8")
-        lines = (line for line in text.splitlines() if line.strip())
+        text = path.read_text(encoding="utf-8-sig")
+        lines = (line for line in text.split("\n") if line.strip())
         records = list(map(json.loads, lines)) if path.suffix == ".jsonl" else json.loads(text)
     for number, record in enumerate(records):
         if not isinstance(record, dict) or not {"instruction", "output"} <= record.keys():
@@ -123,12 +130,13 @@ def read_records(source: str) -> list[dict[str, Any]]:
 
 def encode(records: list[dict[str, Any]], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
     """Token ids and labels; the prompt's labels are left out, and so are overlong examples."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded, overlong = [], 0
     for record in records:
         template = PROMPT_WITH_INPUT if record.get("input") else PROMPT
         prompt = tokenizer(template.format(**record))["input_ids"]
         answer = tokenizer(record["output"], add_special_tokens=False)["input_ids"]
-        ids = [*prompt, *answer, tokenizer.eos_token_id]
+        ids = [*prompt, *answer, *end]
         if len(ids) > max_length:
             overlong += 1
             continue
@@ -147,7 +155,7 @@ class Collator:
     def __init__(self, tokenizer: Any) -> None:
         self.pad = tokenizer.pad_token_id
         if self.pad is None:
-            self.pad = tokenizer.eos_token_id
+            self.pad = tokenizer.eos_token_id or 0  # masked either way
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         length = max(len(example["input_ids"]) for example in examples)

@@ -108,12 +108,14 @@ def convert(
             checkpoint, plan = ready or planned(staging.scratch("source"))
             progress = progress or Silent()
             progress.start(plan.sketched_weights)
-            sketches = None
+            sketches: CalibratedModules | str | None = None
             if tokens is not None:
                 sketches = _calibrated(
                     staging, checkpoint, plan, config, tokens, progress, trust_remote_code
                 )
-            report = _carry_out(staging, plan, same, sketches, progress)
+            notes = {"not_calibrated": sketches} if isinstance(sketches, str) else {}
+            sketches = None if isinstance(sketches, str) else sketches
+            report = _carry_out(staging, plan, same | notes, sketches, progress)
             _publish(staging, source, checkpoint, plan, report, older)
     written = Report.read(folder)
     assert written is not None
@@ -151,16 +153,17 @@ def _calibrated(
     tokens: Tensor,
     progress: Progress,
     trust_remote_code: bool,
-) -> CalibratedModules | None:
-    """Every module sketched for the text; None for a model that is not fit, if that is fine."""
-    _check_space(staging, plan)
+) -> CalibratedModules | str:
+    """Every module sketched for the text, or why the model is not fit, where that is fine."""
+    folder = staging.scratch(_CALIBRATED, worth_keeping=True)
+    _check_space(staging, plan, sum(s.nbytes for s in plan.metadata.tensors().values()))
     try:
         blocks = open_blocks(checkpoint, plan, tokens, trust_remote_code=trust_remote_code)
-    except CalibrationError:
+    except CalibrationError as error:
         if not config.fallback:
             raise
-        return None
-    folder = staging.scratch(_CALIBRATED, worth_keeping=True)
+        progress.say(f"not calibrated: {error}")
+        return str(error)
     return calibrate(blocks, plan, config, tokens, folder, progress)
 
 
@@ -302,8 +305,8 @@ def _check_finite(
         )
 
 
-def _check_space(staging: Staging, plan: Plan) -> None:
-    needed = sum(shard.nbytes for shard in plan.shards if not staging.has(shard))
+def _check_space(staging: Staging, plan: Plan, more: int = 0) -> None:
+    needed = more + sum(shard.nbytes for shard in plan.shards if not staging.has(shard))
     free = shutil.disk_usage(staging.folder).free
     if free < needed:
         raise SpallmError(
@@ -314,15 +317,19 @@ def _check_space(staging: Staging, plan: Plan) -> None:
 
 @contextlib.contextmanager
 def _threads(threads: int | None) -> Iterator[None]:
-    """Runs numba's loops on that many threads inside the block; None: on all."""
+    """Runs numba's loops, and torch's, on that many threads inside the block; None: on all."""
     import numba
+    import torch
 
     most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     if threads is not None and not 1 <= threads <= most:
         raise OptionError(f"threads must be 1 to {most} on this machine, found {threads}")
-    before = numba.get_num_threads()
+    before = numba.get_num_threads(), torch.get_num_threads()
     numba.set_num_threads(threads or most)
+    if threads is not None:
+        torch.set_num_threads(threads)
     try:
         yield
     finally:
-        numba.set_num_threads(before)
+        numba.set_num_threads(before[0])
+        torch.set_num_threads(before[1])

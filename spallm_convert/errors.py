@@ -24,6 +24,11 @@ __all__ = [
 ]
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of someone else's says, to be put into one of ours."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class CalibrationError(SpallmError):
     """A model cannot be gone through block by block, or gives activations that are no numbers."""
 

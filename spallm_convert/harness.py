@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import EvaluationError, OptionError
+from .errors import EvaluationError, OptionError, one_line
 
 #: Requests that the harness hands to the model at once: enough to keep a GPU from idling, and
 #: logits of a long prompt still fit. Results do not depend on it, but for rounding.
@@ -27,7 +27,7 @@ def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str]) -> dict[str, dic
     except (
         Exception
     ) as error:  # unknown tasks, datasets that cannot be had, and all else of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise EvaluationError(
             f"lm-evaluation-harness, tasks {', '.join(tasks)}: {type(error).__name__}: {reason}"
         ) from error

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spallm_formats import TABLE_SUFFIX, SketchedCheckpoint, SketchMetadata
+from spallm_formats import SketchedCheckpoint, SketchMetadata
 
 from .errors import FormatError, SourceError
 
@@ -73,11 +73,9 @@ def load_sketched(
             output_loading_info=True,
             **options,
         )
-    missing = sorted(
-        key for key in found["missing_keys"] if key.endswith((".weight", TABLE_SUFFIX))
-    )
-    if missing:
-        raise FormatError(f"{name}: tensors are missing: {', '.join(missing[:5])}")
+    if found["missing_keys"]:
+        missing = ", ".join(sorted(found["missing_keys"])[:5])
+        raise FormatError(f"{name}: tensors are missing: {missing}")
     if tables is not None:
         load_tables(loaded, tables, revision=tables_revision)
     return loaded

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from spallm_formats import CONFIG_FILE, QUANT_METHOD, load_json
 
-from .errors import OptionError, SourceError
+from .errors import OptionError, SourceError, one_line
 from .hub import clear_errors
 from .loading import load_sketched, model_class
 from .source import Source, find_here, locate
@@ -88,7 +88,9 @@ def _load_dense(source: Source, dtype: str, trust_remote_code: bool) -> PreTrain
             output_loading_info=True,
         )
     except Exception as error:  # whatever a model's code makes of a checkpoint that does not suit
-        raise SourceError(f"{source.name}: transformers cannot load it ({_line(error)})") from error
+        raise SourceError(
+            f"{source.name}: transformers cannot load it ({one_line(error)})"
+        ) from error
     if found["missing_keys"]:
         missing = ", ".join(sorted(found["missing_keys"])[:5])
         raise SourceError(f"{source.name}: tensors are missing: {missing}")
@@ -103,7 +105,9 @@ def _load_gguf(source: Source, dtype: str) -> PreTrainedModel:
     try:
         return load_gguf(source.path, getattr(torch, "bfloat16" if dtype == "auto" else dtype))
     except Exception as error:  # a damaged file may raise anything
-        raise SourceError(f"{source.name}: transformers cannot read it ({_line(error)})") from error
+        raise SourceError(
+            f"{source.name}: transformers cannot read it ({one_line(error)})"
+        ) from error
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
@@ -123,8 +127,4 @@ def _load_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
     except SourceError:
         raise
     except Exception as error:  # what it raises without files of a tokenizer differs by model
-        raise SourceError(f"{model}: its tokenizer cannot be loaded ({_line(error)})") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise SourceError(f"{model}: its tokenizer cannot be loaded ({one_line(error)})") from error

@@ -29,6 +29,7 @@ _TOTALS = (
     "ratio",
     "relative_error",
 )
+_OUTPUTS = {"relative_output_error"}  # of modules that were calibrated
 _MODULE = ("name", "shape", "bits", "groups_per_row", "bits_per_weight", "relative_error")
 
 
@@ -110,7 +111,10 @@ def _is_report(document: Any) -> bool:
             isinstance(f, dict) and isinstance(f.get("sha256"), str)
             for f in document["files"].values()
         )
-        and all(isinstance(m, dict) and set(_MODULE) <= set(m) for m in document["modules"])
+        and all(
+            isinstance(m, dict) and {*_MODULE, *(_OUTPUTS & document["totals"].keys())} <= set(m)
+            for m in document["modules"]
+        )
     )
 
 
@@ -130,15 +134,21 @@ def identity(
     import numpy
     import transformers
 
-    drawn = {} if tokens is None else {"calibration_tokens": _digest(tokens)}
+    versions = {
+        "spallm-convert": __version__,
+        "numpy": numpy.__version__,
+        "numba": numba.__version__,
+        "transformers": transformers.__version__,
+    }
+    drawn = {}
+    if tokens is not None:
+        import torch
+
+        drawn = {"calibration_tokens": _digest(tokens)}
+        versions["torch"] = torch.__version__
     return drawn | {
         "format_version": FORMAT_VERSION,
-        "versions": {
-            "spallm-convert": __version__,
-            "numpy": numpy.__version__,
-            "numba": numba.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions,
         "source": source,
         "options": _public(config.to_json()),
     }

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import SourceError
+from .errors import SourceError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,7 +127,7 @@ def _build(model_class: Any, folder: Path, config: dict[str, Any], trust_remote_
         parsed = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return model_class(parsed)
     except Exception as error:  # whatever a model's code makes of a config that does not suit it
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise SourceError(
             f"transformers cannot build {config['architectures'][0]} from {folder / 'config.json'}"
             f": {reason}"

@@ -69,6 +69,8 @@ def save_tables(
     if (target / TABLES_METADATA_FILE).exists() and not overwrite:
         raise OptionError(f"{target} holds sketch tables already; overwrite=True replaces them")
     origin = getattr(model.config, "_name_or_path", None) or None
+    if origin is not None and Path(origin).exists():
+        origin = Path(origin).resolve().name  # not where it lies on this machine
     metadata = TablesMetadata(
         base_model=origin,
         base_revision=getattr(model.config, "_commit_hash", None),
@@ -115,12 +117,13 @@ def load_tables(
         )
     tensors, parameters = _read(folder / TABLES_FILE, model), _replaceable(model)
     sets = _sets(model)
-    if sets.active == name:
+    was_active = sets.active == name
+    if was_active:
         _activate(model, BASE)
     for key in tensors:  # where the base has no value yet, no set has replaced it
         sets.stored[BASE].setdefault(key, _current(parameters[key]))
     sets.stored[name] = tensors
-    if activate:
+    if activate or was_active:
         _activate(model, name)
 
 
@@ -192,13 +195,16 @@ def _digest(layer: SketchedLinear) -> str:
 
 
 def _portable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What a tables-only checkpoint holds: all tables, and other parameters that are trained."""
+    """What a tables-only checkpoint holds: all tables, other parameters that are trained, and those
+    that came with the active set."""
     found = {
         name + TABLE_SUFFIX: layer.weight_table for name, layer in sketched_layers(model).items()
     }
     tables = set(map(id, found.values()))
+    sets = _sets(model)
+    carried = sets.stored[sets.active] if sets.active != BASE else {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in tables:
+        if id(parameter) not in tables and (parameter.requires_grad or name in carried):
             found[name] = parameter
     return found
 

@@ -68,10 +68,11 @@ def set_trainable(
     """Chooses what is trained and freezes all else.
 
     tables: all of them, none, or those of modules whose name matches a pattern (`*` and `?` as in
-    file names, for example "*.mlp.*"). norms: scales and offsets of normalisation layers too; they
-    keep their dtype, and FSDP2 wants one dtype for all that is trained. dtype: of the trained
-    tables, None to leave it. In bfloat16 an update below 1/256 of a value is lost, and tables are
-    small; products are computed in the dtype of the activations all the same.
+    file names, for example "*.mlp.*"). dtype: of the trained tables, None to leave it. In bfloat16
+    an update below 1/256 of a value is lost, and tables are small; products are computed in the
+    dtype of the activations all the same. norms: scales and offsets of normalisation layers too.
+    They keep their dtype, as activations follow it: to train them, load the model in float32 and
+    compute in bfloat16 by autocast (`bf16=True` in Trainer).
     Raises OptionError when a pattern matches no sketched module.
     """
     model = sketched_model(model)

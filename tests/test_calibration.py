@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 
 from helpers.tiny_models import save_tiny_llama
 from helpers.training import word_tokenizer
@@ -18,6 +20,7 @@ from spallm_convert import (
     OptionError,
     SketchConfig,
     SourceError,
+    SpallmError,
     convert,
     load_sketched,
 )
@@ -57,6 +60,9 @@ ARCHITECTURES = {
         "word_embed_proj_dim": 64,
     },
     "phi": SIZES,
+    "gemma4_text": SIZES
+    | {"head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 0}
+    | {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 3},
 }
 
 
@@ -79,7 +85,10 @@ def open_blocks(folder, tokens, batch=2):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_going_through_the_blocks_is_running_the_model(architecture, tmp_path):
-    folder = save_model(tmp_path / "model", architecture)
+    assert_blocks_are_the_model(save_model(tmp_path / "model", architecture))
+
+
+def assert_blocks_are_the_model(folder):
     tokens = torch.randint(2, 128, (4, 24))
     blocks = open_blocks(folder, tokens)
     hidden = list(blocks.inputs)
@@ -99,6 +108,51 @@ def test_going_through_the_blocks_is_running_the_model(architecture, tmp_path):
         model(tokens)
     expected = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
     assert torch.allclose(torch.cat(hidden), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_buffers_that_are_stored_are_read(tmp_path):
+    """Gemma 4 has a trained scalar per block that is no parameter."""
+    folder = save_model(tmp_path / "model", "gemma4_text")
+    tensors = load_file(folder / "model.safetensors")
+    scalars = [name for name in tensors if name.endswith("layer_scalar")]
+    assert len(scalars) == 3
+    save_file(
+        tensors | {name: torch.full_like(tensors[name], 0.5) for name in scalars},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert_blocks_are_the_model(folder)
+
+
+class Experts(nn.Module):
+    """In the place of Llama's MLP: linear experts for the tokens that choose them, one for none."""
+
+    def __init__(self, config):
+        super().__init__()
+        size = config.hidden_size
+        self.router = nn.Linear(size, 3, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(4))
+
+    def forward(self, hidden):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        chosen = self.router(flat).argmax(-1)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0]
+            if len(rows):
+                out.index_add_(0, rows, expert(flat[rows]))
+        return out.view_as(hidden)
+
+
+def test_experts_see_their_own_tokens(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", Experts)
+    folder = save_tiny_llama(tmp_path / "model").folder
+    word_tokenizer().save_pretrained(folder)
+    report = convert(folder, tmp_path / "out", options(text, bits=2))
+    errors = {m["name"]: m["relative_output_error"] for m in report.modules}
+    experts = [f"model.layers.0.mlp.experts.{number}" for number in range(4)]
+    assert all(0 < errors[name] < 0.5 for name in experts[:3])
+    assert errors[experts[3]] == 0  # it has no outputs
 
 
 @pytest.fixture(scope="module")
@@ -209,11 +263,28 @@ def divergence(source, folder, text):
     return (expected.exp() * (expected - found)).sum(-1).mean().item()
 
 
-@pytest.mark.parametrize("step", ["correction", "compensation", "least-squares", "descent"])
-def test_steps_can_be_left_out(source, text, tmp_path, step):
-    whole = convert(source, tmp_path / "whole", options(text)).modules[-1]
-    less = convert(source, tmp_path / "less", options(text, without=(step,))).modules[-1]
-    assert less["relative_output_error"] != whole["relative_output_error"]
+STEPS_OF_FIT = {
+    "compensation": "compensate",
+    "least-squares": "least squares",
+    "descent": "descend",
+}
+
+
+@pytest.mark.parametrize("without", [None, "correction", *STEPS_OF_FIT])
+def test_steps_can_be_left_out(source, text, tmp_path, without, monkeypatch):
+    targets, names = [], set()
+
+    def spied(target, *arguments, **how):
+        fitted = fit(target, *arguments, **how)
+        targets.append(target.copy())  # its memory is the layer's
+        names.update(name for name, _ in fitted.losses)
+        return fitted
+
+    monkeypatch.setattr(layers, "fit", spied)
+    convert(source, tmp_path / "out", options(text, without=(without,) if without else ()))
+    assert names == {"k-means", *STEPS_OF_FIT.values()} - {STEPS_OF_FIT.get(without)}
+    last = load_file(source / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].float()
+    assert np.array_equal(targets[-1], last.numpy()) == (without == "correction")
 
 
 def test_same_bytes_every_time_and_no_global_state_is_touched(source, text, tmp_path):
@@ -269,9 +340,15 @@ def test_a_text_that_changed_is_not_gone_on_with(source, text, tmp_path):
     copy = Path(shutil.copy(text, tmp_path / "text.txt"))
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", options(copy), progress=_StopAt(9))
-    copy.write_text(copy.read_text().replace("word1 ", "word2 "))
-    with pytest.raises(Exception, match="calibration_tokens was"):
+    kept = contents(tmp_path / "out")
+    assert any(name.startswith("block-") for name in kept)
+    before = copy.read_text()
+    copy.write_text(before.replace("word1 ", "word2 "))
+    with pytest.raises(SpallmError, match="calibration_tokens was"):
         convert(source, tmp_path / "out", options(copy), resume=True)
+    assert contents(tmp_path / "out") == kept
+    copy.write_text(before)
+    convert(source, tmp_path / "out", options(copy), resume=True)
 
 
 def refused(error, message, *arguments, **changes):
@@ -305,8 +382,17 @@ def test_encoders_are_refused_unless_falling_back_is_allowed(text, tmp_path):
     refused(
         CalibrationError, "is no causal language model", tmp_path / "bert", output, options(text)
     )
-    report = convert(tmp_path / "bert", output, options(text, fallback=True))
+    said = []
+
+    class Listen(_StopAt):
+        def say(self, line):
+            said.append(line)
+
+    allowed = options(text, fallback=True)
+    report = convert(tmp_path / "bert", output, allowed, progress=Listen(10**6))
     assert "relative_output_error" not in report.totals
+    assert "is no causal language model" in report.document["not_calibrated"]
+    assert said == ["not calibrated: " + report.document["not_calibrated"]]
     convert(tmp_path / "bert", tmp_path / "plain", SketchConfig(bits=3, groups_per_row=2))
     weights = "model.safetensors"
     assert contents(output)[weights] == contents(tmp_path / "plain")[weights]

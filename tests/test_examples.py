@@ -1,11 +1,13 @@
 """`examples/finetune.py` as a user runs it, on a tiny model: data, masking, tables, resuming."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer
 
 from helpers.training import word_tokenizer
 from spallm_convert import SketchConfig, convert, load_sketched
@@ -94,16 +96,28 @@ def test_batches_are_padded_where_nothing_is_counted():
 
 
 def test_json_lines_and_a_choice_of_modules(run, capsys):
-    run("--tables", "*.mlp.*", "--norms", "--checkpoints", name="train.jsonl")
-    assert "of 14,336" not in capsys.readouterr().out.splitlines()[0]
+    split = RECORDS[0] | {"output": "word2\u2028word3"}  # a line ends at a line feed only
+    run("--tables", "*.mlp.*", "--norms", records=[split, *RECORDS[1:]], name="train.jsonl")
+    printed = capsys.readouterr().out
+    tables = 2 * (160 + 160 + 64) * 2 * 16
+    assert f"sketch tables  {tables:,} of 36,864" in printed
+    assert "others         320" in printed  # five norms of 64
 
 
-def test_a_run_goes_on_from_its_last_checkpoint(run, capsys):
-    output = run("--checkpoints")
-    first = capsys.readouterr().out.splitlines()[-2]
-    assert len(list((output / "checkpoints").iterdir())) == 2
+def test_a_run_goes_on_from_its_last_checkpoint(run, monkeypatch):
+    output = run("--checkpoints", "--resume")  # nothing to go on from yet: from the start
+    whole = (output / "sketch_tables.safetensors").read_bytes()
+    _, last = sorted((output / "checkpoints").iterdir())
+    shutil.rmtree(last)
+    trained = []
+    monkeypatch.setattr(
+        Trainer,
+        "training_step",
+        lambda *a, step=Trainer.training_step: trained.append(1) or step(*a),
+    )
     run("--checkpoints", "--resume", "--overwrite")
-    assert capsys.readouterr().out.splitlines()[-2] == first
+    assert len(trained) == 8  # of the second epoch: 4 steps of two parts
+    assert (output / "sketch_tables.safetensors").read_bytes() == whole
 
 
 def test_tables_that_are_there_are_kept(run, capsys):
@@ -120,7 +134,7 @@ def test_tables_that_are_there_are_kept(run, capsys):
     [
         ([{"question": "?"}], r"record 0 must have instruction and output, found \['question'\]"),
         (["text"], "record 0 must have instruction and output, found str"),
-        (RECORDS[:8], "no example is left to train on of 8"),
+        (RECORDS[:8], "of 8 examples none is left to train on, as the first 8 are held out"),
     ],
 )
 def test_data_that_cannot_be_used(run, records, message):

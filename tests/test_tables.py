@@ -149,6 +149,26 @@ def test_norms_that_were_trained_travel_with_the_tables(folder, tmp_path):
     assert torch.equal(logits(live), before)
 
 
+def test_norms_of_the_active_set_travel_on(folder, tmp_path):
+    """Tuned with norms once, then tables alone: both are in what is saved."""
+    first = load_sketched(folder, dtype=torch.float32)
+    set_trainable(first, norms=True)
+    train(first)
+    save_tables(first, tmp_path / "first")
+    second = load_sketched(folder, dtype=torch.float32, tables=tmp_path / "first")
+    set_trainable(second)
+    train(second)
+    save_tables(second, tmp_path / "second")
+    again = load_sketched(folder, dtype=torch.float32, tables=tmp_path / "second")
+    assert torch.equal(logits(again), logits(second))
+
+
+def test_where_the_base_lies_is_not_told(folder, model, tmp_path):
+    saved = save_tables(model, tmp_path / "tuned")
+    description = json.loads((saved / TABLES_METADATA_FILE).read_text())
+    assert description["base_model"] == folder.name
+
+
 def test_copies_have_sets_of_their_own(model, tmp_path):
     save_tables(model, tmp_path / "same")
     load_tables(model, tmp_path / "same")

@@ -57,10 +57,13 @@ class Staging:
         self._lock: BinaryIO | None = None
         self._made_folder = False
         self._worth_keeping: list[Path] = []
+        self._resumed = False
 
     def __enter__(self) -> Self:
         check_output_folder(self.folder, resume=self._resume, overwrite=self._overwrite)
         self._made_folder = not self.folder.exists()
+        # What an earlier run has left is the user's to give up: it stays if this one fails.
+        self._resumed = is_unfinished(self.folder) and not self._overwrite
         self._partial.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self._partial / _LOCK, self.folder)
         try:
@@ -196,7 +199,7 @@ class Staging:
         assert self._lock is not None
         work = (self._files, *self._worth_keeping)
         nothing_done = not any(path.exists() and any(path.iterdir()) for path in work)
-        if failed and nothing_done and not self.is_published:
+        if failed and nothing_done and not self._resumed and not self.is_published:
             self._remove_work()
             if self._made_folder:
                 with contextlib.suppress(OSError):

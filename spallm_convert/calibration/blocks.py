@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spallm_convert.errors import CalibrationError
+from spallm_convert.errors import CalibrationError, SpallmError, one_line
 from spallm_convert.skeleton import stored_name
 from spallm_formats import StoredTensor, read_bytes
 
@@ -70,28 +70,23 @@ class Blocks:
         self._paths = [f"{self.path}.{name}" for name in listed]
         self._modules = list(listed.values())
         self._as_tuple = False
+        self._check_stored()
         self._fill_surroundings()
         self._calls, self.inputs = self._enter(torch.split(tokens, batch))
+        self._forget_surroundings()
 
     def __len__(self) -> int:
         return len(self._modules)
 
     def load(self, number: int) -> nn.Module:
         """A block with its dense weights, to be given back by `unload`."""
-        block, path = self._modules[number], self._paths[number]
-        missing = self._fill(block, path)
-        if missing:
-            raise CalibrationError(
-                f"{path}: the checkpoint has no tensor for {', '.join(missing[:3])}, so the block "
-                f"cannot be run"
-            )
-        return block
+        self._fill(self._modules[number], self._paths[number])
+        return self._modules[number]
 
     def unload(self, number: int) -> None:
         """Forgets the weights of a block."""
         for module in self._modules[number].modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, _parameter(parameter.to("meta")))
+            _forget(module)
 
     def run(self, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """Hidden states [batch, seqlen, hidden] after a block, of `dtype` on `device`."""
@@ -103,6 +98,7 @@ class Blocks:
 
         replace: gives the layer in place of the linear one at a path, None to leave that.
         """
+        self._fill_surroundings()
         for number in range(len(self)):
             block = self.load(number)
             for name, layer in list(block.named_modules()):
@@ -162,10 +158,10 @@ class Blocks:
             calls.append(call)
             entered.append(hidden)
             if len(calls) == count:
-                raise _Enough
+                raise Enough
             return (hidden,) if self._as_tuple else hidden
 
-        with self._instead_of_blocks(stand_in), contextlib.suppress(_Enough):
+        with self._instead_of_blocks(stand_in), contextlib.suppress(Enough), self._clear_errors():
             self._model(tokens.to(self._device), use_cache=False)
         if len(calls) != count or entered[0].is_meta:
             why = "weights that come before them are missing" if calls else "they were not run"
@@ -197,21 +193,64 @@ class Blocks:
 
     def _invoke(self, block: nn.Module, call: _Call, hidden: Tensor) -> Any:
         hidden = hidden.to(self._device, self._dtype)
-        if call.keyword is None:
-            return block(hidden, *call.args, **call.kwargs)
-        return block(*call.args, **call.kwargs, **{call.keyword: hidden})
+        with self._clear_errors():
+            if call.keyword is None:
+                return block(hidden, *call.args, **call.kwargs)
+            return block(*call.args, **call.kwargs, **{call.keyword: hidden})
+
+    @contextlib.contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        """What a model's own code makes of being run like this, as an error of ours."""
+        try:
+            yield
+        except (Enough, SpallmError):
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise CalibrationError(
+                f"{type(self._model).__name__}: the blocks {self.path} cannot be run one by one "
+                f"({reason})"
+            ) from error
+
+    def _check_stored(self) -> None:
+        """Refuses, before anything is run, a block with weights that the checkpoint lacks."""
+        for path, block in zip(self._paths, self._modules, strict=True):
+            missing = [
+                f"{path}.{name}"
+                for name, value in block.named_parameters()
+                if self._stored(f"{path}.{name}", value) is None
+            ]
+            if missing:
+                raise CalibrationError(
+                    f"{path}: the checkpoint has no tensor for {', '.join(missing[:3])}, so the "
+                    f"block cannot be run"
+                )
+
+    def _stored(self, name: str, value: Tensor) -> StoredTensor | None:
+        """The tensor of the checkpoint for a parameter or buffer of the model."""
+        stored = stored_name(name, self._model.base_model_prefix, self._tensors)
+        tensor = self._tensors[stored] if stored else None
+        if tensor is None or tensor.shape != tuple(value.shape) or tensor.dtype not in _DTYPES:
+            return None
+        return tensor
 
     def _fill_surroundings(self) -> None:
         """Reads what is neither in a block nor the output layer, whose result nobody looks at."""
         inside = {id(module) for block in self._modules for module in block.modules()}
         if (head := self._head()) is not None:
             inside.add(id(head))
+        self._around = [m for m in self._model.modules() if id(m) not in inside]
         for path, module in self._model.named_modules():
             if id(module) not in inside:
                 self._fill_own(module, path)
         for module in self._model.modules():  # those in blocks too: they are never read again
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self._device))
+
+    def _forget_surroundings(self) -> None:
+        """Until the model is assembled nobody needs them, and an embedding can be large."""
+        for module in self._around:
+            _forget(module)
 
     def _fill(self, module: nn.Module, path: str) -> list[str]:
         """Reads all weights below a module; returns names that the checkpoint does not have."""
@@ -222,14 +261,13 @@ class Blocks:
 
     def _fill_own(self, module: nn.Module, path: str) -> list[str]:
         missing = []
-        for name, parameter in module.named_parameters(recurse=False):
-            full = f"{path}.{name}" if path else name
-            stored = stored_name(full, self._model.base_model_prefix, self._tensors)
-            tensor = self._tensors[stored] if stored else None
-            if tensor is None or tensor.shape != tuple(parameter.shape):
-                missing.append(full)
-            else:
-                setattr(module, name, _parameter(self._read(tensor)))
+        for name, value in [*module.named_parameters(recurse=False), *_saved_buffers(module)]:
+            tensor = self._stored(f"{path}.{name}" if path else name, value)
+            if tensor is not None:
+                read = self._read(tensor)
+                setattr(module, name, _parameter(read) if name in module._parameters else read)
+            elif name in module._parameters:
+                missing.append(f"{path}.{name}")
         return missing
 
     def _read(self, tensor: StoredTensor) -> Tensor:
@@ -255,7 +293,7 @@ def find_blocks(model: nn.Module, linears: Iterable[str]) -> str:
     return path
 
 
-class _Enough(Exception):  # noqa: N818  nothing went wrong
+class Enough(Exception):  # noqa: N818  nothing went wrong
     """Ends a run of which all is known that is wanted."""
 
 
@@ -264,6 +302,8 @@ def _taken_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Call, 
     if args:
         return _Call(args[1:], kwargs, None), args[0]
     rest = dict(kwargs)
+    if "hidden_states" not in rest:
+        raise CalibrationError(f"blocks are called without hidden states, with {', '.join(rest)}")
     hidden = rest.pop("hidden_states")
     return _Call((), rest, "hidden_states"), hidden
 
@@ -279,6 +319,18 @@ def _same(found: Any, expected: Any) -> bool:
     if isinstance(found, dict):
         return found.keys() == expected.keys() and all(_same(found[k], expected[k]) for k in found)
     return type(found) is type(expected)
+
+
+def _saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that a checkpoint holds, some of which are trained."""
+    hidden = module._non_persistent_buffers_set
+    return [(n, b) for n, b in module.named_buffers(recurse=False) if n not in hidden]
+
+
+def _forget(module: nn.Module) -> None:
+    """Frees a module's own parameters; its buffers are small, and some are never stored."""
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(module, name, _parameter(parameter.to("meta")))
 
 
 def _parameter(value: Tensor) -> nn.Parameter:

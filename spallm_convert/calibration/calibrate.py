@@ -68,6 +68,13 @@ def open_blocks(
             f"{type(model).__name__} is no causal language model, and calibration needs one"
         )
     samples, seqlen = tokens.shape
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = embedding.num_embeddings
+    if int(tokens.max()) >= vocabulary:
+        raise OptionError(
+            f"token {int(tokens.max())} is beyond the model's {vocabulary} embeddings: is the "
+            f"tokenizer its own?"
+        )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and 0 < positions < seqlen:
         raise OptionError(f"seqlen {seqlen} is more than the {positions} positions of the model")
@@ -90,7 +97,8 @@ def calibrate(
     from .sketching import Streams
 
     done = CalibratedModules(folder)
-    streams = Streams(list(blocks.inputs), list(blocks.inputs))
+    streams = Streams(blocks.inputs, list(blocks.inputs))
+    blocks.inputs = []
     for number in range(len(blocks)):
         prefix = blocks.path_of(number) + "."
         names = {

@@ -25,14 +25,29 @@ DAMPING = 0.03
 _SWEEPS = 3
 
 Singles = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 
 
-@dataclass
-class InputSums:
-    """What is kept of the inputs X and Z of a layer, float64 [n, n]: X^T X and X^T Z."""
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """What layers with the same inputs X and Z need of them, made once by `prepare_inputs`.
 
-    hessian: npt.NDArray[np.float64]
-    cross: npt.NDArray[np.float64]
+    hessian: float64 [n, n], X^T X; damped: the same made ready for `fit`; change: float64 [n, n],
+    H^-1 (X^T Z - H), None without correction.
+    """
+
+    hessian: Doubles
+    damped: PreparedHessian
+    change: Doubles | None
+
+
+def prepare_inputs(hessian: Doubles, cross: Doubles, without: Collection[str] = ()) -> LayerInputs:
+    """From X^T X and X^T Z, float64 [n, n] each. Raises ValueError when H cannot be factored."""
+    damped = prepare_hessian(hessian, DAMPING)
+    change: Any = None
+    if "correction" not in without:
+        change = np.linalg.solve(damped.full, cross - hessian)
+    return LayerInputs(hessian, damped, change)
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,7 @@ class SketchedLayer:
 
 def sketch_layer(
     weights: Singles,
-    sums: InputSums,
+    inputs: LayerInputs,
     module: SketchedModule,
     metadata: SketchMetadata,
     without: Collection[str] = (),
@@ -55,14 +70,15 @@ def sketch_layer(
     """Sketches a whole layer: weights, float32 [out_features, in_features].
 
     without: of `SketchConfig.without`, the steps to leave out. Raises OverflowError for tables that
-    are not in their stored dtype, ValueError for sums that are not finite.
+    are not in their stored dtype, ValueError for weights that are not finite.
     """
-    hessian = prepare_hessian(sums.hessian, DAMPING)
-    target = weights if "correction" in without else _target(weights, sums, hessian)
+    target = weights
+    if inputs.change is not None:
+        target = (weights + weights @ inputs.change.T).astype(np.float32)
     sweeps = 0 if "descent" in without else _SWEEPS
     fitted = fit(
         target,
-        hessian,
+        inputs.damped,
         module.groups_per_row,
         module.entries,
         compensation="compensation" not in without,
@@ -74,19 +90,13 @@ def sketch_layer(
     def choose(stored: Singles) -> npt.NDArray[np.uint8]:
         nonlocal codes
         if sweeps:  # for the entries as they have been rounded
-            codes = descend(target, stored, codes, hessian, sweeps)
+            codes = descend(target, stored, codes, inputs.damped, sweeps)
         return codes
 
     rows = store_rows(weights, fitted.table, choose, module, metadata)
     dense = look_up(rows.rounded, codes)
     error, norm = (
-        float(quadratic_loss(weights, other, hessian.full).sum())
+        float(quadratic_loss(weights, other, inputs.hessian).sum())
         for other in (dense, np.zeros_like(weights))
     )
     return SketchedLayer(rows, dense, (error, norm))
-
-
-def _target(weights: Singles, sums: InputSums, hessian: PreparedHessian) -> Singles:
-    change: Any = np.linalg.solve(hessian.full, sums.cross - sums.hessian)
-    target: Singles = (weights + weights @ change.T).astype(np.float32)
-    return target

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from spallm_convert.errors import CalibrationError
 from spallm_formats import SketchedModule, SketchMetadata
 
-from .blocks import Blocks
-from .layers import InputSums, SketchedLayer, sketch_layer
+from .blocks import Blocks, Enough
+from .layers import Doubles, SketchedLayer, prepare_inputs, sketch_layer
 
 
 class Streams(NamedTuple):
@@ -58,14 +58,20 @@ def sketch_block(
     for stage in _stages(blocks, number, block, layers, streams.sketched[0]):
         columns = layers[stage.names[0]].in_features
         sums = _sum_inputs(blocks, number, (dense, block), stage, columns, streams)
+        inputs = prepare_inputs(*sums, without)
         for name in stage.names:
             linear: Any = block.get_submodule(name)
             weights = linear.weight.float().cpu().numpy()
+            where = f"{blocks.path_of(number)}.{name}"
             try:
-                layer = sketch_layer(weights, sums, layers[name], metadata, without)
-            except (ValueError, OverflowError) as error:
-                where = f"{blocks.path_of(number)}.{name}"
-                raise CalibrationError(f"{where} cannot be sketched: {error}") from error
+                layer = sketch_layer(weights, inputs, layers[name], metadata, without)
+            except OverflowError as error:
+                remedy = "use --table-dtype float32"
+                raise CalibrationError(f"{where} has {error}; {remedy}") from error
+            except ValueError as error:
+                raise CalibrationError(
+                    f"{where} cannot be sketched: {error} (--ignore leaves the layer dense)"
+                ) from error
             linear.weight.copy_(torch.from_numpy(layer.dense))
             yield name, layer
     for stream, module in ((streams.dense, dense), (streams.sketched, block)):
@@ -98,7 +104,7 @@ def _stages(
     hidden: Tensor,
 ) -> list[_Stage]:
     """Layers in order of their first call, those that read the same tensor together; at the end
-    layers that are not called, such as experts that no token of the text chose."""
+    layers that are not called, such as experts that no token chose here: they may be elsewhere."""
     seen: list[tuple[str, Tensor]] = []
     with contextlib.ExitStack() as stack:
         for name in layers:
@@ -124,36 +130,39 @@ def _sum_inputs(
     stage: _Stage,
     columns: int,
     streams: Streams,
-) -> InputSums:
-    """Sums over the inputs of a stage, in the dense block and in the one that is being sketched."""
+) -> tuple[Doubles, Doubles]:
+    """X^T X and X^T Z, float64 [columns, columns], over the inputs of a stage: X in the block that
+    is being sketched, Z in the dense one."""
     hessian, cross = np.zeros((2, columns, columns))
-    for before in zip(*streams, strict=True) if stage.calls else ():
+    for before in zip(*streams, strict=True):
         z, x = (
-            _inputs(blocks, number, module, stage, hidden)
+            _inputs(blocks, number, module, stage, columns, hidden)
             for module, hidden in zip(modules, before, strict=True)
         )
-        hessian += (x.T @ x).double().cpu().numpy()
-        cross += (x.T @ z).double().cpu().numpy()
+        product = (x.T @ x).double().cpu().numpy()
+        hessian += product
+        # Experts may get other tokens in the two models; then there is nothing to make up for.
+        cross += (x.T @ z).double().cpu().numpy() if len(x) == len(z) else product
     if not (np.isfinite(hessian).all() and np.isfinite(cross).all()):
         raise CalibrationError(
             f"{blocks.path_of(number)}.{stage.names[0]}: its inputs on the calibration text are "
             f"not all finite"
         )
-    return InputSums(hessian, cross)
+    return hessian, cross
 
 
 def _inputs(
-    blocks: Blocks, number: int, module: nn.Module, stage: _Stage, hidden: Tensor
+    blocks: Blocks, number: int, module: nn.Module, stage: _Stage, columns: int, hidden: Tensor
 ) -> Tensor:
     """The inputs of a stage's layers for some hidden states, float32 [tokens, in_features]."""
-    seen: list[Tensor] = []
+    seen = [hidden.new_empty(0, columns)]
 
     def note(x: Tensor) -> None:
         seen.append(x.reshape(-1, x.shape[-1]).float())
-        if len(seen) == stage.calls:
-            raise _Enough
+        if len(seen) > stage.calls > 0:
+            raise Enough
 
-    with _on_input(module, stage.names[0], note), contextlib.suppress(_Enough):
+    with _on_input(module, stage.names[0], note), contextlib.suppress(Enough):
         blocks.run(number, module, hidden)
     return torch.cat(seen)
 
@@ -170,7 +179,3 @@ def _on_input(block: nn.Module, name: str, note: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-class _Enough(Exception):  # noqa: N818  nothing went wrong
-    """Ends a run of a block whose rest is not wanted."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spallm_convert.errors import OptionError, SourceError, SpallmError
+from spallm_convert.errors import OptionError, SourceError, SpallmError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -240,7 +240,7 @@ def _read_dataset(source: str) -> list[str]:
     except SpallmError:
         raise
     except Exception as error:  # its errors are many, from missing names to failed connections
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise SourceError(
             f"text {source!r}: no such file, and no dataset either ({reason})"
         ) from error

@@ -83,7 +83,7 @@ def measure(weights: Singles, table: Singles, codes: Codes, hessian: Floats) -> 
 
 def keep_better(old: Measured, new: Measured) -> Measured:
     """Row by row the one of less loss, the old one of two that lose the same."""
-    kept = np.flatnonzero(new.losses >= old.losses)
+    kept = np.flatnonzero(~(new.losses < old.losses))  # a loss that is no number is not less
     if len(kept) == 0:
         return new
     best = new.take(np.arange(len(new.losses)))
