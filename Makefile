@@ -35,9 +35,9 @@ bench-finetune: .venv-peers/.installed
 	.venv-peers/bin/python benchmarks/finetune.py --data $(DATA) --speed 10
 	.venv-peers/bin/python benchmarks/finetune_plot.py
 
-# Runs on a machine with a GPU and its own torch: nothing is installed.
+# Runs on a machine with a GPU and its own torch: nothing is installed. ARGS: options of the script.
 gpu:
-	PYTHONPATH=.:formats:kernels $(PYTHON) benchmarks/gpu.py
+	PYTHONUNBUFFERED=1 PYTHONPATH=.:formats:kernels $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 # The demo's environment holds the runtime dependencies only, so it shows that they are enough.
 .venv-demo/.installed: $(SOURCES)

@@ -39,12 +39,14 @@ Linears = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """kind: "sketch", "lora", "qlora" or "full". rank: None for the matched one."""
+    """kind: "sketch", "lora", "qlora" or "full". rank: None for the matched one. calibrated: the
+    sketch is made for Python's documentation, text that has nothing to do with the task."""
 
     kind: str
     bits: int = 0
     groups: int = 0
     rank: int | None = None
+    calibrated: bool = False
 
     def rank_for(self, linears: Linears) -> int:
         """The rank of its adapters on a model."""
@@ -57,7 +59,7 @@ class Method:
     def base(self) -> str:
         """What it is before training: methods of the same base begin with the same loss."""
         if self.kind == "sketch":
-            return f"sketch-{self.bits}bit-gpr{self.groups}"
+            return f"sketch-{self.bits}bit-gpr{self.groups}" + "-calibrated" * self.calibrated
         return "nf4" if self.kind == "qlora" else "dense"
 
 
@@ -69,7 +71,8 @@ def _methods() -> dict[str, Method]:
             found[f"{kind}-r{rank}"] = Method(kind=kind, rank=rank)
     for bits, groups in ((4, 1), (4, 4), (4, 8), (3, 4), (2, 4)):
         found[f"sketch-{bits}bit-gpr{groups}"] = Method(kind="sketch", bits=bits, groups=groups)
-    return found | {"full": Method(kind="full")}
+    calibrated = Method(kind="sketch", bits=4, groups=4, calibrated=True)
+    return found | {calibrated.base: calibrated, "full": Method(kind="full")}
 
 
 #: By name. Speeds in turn are relative to the first.
@@ -127,7 +130,8 @@ def read_linears(dense: Path) -> Linears:
 def sketch_folder(method: Method, dense: Path, identity: str, cache: Path) -> Path:
     """The sketched model of a method, converted where it is not there yet."""
     folder = cache / f"{identity}-{method.base}"
-    config = SketchConfig(bits=method.bits, groups_per_row=method.groups)
+    text = {"calibration": "builtin", "samples": 32} if method.calibrated else {}
+    config = SketchConfig(bits=method.bits, groups_per_row=method.groups, **text)
     convert(dense, folder, config, resume=folder.exists())
     return folder
 

@@ -11,6 +11,7 @@ results are written as they come. What has to be shown stands in `bars`, each wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from common import RESULTS, cores, machine, versions
 from gpu_rivals import BITSANDBYTES_PATH
@@ -29,6 +30,13 @@ _ROOT = Path(__file__).resolve().parent.parent
 _NO_FIGURES = (
     "smoke run on the CPU at tiny sizes: no figure in this file is a measurement of anything"
 )
+#: The files with tests marked `gpu`; others import what a machine with a GPU need not have.
+#: Warnings of its libraries are no failures.
+_TEST_FILES = ("test_gpu.py", "test_triton.py")
+_TEST_COMMAND = [
+    *(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-rfE", "--tb=short"),
+    *(str(_ROOT / "tests" / name) for name in _TEST_FILES),
+]
 _TESTS_SHARE = 0.5  # of the budget, at most
 _LEAST_SECONDS = 20  # for starting another process
 _MOST_SHARDS = 8  # processes of the tests
@@ -96,23 +104,39 @@ def _run_tests(options: argparse.Namespace) -> dict[str, Any]:
     if options.smoke or options.no_tests:
         return {"status": "not run"}
     begin = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(_ROOT / "tests")]
     shards = max(1, min(_MOST_SHARDS, cores() // 2))  # most of the time goes into compiling
-    processes = [
-        subprocess.Popen(command, env=os.environ | {"SPALLM_TEST_SHARD": f"{number}/{shards}"})
-        for number in range(shards)
-    ]
-    try:
-        end = begin + _TESTS_SHARE * options.seconds
-        codes = [process.wait(max(0, end - time.monotonic())) for process in processes]
-        failed = sorted({code for code in codes if code})
-        status = f"failed: pytest ended with codes {failed}" if failed else "passed"
-    except subprocess.TimeoutExpired:
-        status = "failed: out of time"
-    finally:
-        for process in processes:
-            process.kill()
-    return {"status": status, "seconds": round(time.monotonic() - begin, 1)}
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(shards)]
+        processes = [
+            subprocess.Popen(
+                _TEST_COMMAND,
+                env=os.environ | {"SPALLM_TEST_SHARD": f"{number}/{shards}"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            for number, log in enumerate(logs)
+        ]
+        try:
+            end = begin + _TESTS_SHARE * options.seconds
+            codes = [process.wait(max(0, end - time.monotonic())) for process in processes]
+            failed = sorted({code for code in codes if code})
+            status = f"failed: pytest ended with codes {failed}" if failed else "passed"
+        except subprocess.TimeoutExpired:
+            status = "failed: out of time"
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        lines = [line for log in logs for line in _printed(log)]
+    print("\n".join(lines), flush=True)
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    seconds = round(time.monotonic() - begin, 1)
+    return {"status": status, "seconds": seconds, "failures": failures}
+
+
+def _printed(log: TextIO) -> list[str]:
+    log.seek(0)
+    return log.read().splitlines()
 
 
 def _run_children(options: argparse.Namespace, deadline: float) -> dict[str, Any]:

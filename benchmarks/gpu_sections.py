@@ -158,13 +158,16 @@ def _driver() -> dict[str, str]:
     if tool is None:
         return dict.fromkeys(fields, "unknown: no nvidia-smi")
     device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    answer = subprocess.run(
-        [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", device],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
+    try:
+        answer = subprocess.run(
+            [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", device],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return dict.fromkeys(fields, f"unknown: {error}")
     values = [value.strip() for value in answer.stdout.strip().split(",")]
     if answer.returncode or len(values) != len(fields):
         return dict.fromkeys(fields, f"unknown: {(answer.stderr or answer.stdout).strip()}")

@@ -114,9 +114,11 @@ def test_forward_and_gradients(monkeypatch, bits, hash_seed, dtype, shape):
 def test_path_by_shape_and_dtype():
     sketch = random_sketch(4, 2, 8, 128)
 
-    def path(tokens, dtype=torch.bfloat16, table=sketch.table, columns=128, hashed=False):
+    def path(
+        tokens, dtype=torch.bfloat16, table=sketch.table, columns=128, hashed=False, path=None
+    ):
         x = torch.empty(tokens, columns, dtype=dtype, device=DEVICE)
-        return dispatch.choose_path("triton", x, table, hashed=hashed)
+        return dispatch.choose_path("triton", x, table, hashed=hashed, path=path)
 
     assert path(1) == "decode"
     assert path(tiles.DECODE_TOKENS) == "decode"
@@ -126,6 +128,9 @@ def test_path_by_shape_and_dtype():
     assert path(1, torch.float32) == "dense"  # the tensor cores take 16-bit operands
     assert path(1, columns=66) == "dense"  # groups of 33 columns are no whole units
     assert path(1, table=torch.empty(8, 2, 2)) == "dense"  # one bit
+    for tokens in (0, tiles.DECODE_TOKENS + 1):
+        with pytest.raises(ValueError, match=rf"cannot decode torch.bfloat16 inputs \[{tokens},"):
+            path(tokens, path="decode")
 
 
 def test_a_backend_for_16_bit_activations_takes_the_decode_path_by_itself(monkeypatch):

@@ -102,8 +102,8 @@ def choose_path(
     decodes = backend != "reference" and load_decoder(backend).can_decode(x, table)
     if path == "decode" and not decodes:
         raise ValueError(
-            f"backend {backend!r} cannot decode {x.dtype} inputs of {x.shape[1]} columns "
-            f"with tables {list(table.shape)}"
+            f"backend {backend!r} cannot decode {x.dtype} inputs {list(x.shape)} with tables "
+            f"{list(table.shape)}"
         )
     if path is not None:
         return path

@@ -33,7 +33,7 @@ def random_sketch(bits, groups, rows=9, columns=48, *, dtype=torch.float64, hash
     index_map = torch.from_numpy(pack(codes.numpy(), bits))
     if hash_seed is not None:
         codes = torch.from_numpy(hash_codes(rows, columns, bits, hash_seed))
-        index_map = index_map[:, :0]
+        index_map = torch.empty(rows, 0, dtype=torch.uint8)  # as a loaded layer has it
     table = torch.randn(rows, groups, 1 << bits, generator=generator, dtype=torch.float64)
     return Sketch(codes, index_map, table.to(dtype).double(), hash_seed)
 

@@ -44,10 +44,11 @@ _INTEGER_OF_BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def can_decode(x: Tensor, table: Tensor) -> bool:
-    """Whether `decode` takes such tensors: 16-bit x, 2 to 4 bits, groups of whole units."""
-    columns, groups = x.shape[-1], table.shape[1]
+    """Whether `decode` takes such tensors: few 16-bit x, 2 to 4 bits, groups of whole units."""
+    (tokens, columns), groups = x.shape, table.shape[1]
     return (
-        x.dtype in _HALVES
+        0 < tokens <= DECODE_TOKENS
+        and x.dtype in _HALVES
         and table.shape[-1].bit_length() - 1 in UNIT_CODES
         and columns // groups % ALIGNMENT == 0
     )
@@ -214,8 +215,9 @@ def _words(index_map: Tensor) -> tuple[Tensor, int]:
     """An index map as 32-bit words, and how many a row has. Stored maps are whole words already."""
     if index_map.shape[1] % 4:
         index_map = torch.nn.functional.pad(index_map, (0, -index_map.shape[1] % 4))
-    words = index_map.contiguous().view(torch.int32)
-    return words, words.shape[1]
+    rows, row_bytes = index_map.shape
+    # By way of one dimension: rows of no bytes, which hashed maps have, cannot be viewed as words.
+    return index_map.reshape(-1).view(torch.int32).view(rows, row_bytes // 4), row_bytes // 4
 
 
 @functools.cache
