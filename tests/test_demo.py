@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from spallm_convert import SourceError, demo
+from spallm_convert import SourceError, demo, terminal
 from spallm_convert.cli import main
 from spallm_formats import SketchedCheckpoint
 
@@ -13,7 +13,7 @@ from spallm_formats import SketchedCheckpoint
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # GGUF reading is transformers' and gguf's own
 def test_demo_compares_a_real_model_with_its_sketch(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(terminal.stdout, "width", 160)
     with pytest.raises(SystemExit) as stopped:
         main(["demo", "-o", str(tmp_path / "out"), "--tokens", "1024"])
     assert stopped.value.code == 0

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:Futur
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.delitem(sys.modules, "finetune", raising=False)  # a benchmark has this name too
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
