@@ -19,10 +19,11 @@ def model_card(report: Report, config: dict[str, Any]) -> str:
     groups = sorted({module["groups_per_row"] for module in report.modules})
     worst = sorted(report.modules, key=lambda module: -module["relative_error"])[:_WORST_SHOWN]
     rows = "\n".join(f"| `{module['name']}` | {module['relative_error']:.4f} |" for module in worst)
+    share = "Most" if report.left_dense else "All"
     return f"""{_front_matter(report, is_decoder)}
 # {name}, sketched to {options["bits"]} bits
 
-Every linear layer of this model's blocks is a **sketch**: a small trainable table per row and
+{share} linear layers of this model's blocks are **sketches**: a small trainable table per row and
 group, and a frozen index map of {options["bits"]} bits per weight that says which entry each weight
 is. The model is fine-tuned by training the tables themselves: no adapter.
 

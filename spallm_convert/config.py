@@ -95,8 +95,10 @@ class SketchConfig:
                 problems.append(f"{name} must be at least {least}, found {value!r}")
         if isinstance(self.without, str) or not set(self.without) <= set(STEPS):
             problems.append(f"without must be some of {STEPS}, found {self.without!r}")
-        if self.calibration is None and (self.without or self.heal or self.fallback):
-            problems.append("without, heal and fallback are for a conversion with calibration")
+        only = ("samples", "seqlen", "without", "heal", "fallback")
+        unused = [name for name in only if getattr(self, name) != getattr(type(self), name)]
+        if self.calibration is None and unused:
+            problems.append(f"{', '.join(unused)}: only for a conversion with calibration")
         if self.calibration is not None and self.mapping == "hash":
             problems.append("calibration is for the mapping 'cluster', found 'hash'")
         return problems
@@ -127,7 +129,7 @@ class SketchConfig:
         unknown = sorted(set(document) - known)
         if unknown:
             raise OptionError(f"unknown options {unknown}, expected some of {sorted(known)}")
-        return cls(**document)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in document.items()})
 
 
 def parse_size(size: str | int) -> int:

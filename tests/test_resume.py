@@ -168,7 +168,7 @@ def test_an_unfinished_folder_needs_a_decision(sharded_llama, unfinished):
 
 def test_other_options_or_another_source_are_not_resumed(sharded_llama, tiny_llama, unfinished):
     before = contents(unfinished)
-    with pytest.raises(SpallmError, match=r"unfinished conversion of something else.*'bits': 3"):
+    with pytest.raises(SpallmError, match=r"something else \(bits was 4, now 3\)"):
         convert(
             sharded_llama.folder,
             unfinished,

@@ -269,12 +269,14 @@ def _inside(name: str) -> str:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    keys = [*before, *(key for key in now if key not in before)]
-    return [
-        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-        for key in keys
-        if before.get(key) != now.get(key)
-    ]
+    found = []
+    for key in {**before, **now}:
+        was, is_now = before.get(key), now.get(key)
+        if isinstance(was, dict) and isinstance(is_now, dict):
+            found += _differences(was, is_now)
+        elif was != is_now:
+            found.append(f"{key} was {was!r}, now {is_now!r}")
+    return found
 
 
 def _locked(path: Path, folder: Path) -> BinaryIO:
