@@ -129,7 +129,11 @@ class SketchConfig:
         unknown = sorted(set(document) - known)
         if unknown:
             raise OptionError(f"unknown options {unknown}, expected some of {sorted(known)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in document.items()})
+        options: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in document.items()
+        }
+        return cls(**options)
 
 
 def parse_size(size: str | int) -> int:
