@@ -11,13 +11,19 @@ import math
 from dataclasses import dataclass
 
 WIDTHS = (4, 3, 2)
-RTN_GROUP, HQQ_GROUP, GPTQ_GROUP = 128, 64, 128
+#: Columns that share a scale and a zero. GPTQ's is what llm-compressor takes for rows of 576.
+RTN_GROUP, HQQ_GROUP, GPTQ_GROUP = 128, 64, 64
 
 #: Packages that a kind of method needs beside those of the project, by the names they are imported
 #: by.
-PEERS = {"nf4": ("bitsandbytes",), "hqq": ("hqq",)}
+PEERS = {
+    "nf4": ("bitsandbytes",),
+    "hqq": ("hqq",),
+    "gptq": ("llmcompressor",),
+    "autoround": ("auto_round",),
+}
 #: Kinds of methods that are shown text.
-CALIBRATED = ("leanquant", "sketch-calibrated")
+CALIBRATED = ("gptq", "autoround", "leanquant", "sketch-calibrated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,8 @@ def _methods() -> dict[str, Method]:
     for bits in WIDTHS:
         found[f"rtn-{bits}bit-g{RTN_GROUP}"] = Method(kind="rtn", bits=bits)
         found[f"hqq-{bits}bit-g{HQQ_GROUP}"] = Method(kind="hqq", bits=bits)
+        found[f"gptq-{bits}bit-g{GPTQ_GROUP}"] = Method(kind="gptq", bits=bits)
+        found[f"autoround-{bits}bit-g{RTN_GROUP}"] = Method(kind="autoround", bits=bits)
         found[f"leanquant-{bits}bit"] = Method(kind="leanquant", bits=bits)
         found[f"hash-{bits}bit-gpr4"] = Method(kind="hash", bits=bits, groups=4)
         for kind in ("sketch", "sketch-calibrated"):

@@ -1,8 +1,9 @@
-"""Other projects' quantizers, called layer by layer on the CPU, and what they store.
+"""Other projects' quantizers on the CPU.
 
-Each takes a float32 weight [out_features, in_features] and gives it back as it is after being
-quantized, with the bytes of the tensors that the package keeps for it. Constants that are the same
-for all layers, such as NF4's sixteen values, are not counted.
+Those that need no text are called layer by layer: they take a float32 weight [out_features,
+in_features] and give it back as it is after being quantized, with the bytes of the tensors that the
+package keeps for it. Constants that are the same for all layers, such as NF4's sixteen values, are
+not counted. Those that are calibrated get a float32 model and leave it with its weights quantized.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quality_methods import HQQ_GROUP
+from quality_methods import GPTQ_GROUP, HQQ_GROUP, RTN_GROUP
 
 
 def nf4(weight: Tensor, bits: int) -> tuple[Tensor, int]:
@@ -43,3 +44,54 @@ def hqq(weight: Tensor, bits: int) -> tuple[Tensor, int]:
     stored = sum(tensor.nbytes for tensor in (packed, *kept.values()))
     widened = {name: tensor.float() for name, tensor in kept.items()}
     return Quantizer.dequantize(packed, meta | widened).float(), stored
+
+
+def gptq(model: Any, tokenizer: Any, tokens: Tensor, bits: int, seed: int) -> None:
+    """GPTQ of llm-compressor at its defaults, integers with a zero, in groups.
+
+    tokens: int64 [samples, seqlen].
+    """
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    weights = QuantizationArgs(
+        num_bits=bits, type="int", symmetric=False, strategy="group", group_size=GPTQ_GROUP
+    )
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    shown = {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
+    oneshot(
+        model=model,
+        processor=tokenizer,
+        dataset=Dataset.from_dict(shown),
+        recipe=GPTQModifier(config_groups={"all": scheme}, ignore=["lm_head"]),
+        num_calibration_samples=len(tokens),
+        max_seq_length=tokens.shape[1],
+        shuffle_calibration_samples=False,
+    )
+
+
+def autoround(model: Any, tokenizer: Any, tokens: Tensor, bits: int, seed: int) -> None:
+    """AutoRound at its defaults (200 steps per block) in float32, integers with a zero, in groups.
+
+    tokens: int64 [samples, seqlen].
+    """
+    from auto_round import AutoRound
+
+    shown = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
+    AutoRound(
+        model,
+        tokenizer,
+        bits=bits,
+        group_size=RTN_GROUP,
+        sym=False,
+        nsamples=len(tokens),
+        seqlen=tokens.shape[1],
+        dataset=torch.utils.data.DataLoader(shown, batch_size=8),
+        seed=seed,
+        device_map="cpu",
+        low_cpu_mem_usage=False,
+        enable_torch_compile=False,
+        amp=False,
+    ).quantize()

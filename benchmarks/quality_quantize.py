@@ -18,9 +18,10 @@ from torch import Tensor
 
 import quality_peers
 from quality_leanquant import quantize_blocks
-from quality_methods import RTN_GROUP, Method, affine_bits, table_bits
+from quality_methods import GPTQ_GROUP, RTN_GROUP, Method, affine_bits, table_bits
 from spallm_convert import SketchConfig, convert
 from spallm_convert.calibration.calibrate import draw_tokens, open_blocks
+from spallm_convert.opening import load_tokenizer
 from spallm_convert.plan import Plan, make_plan
 from spallm_convert.source import DenseCheckpoint, locate
 from spallm_formats import SketchedCheckpoint, read_bytes, to_float32, unpack
@@ -71,6 +72,11 @@ class Subject:
             samples=self.samples,
             seqlen=self.seqlen,
         )
+
+    def tokens(self, method: Method) -> Tensor:
+        """The calibration tokens, int64 [samples, seqlen], the same for every method."""
+        source, config = locate(str(self.checkpoint.folder)), self.calibrated_config(method)
+        return draw_tokens(source, config, trust_remote_code=False)
 
 
 def open_subject(dense: Path, scratch: Path, calibration: Path, **drawn: int) -> Subject:
@@ -130,9 +136,29 @@ def _layerwise(quantizer: Callable[[Tensor, int], tuple[Tensor, int]]) -> Any:
     return run
 
 
+def _whole(quantizer: Callable[..., None], group: int) -> Any:
+    """A method that quantizes a whole model in place, to integers in groups."""
+
+    def run(method: Method, subject: Subject) -> Quantized:
+        from transformers import AutoModelForCausalLM
+
+        folder = subject.checkpoint.folder
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokens = subject.tokens(method)
+        quantizer(model, load_tokenizer(locate(str(folder))), tokens, method.bits, subject.seed)
+        found = {
+            path: model.get_submodule(path).weight.detach().float()
+            for path in subject.plan.paths.values()
+        }
+        return Quantized(
+            sum(affine_bits(*w.shape, method.bits, group) for w in found.values()), found.items()
+        )
+
+    return run
+
+
 def _leanquant(method: Method, subject: Subject) -> Quantized:
-    config = subject.calibrated_config(method)
-    tokens = draw_tokens(locate(str(subject.checkpoint.folder)), config, trust_remote_code=False)
+    tokens = subject.tokens(method)
     blocks = open_blocks(subject.checkpoint, subject.plan, tokens)
     found = dict(quantize_blocks(blocks, list(subject.plan.paths.values()), method.bits))
     return Quantized(sum(table_bits(*w.shape, method.bits) for w in found.values()), found.items())
@@ -174,6 +200,8 @@ KINDS: dict[str, Callable[[Method, Subject], Quantized]] = {
     "rtn": _rtn,
     "nf4": _layerwise(quality_peers.nf4),
     "hqq": _layerwise(quality_peers.hqq),
+    "gptq": _whole(quality_peers.gptq, GPTQ_GROUP),
+    "autoround": _whole(quality_peers.autoround, RTN_GROUP),
     "leanquant": _leanquant,
     "hash": _sketch,
     "sketch": _sketch,

@@ -258,3 +258,76 @@ def test_leanquant_sees_the_inputs_behind_quantized_layers(model, text, tmp_path
     table, codes = quantize_layer(layer.weight.detach().numpy(), inputs.T @ inputs, 4)
     ours = found["model.layers.1.self_attn.k_proj"].numpy()
     assert np.mean(np.isclose(ours, look_up(table, codes), atol=1e-4)) > 0.98
+
+
+def finished(method, perplexity, bits_per_weight):
+    from quality_methods import METHODS
+
+    known = METHODS[method]
+    return {
+        "method": method,
+        "kind": known.kind,
+        "bits": known.bits,
+        "groups_per_row": known.groups,
+        "bits_per_weight": bits_per_weight,
+        "model_bytes": 5_000_000,
+        "perplexity": perplexity,
+        "nats_per_token": math.log(perplexity),
+        "conversion_seconds": 7.4,
+        "conversion_peak_bytes": 10**9,
+    }
+
+
+def test_the_table_goes_by_width_and_perplexity():
+    from quality_table import table
+
+    runs = [
+        finished("rtn-2bit-g128", 2e4, 2.2),
+        finished("rtn-4bit-g128", 11.0, 4.2),
+        finished("leanquant-4bit", 10.5, 4.4),
+        finished("dense", 10.0, 16.0),
+    ]
+    lines = table(runs).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| dense",
+        "| leanquant-4bit",
+        "| rtn-4bit-g128",
+        "| rtn-2bit-g128",
+    ]
+    assert lines[4] == "| rtn-4bit-g128 | 4.20 | 5.0 | 11.00 | 0.095 | 7 | 1.00 |"
+    assert "over 10,000" in lines[5]
+
+
+def test_what_is_beyond_the_picture_is_told_apart():
+    from quality_plot import split
+
+    runs = [
+        finished("dense", 10.0, 16.0),
+        finished("rtn-2bit-g128", 2e4, 2.2),
+        finished("rtn-4bit-g128", 11.0, 4.2),
+        finished("rtn-3bit-g128", 40.0, 3.2),
+    ]
+    inside, beyond = split(runs, 40.0)
+    assert [row["method"] for row in inside] == ["rtn-3bit-g128", "rtn-4bit-g128"]
+    assert [row["method"] for row in beyond] == ["rtn-2bit-g128"]
+
+
+def test_every_kind_can_be_run_and_drawn():
+    from quality_methods import METHODS
+    from quality_plot import STYLES
+    from quality_quantize import KINDS
+
+    assert {method.kind for method in METHODS.values()} == KINDS.keys()
+    drawn = {(method.kind, method.groups) for method in METHODS.values()} - {("dense", 1)}
+    assert drawn == STYLES.keys()
+
+
+def test_a_picture_without_figures_is_refused(tmp_path):
+    from plot import PlotError
+    from quality_plot import read
+
+    with pytest.raises(PlotError, match=r"does not exist: benchmarks/quality\.py writes it"):
+        read(tmp_path / "quality.json")
+    (tmp_path / "quality.json").write_text('{"runs": [{"kind": "dense"}]}')
+    with pytest.raises(PlotError, match="needs runs of the dense model and of another"):
+        read(tmp_path / "quality.json")
