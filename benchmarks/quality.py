@@ -9,10 +9,10 @@ lists the methods.
 Every run is a process of its own. The file is written after every run, and runs that it holds are
 not repeated: what was interrupted goes on when it is started again.
 
-    pip install -r benchmarks/peers.txt         (for bitsandbytes and HQQ, and the picture)
-    python benchmarks/quality.py --text FILE    writes results/quality.json
-    python benchmarks/quality_table.py          prints a table
-    python benchmarks/quality_plot.py           draws docs/quality.svg
+    pip install -r benchmarks/quality_peers.txt     (for the peers, and the picture)
+    python benchmarks/quality.py --text FILE        writes results/quality.json
+    python benchmarks/quality_table.py              prints a table
+    python benchmarks/quality_plot.py               draws docs/quality.svg
 
 Set OMP_NUM_THREADS and NUMBA_NUM_THREADS to cores that nothing else uses.
 """
@@ -158,8 +158,8 @@ def main(**options: Any) -> None:
     """Quantizes one dense model by several methods and compares perplexity and bits."""
     if absent := missing_peers(options["methods"]):
         raise click.UsageError(
-            f"not installed: {', '.join(absent)}; pip install -r benchmarks/peers.txt, or name "
-            f"methods that do without by --method"
+            f"not installed: {', '.join(absent)}; pip install -r benchmarks/quality_peers.txt, or "
+            f"name methods that do without by --method"
         )
     try:
         failed = carry_out(options)

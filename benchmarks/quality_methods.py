@@ -68,4 +68,4 @@ def affine_bits(rows: int, columns: int, bits: int, group: int) -> int:
 
 def table_bits(rows: int, columns: int, bits: int) -> int:
     """Bits of a layer with a float16 table of all code values for every row."""
-    return rows * (columns * bits + 2**bits * 16)
+    return rows * (columns * bits + (16 << bits))

@@ -79,7 +79,7 @@ def autoround(model: Any, tokenizer: Any, tokens: Tensor, bits: int, seed: int) 
     """
     from auto_round import AutoRound
 
-    shown = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
+    shown: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
     AutoRound(
         model,
         tokenizer,

@@ -1,6 +1,6 @@
 """Draws perplexity over bits per weight from `quality.json`: a line a method, a point a width.
 
-pip install -r benchmarks/peers.txt
+pip install -r benchmarks/quality_peers.txt
 python benchmarks/quality_plot.py [--input FILE] [--output FILE]
 """
 
