@@ -50,61 +50,74 @@ def halves(text: str) -> tuple[str, str]:
 
 def measure(job: Job) -> dict[str, Any]:
     """Quantizes and measures; the row that is kept of it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     method = METHODS[job.method]
     shown, held_out = halves(Path(job.text).read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as scratch:
-        calibration = Path(scratch) / "calibration.txt"
-        calibration.write_text(shown, encoding="utf-8")
-        subject = open_subject(
-            Path(job.dense),
-            Path(scratch),
-            calibration,
-            samples=job.samples,
-            seqlen=job.seqlen,
-            seed=job.seed,
-        )
-        begin = time.perf_counter()
-        found = quantize(method, subject)
-        seconds, peak = time.perf_counter() - begin, resident("VmHWM")
-        print(f"    quantized in {seconds:.0f} s", flush=True)
-        model: Any = AutoModelForCausalLM.from_pretrained(job.dense, dtype=torch.float32)
-        replaced = replace_weights(model, found.weights)
-    expected = 0 if method.kind == "dense" else len(subject.plan.paths)
-    if replaced != expected:
-        raise RuntimeError(f"{job.method} quantized {replaced} layers, {expected} were expected")
+    model, figures = quantized_model(job, shown)
     begin = time.perf_counter()
-    with EvaluationProgress(hidden=True) as progress:
-        loss = evaluate_text(
-            model,
-            AutoTokenizer.from_pretrained(job.dense),
-            [held_out],
-            window=job.window,
-            stride=job.window,
-            limit=job.eval_tokens,
-            progress=progress,
-        )
-    weights = subject.plan.sketched_weights
-    kept = sum(tensor.nbytes for tensor in subject.plan.kept.values())
+    loss = held_out_loss(job, model, held_out)
     return {
         "method": job.method,
         "kind": method.kind,
         "bits": method.bits,
         "groups_per_row": method.groups,
         "calibrated": method.kind in CALIBRATED,
-        "quantized_weights": weights,
-        "bits_per_weight": found.stored_bits / weights,
-        "model_bytes": found.stored_bits // 8 + kept,
-        "perplexity": loss["perplexity"],
-        "nats_per_token": loss["nats_per_token"],
-        "tokens": loss["tokens"],
-        "conversion_seconds": seconds,
-        "conversion_peak_bytes": peak,
+        **figures,
+        **{name: loss[name] for name in ("perplexity", "nats_per_token", "tokens")},
         "evaluation_seconds": time.perf_counter() - begin,
         "threads": torch.get_num_threads(),
         "peers": {name: importlib.metadata.version(name) for name in PEERS.get(method.kind, ())},
     }
+
+
+def quantized_model(job: Job, shown: str) -> tuple[Any, dict[str, Any]]:
+    """The dense model in float32 with the weights of a method, and what they take to have.
+
+    shown: text to calibrate with.
+    """
+    from transformers import AutoModelForCausalLM
+
+    method, drawn = METHODS[job.method], {"samples": job.samples, "seqlen": job.seqlen}
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        calibration = scratch / "calibration.txt"
+        calibration.write_text(shown, encoding="utf-8")
+        subject = open_subject(Path(job.dense), scratch, calibration, seed=job.seed, **drawn)
+        begin, busy = time.perf_counter(), time.process_time()
+        found = quantize(method, subject)
+        seconds, busy = time.perf_counter() - begin, time.process_time() - busy
+        peak = resident("VmHWM")
+        print(f"    quantized in {seconds:.0f} s", flush=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(job.dense, dtype=torch.float32)
+        replaced = replace_weights(model, found.weights)
+    expected = 0 if method.kind == "dense" else len(subject.plan.paths)
+    if replaced != expected:
+        raise RuntimeError(f"{job.method} quantized {replaced} layers, {expected} were expected")
+    weights = subject.plan.sketched_weights
+    kept = sum(tensor.nbytes for tensor in subject.plan.kept.values())
+    return model, {
+        "quantized_weights": weights,
+        "bits_per_weight": found.stored_bits / weights,
+        "model_bytes": found.stored_bits // 8 + kept,
+        "conversion_seconds": seconds,
+        "conversion_cpu_seconds": busy,
+        "conversion_peak_bytes": peak,
+    }
+
+
+def held_out_loss(job: Job, model: Any, text: str) -> dict[str, Any]:
+    """Loss and perplexity on a text that no method has seen."""
+    from transformers import AutoTokenizer
+
+    with EvaluationProgress(hidden=True) as progress:
+        return evaluate_text(
+            model,
+            AutoTokenizer.from_pretrained(job.dense),
+            [text],
+            window=job.window,
+            stride=job.window,
+            limit=job.eval_tokens,
+            progress=progress,
+        )
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ _HEAD = (
     "model, MB",
     "perplexity",
     "nats per token above dense",
-    "seconds",
+    "CPU seconds",
     "peak, GB",
 )
 
@@ -48,7 +48,7 @@ def table(runs: list[dict[str, Any]]) -> str:
                 f"{row['model_bytes'] / 1e6:.1f}",
                 f"{row['perplexity']:.2f}" if row["perplexity"] < 1e4 else "over 10,000",
                 f"{row['nats_per_token'] - dense:.3f}",
-                f"{row['conversion_seconds']:.0f}",
+                f"{row['conversion_cpu_seconds']:.0f}",
                 f"{row['conversion_peak_bytes'] / 1e9:.2f}",
             )
         )
