@@ -1,10 +1,12 @@
-"""What the benchmarks share: which machine and versions, quantiles, and writing results."""
+"""What the benchmarks share: which machine and versions, memory, quantiles, writing results."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import resource
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import numpy as np
 from spallm_formats import to_json
 
 RESULTS = Path(__file__).parent / "results"
+_STATUS = Path("/proc/self/status")
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def cores() -> int:
@@ -32,6 +36,14 @@ def versions(*packages: str) -> dict[str, str]:
     """Versions of Python and of installed packages."""
     found = {package: importlib.metadata.version(package) for package in packages}
     return {"python": platform.python_version()} | found
+
+
+def resident(field: str) -> int:
+    """VmRSS or VmHWM of this process. Elsewhere than on Linux its peak, which is never reset."""
+    if not _STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
+    lines = _STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
 def quantiles(samples: Sequence[float]) -> dict[str, float]:

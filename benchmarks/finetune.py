@@ -22,10 +22,6 @@ slow a step down many times over.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -36,10 +32,12 @@ import click
 import torch
 
 from common import RESULTS, machine, versions, write_results
+from dense import SHAPES, dense_folder, digest
 from finetune_data import TEST_FILE, TRAIN_FILE
-from finetune_methods import METHODS, PEERS, SHAPES, dense_folder, digest, sketch_folder
+from finetune_methods import METHODS, PEERS, sketch_folder
 from finetune_run import Job
-from finetune_runs import Row, key, open_document, planned, summarise
+from finetune_runs import key, planned, summarise
+from runs import Row, missing, open_document, run_in_process
 from spallm_convert.demo import demo_model
 from spallm_convert.errors import SpallmError
 from spallm_formats import sha256
@@ -56,21 +54,12 @@ _GIGA = 10**9
 
 def run_job(job: Job, scratch: Path) -> Row | None:
     """Carries a job out in a process of its own; None when that failed."""
-    described, result = scratch / "job.json", scratch / "result.json"
-    write_results(described, asdict(job))
-    result.unlink(missing_ok=True)
-    process = subprocess.run([sys.executable, _RUN, described, result], check=False)
-    if process.returncode:
-        click.echo(f"    ended with code {process.returncode}", err=True)
-        return None
-    found: Row = json.loads(result.read_text())
-    return found
+    return run_in_process(_RUN, asdict(job), scratch)
 
 
 def missing_peers(methods: Iterable[str]) -> list[str]:
     """Packages that the methods need and that are not installed."""
-    needed = {peer for name in methods for peer in PEERS.get(METHODS[name].kind, ())}
-    return sorted(peer for peer in needed if importlib.util.find_spec(peer) is None)
+    return missing(peer for name in methods for peer in PEERS.get(METHODS[name].kind, ()))
 
 
 class Rates(click.ParamType[tuple[float, ...]]):
@@ -157,9 +146,9 @@ def _check(options: Row) -> None:
         raise click.UsageError("torch finds no CUDA device")
     if options["shape"] == "1.3b" and options["device"] == "cpu":
         raise click.UsageError("--shape 1.3b needs a CUDA device; --shape tiny runs on the CPU")
-    if missing := missing_peers(options["methods"]):
+    if absent := missing_peers(options["methods"]):
         raise click.UsageError(
-            f"not installed: {', '.join(missing)}; pip install -r benchmarks/peers.txt, or name "
+            f"not installed: {', '.join(absent)}; pip install -r benchmarks/peers.txt, or name "
             f"methods that do without by --method"
         )
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -21,14 +20,13 @@ from typing import Any
 
 import torch
 
-from common import quantiles, write_results
+from common import quantiles, resident, write_results
+from dense import read_linears
 from finetune_data import Batch, Data, evaluate, load_data, random_data
-from finetune_methods import METHODS, Method, adapter_parameters, load, read_linears
+from finetune_methods import METHODS, Method, adapter_parameters, load
 from spallm_convert.terminal import quiet_libraries
 
-_STATUS = Path("/proc/self/status")
 _FORGET_PEAK = Path("/proc/self/clear_refs")
-_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 _SECONDS_BETWEEN_LINES = 30
 _TIMED_RATE = 1e-6  # of runs for speed alone: what they learn does not matter
 
@@ -106,7 +104,7 @@ class Memory:
             self.idle = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         else:
-            self.idle = _resident("VmRSS")
+            self.idle = resident("VmRSS")
             if _FORGET_PEAK.exists():
                 _FORGET_PEAK.write_text("5")
 
@@ -120,7 +118,7 @@ class Memory:
         }
 
     def _peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self._cuda else _resident("VmHWM")
+        return torch.cuda.max_memory_allocated() if self._cuda else resident("VmHWM")
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -268,14 +266,6 @@ def _nbytes(model: Any) -> int:
     """Bytes of all that a saved model would hold, tied tensors once and NF4's scales too."""
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
     return sum(tensors.values())
-
-
-def _resident(field: str) -> int:
-    """VmRSS or VmHWM of this process. Elsewhere than on Linux its peak, which is never reset."""
-    if not _STATUS.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
-    lines = _STATUS.read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
 def _finite(value: float) -> float | None:

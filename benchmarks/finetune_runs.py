@@ -1,16 +1,11 @@
-"""Which runs the fine-tuning benchmark makes, the file that keeps them, and what they come to."""
+"""Which runs the fine-tuning benchmark makes, and what they come to."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 from finetune_methods import METHODS
-from spallm_convert.errors import OptionError
-
-Row = dict[str, Any]
+from runs import Row
 
 
 def rates_of(kind: str, chosen: dict[str, tuple[float, ...]]) -> tuple[float, ...]:
@@ -74,33 +69,3 @@ def _summary(run: Row, tried: Sequence[Row]) -> Row:
         "rise_bytes": run["memory"]["rise_bytes"],
         "tokens_per_second": run.get("tokens_per_second", {}).get("p50"),
     }
-
-
-def open_document(path: Path, header: Row, *, fresh: bool) -> Row:
-    """The document to add to: what the file holds, when it was made in the same way."""
-    if fresh or not path.exists():
-        return header | {"runs": [], "summary": []}
-    try:
-        document: Row = json.loads(path.read_text())
-    except ValueError as error:
-        raise OptionError(f"{path} is not JSON: {error}") from None
-    before, now = _flat(document), _flat(header)
-    different = [
-        f"{name}: {before.get(name)!r} in the file, {now.get(name)!r} now"
-        for name in {**now, **before}
-        if before.get(name) != now.get(name)
-    ]
-    if different:
-        raise OptionError(
-            f"{path} was written with other settings; name another --output, or start over with "
-            f"--fresh\n  " + "\n  ".join(different)
-        )
-    return document
-
-
-def _flat(document: Row) -> Row:
-    """Settings, versions and machine with dotted names."""
-    found: Row = {"benchmark": document.get("benchmark")}
-    for part in ("settings", "versions", "machine"):
-        found |= {f"{part}.{name}": value for name, value in document.get(part, {}).items()}
-    return found

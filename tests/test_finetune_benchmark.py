@@ -299,7 +299,7 @@ def test_the_matched_rank_is_the_largest_within_the_tables_parameters():
 
 
 def test_layers_with_adapters_are_those_that_are_sketched(model):
-    from finetune_methods import read_linears
+    from dense import read_linears
 
     linears = read_linears(model)
     assert len(linears) == 14

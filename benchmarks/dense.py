@@ -1,0 +1,56 @@
+"""The dense model that benchmarks of whole models begin with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from memory import LlamaShape, write_checkpoint
+from spallm_convert.demo import demo_model
+from spallm_convert.errors import OptionError
+from spallm_convert.gguf import dequantized
+from spallm_convert.skeleton import read_skeleton
+from spallm_formats import CONFIG_FILE, sha256
+
+SHAPES = {
+    "1.3b": LlamaShape(24, intermediate=5504, head=128, queries_per_key=1),
+    "tiny": LlamaShape(2, hidden=64, intermediate=160, vocabulary=512, head=16, queries_per_key=2),
+}
+
+Linears = Mapping[str, tuple[int, int]]
+
+
+def dense_folder(model: Path | None, shape: str | None, cache: Path) -> Path:
+    """The dense model: a folder as it is, random weights of a shape, or the installed demo model.
+
+    What is made lies below `cache`, and is made once.
+    """
+    if model is not None:
+        if not (model / CONFIG_FILE).is_file():
+            raise OptionError(f"{model} is no folder of a Hugging Face model: no {CONFIG_FILE}")
+        return model
+    if shape is None:
+        path = demo_model()
+        return dequantized(path, cache / path.stem)
+    folder = cache / f"random-{shape}"
+    done = cache / f"random-{shape}.complete"
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
+        cache.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(folder, SHAPES[shape])
+        done.touch()
+    return folder
+
+
+def digest(dense: Path) -> str:
+    """Identifies a model by its config and weights."""
+    files = [dense / CONFIG_FILE, *sorted(dense.glob("*.safetensors"))]
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()[:16]
+
+
+def read_linears(dense: Path) -> Linears:
+    """(out_features, in_features) of the layers that are sketched, or get adapters."""
+    return read_skeleton(dense, json.loads((dense / CONFIG_FILE).read_text())).linears

@@ -1,0 +1,209 @@
+"""Every kind of method as a function: the layers of a dense model -> their weights afterwards.
+
+What comes back are float32 weights, however a method stores them: all methods are then measured in
+the same dense model, by the same products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+import quality_peers
+from quality_leanquant import quantize_blocks
+from quality_methods import GPTQ_GROUP, RTN_GROUP, Method, affine_bits, table_bits
+from spallm_convert import SketchConfig, convert
+from spallm_convert.calibration.calibrate import draw_tokens, open_blocks
+from spallm_convert.opening import load_tokenizer
+from spallm_convert.plan import Plan, make_plan
+from spallm_convert.source import DenseCheckpoint, locate
+from spallm_formats import SketchedCheckpoint, read_bytes, to_float32, unpack
+from spallm_kernels import hash_codes, look_up
+
+Singles = npt.NDArray[np.float32]
+
+
+class Quantized(NamedTuple):
+    """stored_bits: of all layers, on disk; weights: float32 [out_features, in_features], by path in
+    the model, to be gone through once."""
+
+    stored_bits: int
+    weights: Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A dense model to quantize. plan: names its layers; calibration: a file with text, of which
+    `samples` times `seqlen` tokens are drawn; scratch: a folder for what a method writes."""
+
+    checkpoint: DenseCheckpoint
+    plan: Plan
+    calibration: Path
+    samples: int
+    seqlen: int
+    seed: int
+    scratch: Path
+
+    def layers(self) -> Iterator[tuple[str, Singles]]:
+        """Path in the model and dense weight of every layer to quantize."""
+        for name, tensor in self.plan.weights.items():
+            raw = read_bytes(tensor, 0, tensor.nbytes)
+            yield (
+                self.plan.paths[name],
+                to_float32(raw, tensor.dtype).reshape(tensor.shape),
+            )
+
+    def sketch_config(self, method: Method, **options: Any) -> SketchConfig:
+        return SketchConfig(
+            bits=method.bits, groups_per_row=method.groups, seed=self.seed, **options
+        )
+
+    def calibrated_config(self, method: Method) -> SketchConfig:
+        return self.sketch_config(
+            method,
+            calibration=str(self.calibration),
+            samples=self.samples,
+            seqlen=self.seqlen,
+        )
+
+    def tokens(self, method: Method) -> Tensor:
+        """The calibration tokens, int64 [samples, seqlen], the same for every method."""
+        source, config = locate(str(self.checkpoint.folder)), self.calibrated_config(method)
+        return draw_tokens(source, config, trust_remote_code=False)
+
+
+def open_subject(dense: Path, scratch: Path, calibration: Path, **drawn: int) -> Subject:
+    """The model of a folder, with all linear layers inside its blocks to be quantized."""
+    checkpoint = locate(str(dense)).open(scratch)
+    plan = make_plan(checkpoint, SketchConfig(groups_per_row=1))
+    return Subject(checkpoint, plan, calibration, scratch=scratch, **drawn)
+
+
+def quantize(method: Method, subject: Subject) -> Quantized:
+    """Carries out a method."""
+    return KINDS[method.kind](method, subject)
+
+
+def _dense(method: Method, subject: Subject) -> Quantized:
+    return Quantized(16 * subject.plan.sketched_weights, ())
+
+
+def _rtn(method: Method, subject: Subject) -> Quantized:
+    found = {}
+    for path, weights in subject.layers():
+        found[path] = torch.from_numpy(round_to_nearest(weights, method.bits, RTN_GROUP))
+    return Quantized(
+        sum(affine_bits(*w.shape, method.bits, RTN_GROUP) for w in found.values()), found.items()
+    )
+
+
+def round_to_nearest(weights: Singles, bits: int, group: int) -> Singles:
+    """Rows rounded to integers of `bits` bits, asymmetric, by groups of columns.
+
+    Scales are float16; zeros are integers of as many bits, so that 0 stays 0.
+    """
+    top = 2**bits - 1
+    found = np.empty_like(weights)
+    for first in range(0, weights.shape[1], group):
+        part = weights[:, first : first + group]
+        low = np.minimum(part.min(axis=1, keepdims=True), 0)
+        high = np.maximum(part.max(axis=1, keepdims=True), 0)
+        scale = ((high - low) / top).astype(np.float16).astype(np.float32)
+        scale[scale == 0] = 1
+        zero = np.clip(np.rint(-low / scale), 0, top)
+        codes = np.clip(np.rint(part / scale) + zero, 0, top)
+        found[:, first : first + group] = (codes - zero) * scale
+    return found
+
+
+def _layerwise(quantizer: Callable[[Tensor, int], tuple[Tensor, int]]) -> Any:
+    """A method that takes one float32 weight and gives it back with the bytes that it stores."""
+
+    def run(method: Method, subject: Subject) -> Quantized:
+        found, stored = {}, 0
+        for path, weights in subject.layers():
+            found[path], nbytes = quantizer(torch.from_numpy(weights), method.bits)
+            stored += nbytes
+        return Quantized(8 * stored, found.items())
+
+    return run
+
+
+def _whole(quantizer: Callable[..., None], group: int) -> Any:
+    """A method that quantizes a whole model in place, to integers in groups."""
+
+    def run(method: Method, subject: Subject) -> Quantized:
+        from transformers import AutoModelForCausalLM
+
+        folder = subject.checkpoint.folder
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokens = subject.tokens(method)
+        quantizer(model, load_tokenizer(locate(str(folder))), tokens, method.bits, subject.seed)
+        found = {
+            path: model.get_submodule(path).weight.detach().float()
+            for path in subject.plan.paths.values()
+        }
+        return Quantized(
+            sum(affine_bits(*w.shape, method.bits, group) for w in found.values()), found.items()
+        )
+
+    return run
+
+
+def _leanquant(method: Method, subject: Subject) -> Quantized:
+    tokens = subject.tokens(method)
+    blocks = open_blocks(subject.checkpoint, subject.plan, tokens)
+    found = dict(quantize_blocks(blocks, list(subject.plan.paths.values()), method.bits))
+    return Quantized(sum(table_bits(*w.shape, method.bits) for w in found.values()), found.items())
+
+
+def _sketch(method: Method, subject: Subject) -> Quantized:
+    mapping = "hash" if method.kind == "hash" else "cluster"
+    return _converted(subject, subject.sketch_config(method, mapping=mapping))
+
+
+def _sketch_calibrated(method: Method, subject: Subject) -> Quantized:
+    return _converted(subject, subject.calibrated_config(method))
+
+
+def _converted(subject: Subject, config: SketchConfig) -> Quantized:
+    folder = subject.scratch / "sketched"
+    convert(subject.checkpoint.folder, folder, config)
+    sketched = SketchedCheckpoint.open(folder)
+    stored = sum(spec.nbytes for spec in sketched.metadata.tensors().values())
+    return Quantized(8 * stored, _read_sketched(sketched, subject.plan.paths))
+
+
+def _read_sketched(
+    sketched: SketchedCheckpoint, paths: dict[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    metadata = sketched.metadata
+    for name, module in metadata.modules.items():
+        rows, columns, bits = module.out_features, module.in_features, module.bits
+        if metadata.mapping == "hash":
+            codes = hash_codes(rows, columns, bits, metadata.hash_seed)
+        else:
+            codes = unpack(sketched.index_map(name), bits, columns)
+        yield paths[name], torch.from_numpy(look_up(sketched.table(name), codes))
+
+
+#: By the kind that a method names.
+KINDS: dict[str, Callable[[Method, Subject], Quantized]] = {
+    "dense": _dense,
+    "rtn": _rtn,
+    "nf4": _layerwise(quality_peers.nf4),
+    "hqq": _layerwise(quality_peers.hqq),
+    "gptq": _whole(quality_peers.gptq, GPTQ_GROUP),
+    "autoround": _whole(quality_peers.autoround, RTN_GROUP),
+    "leanquant": _leanquant,
+    "hash": _sketch,
+    "sketch": _sketch,
+    "sketch-calibrated": _sketch_calibrated,
+}
