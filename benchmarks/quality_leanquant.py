@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from spallm_convert.calibration.blocks import Blocks
+from spallm_convert.calibration.blocks import Blocks, Enough
 from spallm_kernels import compensate, importance, kmeans, look_up, prepare_hessian
 
 DAMPING = 0.1
@@ -91,11 +91,11 @@ def _input_sums(
         nonlocal hessian
         flat = x.reshape(-1, columns)
         hessian += (flat.T @ flat).double().numpy()
-        raise _Enough
+        raise Enough
 
     with _watched(block, name, add):
         for part in hidden:
-            with contextlib.suppress(_Enough):
+            with contextlib.suppress(Enough):
                 blocks.run(number, block, part)
     return hessian
 
@@ -108,7 +108,3 @@ def _watched(block: nn.Module, name: str, see: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-class _Enough(Exception):  # noqa: N818  nothing went wrong
-    """Ends a run of a block whose rest is not wanted."""
