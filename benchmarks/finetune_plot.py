@@ -6,17 +6,14 @@ python benchmarks/finetune_plot.py [--input FILE] [--output FILE]
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS
+from drawing import PlotError, load_pyplot, run, save
 from finetune_methods import METHODS
-from plot import PlotError
 
-_DRAWING = Path(__file__).resolve().parent.parent / "docs" / "finetune.svg"
 _STYLES = {
     "sketch": ("tab:blue", "o", "sketch tables"),
     "lora": ("tab:orange", "s", "LoRA, bfloat16 base"),
@@ -35,17 +32,7 @@ Row = dict[str, Any]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--input", type=Path, default=RESULTS / "finetune.json")
-    parser.add_argument("--output", type=Path, default=_DRAWING)
-    options = parser.parse_args()
-    try:
-        draw(read(options.input), options.output)
-    except PlotError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"written to {options.output}")
-    return 0
+    return run("finetune", __doc__.splitlines()[0], read, draw, results="finetune.json")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -61,13 +48,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def draw(document: dict[str, Any], output: Path) -> None:
     """Writes the drawing, the same bytes for the same figures."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise PlotError("plotting needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "finetune", "svg.fonttype": "none"}
-    from matplotlib import pyplot
+    pyplot = load_pyplot("finetune")
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for kind, (colour, marker, label) in _STYLES.items():
@@ -86,8 +67,7 @@ def draw(document: dict[str, Any], output: Path) -> None:
         fontsize=9,
     )
     _label(axes, document["summary"])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, metadata={"Date": None})
+    save(figure, output)
     pyplot.close(figure)
 
 

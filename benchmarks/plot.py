@@ -10,20 +10,18 @@ at that time; the sketched layer has a lower one for many tokens, as it has fewe
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import RESULTS
+from drawing import PlotError, load_pyplot, run, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     Row = dict[str, Any]
 
-_DRAWING = Path(__file__).resolve().parent.parent / "docs" / "roofline.svg"
 _TICKS = (1, 8, 64, 512, 4096)
 _STYLES = {
     "ours": ("tab:blue", "o", "sketched, 4 bits"),
@@ -31,22 +29,8 @@ _STYLES = {
 }
 
 
-class PlotError(Exception):
-    """Why there is nothing to draw."""
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--input", type=Path, default=RESULTS / "gpu.json")
-    parser.add_argument("--output", type=Path, default=_DRAWING)
-    options = parser.parse_args()
-    try:
-        draw(read(options.input), options.output)
-    except PlotError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"written to {options.output}")
-    return 0
+    return run("roofline", __doc__.splitlines()[0], read, draw, results="gpu.json")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -68,13 +52,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def draw(document: dict[str, Any], output: Path) -> None:
     """Writes the drawing, the same bytes for the same figures."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise PlotError("plotting needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "roofline", "svg.fonttype": "none"}
-    from matplotlib import pyplot
+    pyplot = load_pyplot("roofline")
 
     ceilings = {row["what"]: row for row in document["sections"]["ceilings"]["rows"]}
     copy = ceilings["copy"]["gigabytes_per_second"]
@@ -96,8 +74,7 @@ def draw(document: dict[str, Any], output: Path) -> None:
         fontsize=10,
     )
     figure.tight_layout()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, metadata={"Date": None})
+    save(figure, output)
     pyplot.close(figure)
 
 

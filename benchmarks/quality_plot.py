@@ -6,16 +6,13 @@ python benchmarks/quality_plot.py [--input FILE] [--output FILE]
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS
-from plot import PlotError
+from drawing import PlotError, load_pyplot, run, save
 
-_DRAWING = Path(__file__).resolve().parent.parent / "docs" / "quality.svg"
 #: Colour, marker and name of a kind of method with so many tables per row.
 STYLES = {
     ("rtn", 1): ("tab:gray", "s", "round to nearest, g128"),
@@ -38,17 +35,7 @@ Row = dict[str, Any]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--input", type=Path, default=RESULTS / "quality.json")
-    parser.add_argument("--output", type=Path, default=_DRAWING)
-    options = parser.parse_args()
-    try:
-        draw(read(options.input), options.output)
-    except PlotError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"written to {options.output}")
-    return 0
+    return run("quality", __doc__.splitlines()[0], read, draw, results="quality.json")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -64,13 +51,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def draw(document: dict[str, Any], output: Path) -> None:
     """Writes the drawing, the same bytes for the same figures."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise PlotError("plotting needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "quality", "svg.fonttype": "none"}
-    from matplotlib import pyplot
+    pyplot = load_pyplot("quality")
 
     (dense,) = (row for row in document["runs"] if row["kind"] == "dense")
     base = dense["perplexity"]
@@ -95,8 +76,7 @@ def draw(document: dict[str, Any], output: Path) -> None:
     if beyond:
         axes.set_xlabel("bits per weight, tables and scales included\n\n" + _named(beyond))
     figure.tight_layout()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, metadata={"Date": None})
+    save(figure, output)
     pyplot.close(figure)
 
 

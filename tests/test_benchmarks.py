@@ -245,9 +245,10 @@ def test_tuning_finds_the_fastest_tile_and_lists_what_cannot_be_used(monkeypatch
 
 def test_plotting_without_figures_says_why(tmp_path):
     import plot
+    from drawing import PlotError
 
-    with pytest.raises(plot.PlotError, match="does not exist: `make gpu` writes it"):
+    with pytest.raises(PlotError, match="does not exist: `make gpu` writes it"):
         plot.read(tmp_path / "gpu.json")
     (tmp_path / "gpu.json").write_text('{"smoke": true}')
-    with pytest.raises(plot.PlotError, match="smoke run and holds no figures"):
+    with pytest.raises(PlotError, match="smoke run and holds no figures"):
         plot.read(tmp_path / "gpu.json")

@@ -351,7 +351,7 @@ def test_a_method_is_judged_by_its_best_rate():
 
 def test_there_is_nothing_to_draw_without_held_out_losses(tmp_path):
     import finetune_plot
-    from plot import PlotError
+    from drawing import PlotError
 
     with pytest.raises(PlotError, match=r"does not exist: benchmarks/finetune\.py writes it"):
         finetune_plot.read(tmp_path / "finetune.json")

@@ -322,7 +322,7 @@ def test_every_kind_can_be_run_and_drawn():
 
 
 def test_a_picture_without_figures_is_refused(tmp_path):
-    from plot import PlotError
+    from drawing import PlotError
     from quality_plot import read
 
     with pytest.raises(PlotError, match=r"does not exist: benchmarks/quality\.py writes it"):
