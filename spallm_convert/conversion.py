@@ -108,13 +108,11 @@ def convert(
             checkpoint, plan = ready or planned(staging.scratch("source"))
             progress = progress or Silent()
             progress.start(plan.sketched_weights)
-            sketches: CalibratedModules | str | None = None
+            sketches, notes = None, {}
             if tokens is not None:
-                sketches = _calibrated(
+                sketches, notes = _calibrated(
                     staging, checkpoint, plan, config, tokens, progress, trust_remote_code
                 )
-            notes = {"not_calibrated": sketches} if isinstance(sketches, str) else {}
-            sketches = None if isinstance(sketches, str) else sketches
             report = _carry_out(staging, plan, same | notes, sketches, progress)
             _publish(staging, source, checkpoint, plan, report, older)
     written = Report.read(folder)
@@ -153,8 +151,9 @@ def _calibrated(
     tokens: Tensor,
     progress: Progress,
     trust_remote_code: bool,
-) -> CalibratedModules | str:
-    """Every module sketched for the text, or why the model is not fit, where that is fine."""
+) -> tuple[CalibratedModules | None, dict[str, str]]:
+    """Every module sketched for the text; None for a model that is not fit, if that is fine, and
+    then a note for the report that says why."""
     folder = staging.scratch(_CALIBRATED, worth_keeping=True)
     _check_space(staging, plan, sum(s.nbytes for s in plan.metadata.tensors().values()))
     try:
@@ -163,8 +162,8 @@ def _calibrated(
         if not config.fallback:
             raise
         progress.say(f"not calibrated: {error}")
-        return str(error)
-    return calibrate(blocks, plan, config, tokens, folder, progress)
+        return None, {"not_calibrated": str(error)}
+    return calibrate(blocks, plan, config, tokens, folder, progress), {}
 
 
 def _carry_out(
