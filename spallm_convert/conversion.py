@@ -108,7 +108,8 @@ def convert(
             checkpoint, plan = ready or planned(staging.scratch("source"))
             progress = progress or Silent()
             progress.start(plan.sketched_weights)
-            sketches, notes = None, {}
+            sketches: CalibratedModules | None = None
+            notes: dict[str, str] = {}
             if tokens is not None:
                 sketches, notes = _calibrated(
                     staging, checkpoint, plan, config, tokens, progress, trust_remote_code
