@@ -1,4 +1,4 @@
-"""Calibrated conversion: any model block by block, less error than without, resumable, refusals."""
+"""Calibrated conversion: less error than without, healing, resuming, refusals."""
 
 import json
 import random
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
+from helpers.blocks import open_blocks
 from helpers.tiny_models import save_tiny_llama
 from helpers.training import word_tokenizer
 from spallm_convert import (
@@ -25,7 +26,6 @@ from spallm_convert import (
     load_sketched,
 )
 from spallm_convert.calibration import healing, layers
-from spallm_convert.calibration.blocks import Blocks
 from spallm_convert.calibration.sketching import Streams, sketch_block
 from spallm_convert.calibration.text import calibration_tokens
 from spallm_convert.cli import main
@@ -33,95 +33,8 @@ from spallm_convert.demo import demo_model
 from spallm_convert.gguf import dequantized
 from spallm_convert.opening import load_tokenizer
 from spallm_convert.plan import make_plan
-from spallm_convert.skeleton import build_empty, read_skeleton
 from spallm_convert.source import find_here
 from spallm_kernels import fit
-
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-}
-#: Blocks that differ in what they are called with, give tuples, have biases, or run side by side.
-ARCHITECTURES = {
-    "llama": SIZES,
-    "qwen3": SIZES | {"head_dim": 16},
-    "gemma3_text": SIZES | {"head_dim": 16, "sliding_window": 8},
-    "gpt_neox": {k: v for k, v in SIZES.items() if k != "num_key_value_heads"},
-    "opt": {
-        "hidden_size": 64,
-        "ffn_dim": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "vocab_size": 128,
-        "word_embed_proj_dim": 64,
-    },
-    "phi": SIZES,
-    "gemma4_text": SIZES
-    | {"head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 0}
-    | {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 3},
-}
-
-
-def save_model(folder, architecture, **changes):
-    from transformers import AutoConfig
-
-    torch.manual_seed(0)
-    options = ARCHITECTURES[architecture] | {"tie_word_embeddings": False} | changes
-    config = AutoConfig.for_model(architecture, **options)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
-
-
-def open_blocks(folder, tokens, batch=2):
-    checkpoint = find_here(str(folder)).open(folder)
-    linears = read_skeleton(checkpoint.folder, checkpoint.config).linears
-    model = build_empty(checkpoint.folder, checkpoint.config)
-    return Blocks(model, checkpoint.tensors, linears, tokens, batch=batch)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_going_through_the_blocks_is_running_the_model(architecture, tmp_path):
-    assert_blocks_are_the_model(save_model(tmp_path / "model", architecture))
-
-
-def assert_blocks_are_the_model(folder):
-    tokens = torch.randint(2, 128, (4, 24))
-    blocks = open_blocks(folder, tokens)
-    hidden = list(blocks.inputs)
-    assert len(blocks) == 3
-    with torch.no_grad():
-        for number in range(len(blocks)):
-            block = blocks.load(number)
-            hidden = [blocks.run(number, block, states) for states in hidden]
-            blocks.unload(number)
-            assert all(p.is_meta for p in block.parameters())
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    seen = []
-    last = model.get_submodule(blocks.path_of(2))
-    last.register_forward_hook(lambda module, args, output: seen.append(output))
-    with torch.no_grad():
-        model(tokens)
-    expected = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-    assert torch.allclose(torch.cat(hidden), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_buffers_that_are_stored_are_read(tmp_path):
-    """Gemma 4 has a trained scalar per block that is no parameter."""
-    folder = save_model(tmp_path / "model", "gemma4_text")
-    tensors = load_file(folder / "model.safetensors")
-    scalars = [name for name in tensors if name.endswith("layer_scalar")]
-    assert len(scalars) == 3
-    save_file(
-        tensors | {name: torch.full_like(tensors[name], 0.5) for name in scalars},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    assert_blocks_are_the_model(folder)
 
 
 class Experts(nn.Module):
@@ -202,22 +115,6 @@ def test_calibrated_models_are_nearer_to_the_dense_one(source, text, tmp_path):
     assert f"outputs on it | {report.totals['relative_output_error']:.4f} |" in card
     assert str(text) not in (tmp_path / "calibrated/conversion.json").read_text()
     assert "| calibration |" not in (tmp_path / "plain/README.md").read_text()
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_assembled_model_is_the_dense_one(tmp_path, tied):
-    folder = save_tiny_llama(tmp_path / "model", tie_word_embeddings=tied).folder
-    tokens = torch.randint(2, 128, (2, 16))
-    blocks = open_blocks(folder, tokens)
-    hidden = blocks.inputs[0]
-    with torch.no_grad():
-        for number in range(len(blocks)):
-            hidden = blocks.run(number, blocks.load(number), hidden)
-            blocks.unload(number)
-        model = blocks.assemble(lambda path, layer: None)
-        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
-        assert torch.equal(model(tokens).logits, expected)
-        assert torch.equal(blocks.logits(tokens, hidden), expected)
 
 
 def test_healed_models_are_nearer_still(text, tmp_path, monkeypatch):
@@ -375,7 +272,13 @@ def test_texts_that_cannot_be_used(source, text, tmp_path):
 def test_encoders_are_refused_unless_falling_back_is_allowed(text, tmp_path):
     from transformers import BertConfig, BertForMaskedLM
 
-    config = BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"})
+    config = BertConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=128,
+    )
     BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     word_tokenizer().save_pretrained(tmp_path / "bert")
     output = tmp_path / "out"
@@ -405,18 +308,6 @@ def test_activations_that_are_no_numbers_are_named(source, text, tmp_path):
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CalibrationError, match=r"model\.layers\.1\.self_attn\.q_proj: its inputs"):
         convert(broken, tmp_path / "out", options(text))
-
-
-def test_blocks_that_cannot_be_found_or_read(source, tmp_path):
-    checkpoint = find_here(str(source)).open(source)
-    tokens = torch.randint(2, 128, (2, 8))
-    plan = make_plan(checkpoint, SketchConfig(groups_per_row=1))
-    model = build_empty(source, checkpoint.config)
-    with pytest.raises(CalibrationError, match="must lie in one list of blocks"):
-        Blocks(model, checkpoint.tensors, [*plan.paths.values(), "lm_head"], tokens, batch=1)
-    fewer = {n: t for n, t in checkpoint.tensors.items() if "layers.0.mlp.up_proj" not in n}
-    with pytest.raises(CalibrationError, match=r"no tensor for model\.layers\.0\.mlp\.up_proj"):
-        Blocks(build_empty(source, checkpoint.config), fewer, plan.paths.values(), tokens, batch=1)
 
 
 def test_the_command_line_calibrates(source, text, tmp_path, capsys):
