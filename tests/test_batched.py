@@ -57,6 +57,13 @@ def test_unusable_hessians_are_refused(hessian, damping, message):
         batched.prepare_hessian(hessian, damping)
 
 
+@pytest.mark.parametrize("power", [None, 2.5])
+def test_importance_matches(power):
+    arrays, tensors = layer(5, 40, 1, 2, dead=(1,))
+    expected = spallm_kernels.importance(arrays[3], power)
+    np.testing.assert_allclose(batched.importance(tensors[3], power), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_compensate_matches(shape):
     arrays, (weights, table, _, hessian) = layer(*shape, dead=(1,))
@@ -71,7 +78,8 @@ def test_compensate_matches(shape):
 
 @pytest.mark.parametrize("sweeps", [0, 1, 4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_descend_matches(shape, sweeps):
+def test_descend_matches(shape, sweeps, monkeypatch):
+    monkeypatch.setattr(batched, "_SCRATCH", 7 * shape[1])  # losses of seven rows at a time
     arrays, tensors = layer(*shape)
     expected = spallm_kernels.descend(*arrays, sweeps)
     found = batched.descend(*tensors, sweeps)
@@ -111,14 +119,8 @@ def test_fit_matches(shape):
     (array, _, _, prepared), (weights, _, _, hessian) = layer(*shape, dead=(1,))
     _, _, groups, bits = shape
     powers = (2.0, None)
-    tables = [
-        spallm_kernels.kmeans(array, spallm_kernels.importance(prepared, power), groups, 2**bits)[
-            0
-        ].astype(np.float32)
-        for power in powers
-    ]
     expected = spallm_kernels.fit(array, prepared, groups, 2**bits, powers=powers)
-    table, codes, steps = batched.fit(weights, [torch.from_numpy(t) for t in tables], hessian)
+    table, codes, steps = batched.fit(weights, hessian, groups, 2**bits, powers=powers)
     assert steps[0][1] == pytest.approx(expected.losses[0][1], rel=1e-9)
     assert [name for name, _ in steps[:4]] == [name for name, _ in expected.losses[:4]]
     assert all(after <= before for (_, before), (_, after) in itertools.pairwise(steps))
@@ -126,5 +128,5 @@ def test_fit_matches(shape):
     assert total == pytest.approx(steps[-1][1], rel=1e-9)
     # Rows whose codes once differ end elsewhere, about as well.
     assert total == pytest.approx(expected.losses[-1][1], rel=0.01)
-    with pytest.raises(ValueError, match="tables"):
-        batched.fit(weights, [], hessian)
+    with pytest.raises(ValueError, match="powers must name at least one"):
+        batched.fit(weights, hessian, groups, 2**bits, powers=())

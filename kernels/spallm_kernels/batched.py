@@ -1,8 +1,9 @@
 """Calibrated sketching in torch, all rows at once: for GPUs, where `cpu` works a row at a time.
 
 The same algorithms under the same names as in `cpu`, which documents them; results differ by the
-order of float32 sums. On a CUDA device, float32 products must not be rounded to TF32, which is
-torch's default (`torch.backends.cuda.matmul.allow_tf32` false). Needs torch alone.
+order of float32 sums. Clustering alone stays on the CPU, where it is exact and not what takes the
+time. On a CUDA device, float32 products must not be rounded to TF32, which is torch's default
+(`torch.backends.cuda.matmul.allow_tf32` false).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .cpu.kmeans import kmeans
 
 #: Columns that are worked off one by one before the others hear of it in one product.
 _BLOCK = 128
@@ -59,6 +62,13 @@ def prepare_hessian(hessian: Tensor, damping: float) -> PreparedHessian:
     pivots[order] = upper.diagonal()
     factor = (upper / upper.diagonal()).triu(1).float().contiguous()
     return PreparedHessian(full, full.float(), order, pivots, factor)
+
+
+def importance(hessian: PreparedHessian, power: float | None) -> Tensor:
+    """Weights of the columns for clustering, float32 [1, n], the greatest 1."""
+    values = hessian.full.diagonal() if power is None else hessian.pivots
+    relative = (values / values.max()) ** (1.0 if power is None else power)
+    return relative.float()[None]
 
 
 def look_up(table: Tensor, codes: Tensor) -> Tensor:
@@ -108,7 +118,7 @@ def descend(
     """
     dense = look_up(table, codes)
     slopes, losses = _slopes_and_losses(weights, dense, hessian.full)
-    new, slopes = codes.clone(), slopes.float()
+    new = codes.clone()
     middles = _middles(table)
     for _ in range(sweeps):
         changed = torch.zeros((), dtype=torch.bool, device=codes.device)
@@ -190,7 +200,8 @@ def _solve(
         rows, groups * entries, -1
     )
     normal = (normal + normal.mT) / 2
-    right = -torch.einsum("rgew,rgw->rge", choice.double(), slopes.reshape(rows, groups, -1))
+    along = slopes.double().reshape(rows, groups, -1)
+    right = -torch.einsum("rgew,rgw->rge", choice.double(), along)
     normal.diagonal(dim1=1, dim2=2).add_(
         ridge * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
     )
@@ -200,25 +211,35 @@ def _solve(
     return torch.where(failed[:, None] > 0, 0, steps)
 
 
+class Fitted(NamedTuple):
+    """What `fit` returns: tensors, otherwise as `cpu.calibrated.Fitted`."""
+
+    table: Tensor
+    codes: Tensor
+    losses: list[tuple[str, float]]
+
+
 def fit(
     weights: Tensor,
-    tables: Sequence[Tensor],
     hessian: PreparedHessian,
+    groups: int,
+    entries: int,
     *,
+    powers: Sequence[float | None] = (2.5, None),
     compensation: bool = True,
     refit: bool = True,
     rounds: int = 5,
     sweeps: int = 3,
     tolerance: float = 3e-3,
-) -> tuple[Tensor, Tensor, list[tuple[str, float]]]:
-    """Table, codes and the loss after every step, as `cpu.calibrated.fit` from tables on.
+) -> Fitted:
+    """Sketches rows such that their loss by a Hessian is small; `cpu.calibrated.fit` has the terms.
 
-    weights: float32 [rows, n]; tables: one or more, float32 [rows, groups, entries], ascending, as
-    `kmeans` finds them for several powers; clustering itself stays on the CPU.
+    weights: float32 [rows, n], finite.
     """
     best: _Sketched | None = None
     steps: list[tuple[str, float]] = []
-    for table in tables:
+    for power in powers:
+        table = _cluster(weights, importance(hessian, power), groups, entries)
         trials = [("k-means", _assign(weights, table))]
         if compensation:
             trials.append(("compensate", compensate(weights, table, hessian)))
@@ -227,7 +248,7 @@ def fit(
             best = trial if best is None else _better(best, trial)
             steps.append((name, float(best.losses.sum())))
     if best is None:
-        raise ValueError("tables must hold at least one, found none")
+        raise ValueError("powers must name at least one power, found none")
     active = torch.arange(len(weights), device=weights.device)
     for _ in range(rounds):
         before = best.losses[active]
@@ -239,7 +260,13 @@ def fit(
         active = active[before - best.losses[active] > tolerance * before]
         if len(active) == 0:
             break
-    return best.table, best.codes, steps
+    return Fitted(best.table, best.codes, steps)
+
+
+def _cluster(weights: Tensor, importance: Tensor, groups: int, entries: int) -> Tensor:
+    """Tables by k-means, float32 [rows, groups, entries], ascending."""
+    table, _ = kmeans(weights.cpu().numpy(), importance.cpu().numpy(), groups, entries)
+    return torch.from_numpy(table).float().to(weights.device)
 
 
 class _Sketched(NamedTuple):
@@ -296,9 +323,17 @@ def _assign(weights: Tensor, table: Tensor) -> Tensor:
 
 
 def _slopes_and_losses(weights: Tensor, dense: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    moved = dense.double() - weights.double()
-    slopes = moved @ hessian
-    return slopes, (slopes * moved).sum(1)
+    """float32 [rows, n] and float64 [rows], multiplied in float64, some rows at a time."""
+    slopes = torch.empty_like(weights)
+    losses = torch.empty(len(weights), dtype=torch.float64, device=weights.device)
+    together = max(1, _SCRATCH // weights.shape[1])
+    for first in range(0, len(weights), together):
+        some = slice(first, first + together)
+        moved = dense[some].double() - weights[some]
+        product = moved @ hessian
+        slopes[some] = product
+        losses[some] = product.mul_(moved).sum(1)
+    return slopes, losses
 
 
 def _middles(table: Tensor) -> Tensor:
