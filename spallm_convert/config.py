@@ -99,8 +99,12 @@ class SketchConfig:
         unused = [name for name in only if getattr(self, name) != getattr(type(self), name)]
         if self.calibration is None and unused:
             problems.append(f"{', '.join(unused)}: only for a conversion with calibration")
-        if self.calibration is not None and self.mapping == "hash":
-            problems.append("calibration is for the mapping 'cluster', found 'hash'")
+        computed = sorted({"compensation", "descent"} & set(self.without))
+        if self.mapping == "hash" and computed:
+            problems.append(
+                f"without {', '.join(computed)}: only for the mapping 'cluster'; codes of the "
+                f"mapping 'hash' are not chosen"
+            )
         return problems
 
     @property

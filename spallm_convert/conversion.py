@@ -40,6 +40,7 @@ from .calibration.calibrate import calibrate, draw_tokens, open_blocks
 from .calibration.store import CalibratedModules
 from .card import CARD_FILE, model_card
 from .config import SketchConfig
+from .devices import AUTO_DEVICE, CPU, find_device
 from .errors import CalibrationError, FormatError, OptionError, SourceError, SpallmError
 from .plan import Plan, make_plan
 from .progress import Progress, Silent
@@ -48,6 +49,7 @@ from .sketch import sketch_rows
 from .source import DenseCheckpoint, Source, find_here, locate
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _CALIBRATED = "calibrated"
@@ -67,16 +69,21 @@ def convert(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     threads: int | None = None,
+    device: str = AUTO_DEVICE,
     progress: Progress | None = None,
 ) -> Report:
     """Sketches a model: Hub id, local folder or GGUF file -> the folder `output`.
 
-    Same source, options and versions give the same bytes, whatever the number of threads. An
-    output folder that holds something is refused unless `resume` (go on with an interrupted
-    conversion) or `overwrite` (replace a checkpoint) is set.
+    device: where calibration computes, "cpu", "cuda", "cuda:1", ... or "auto" for a GPU if there is
+    one; without calibration everything is done on the CPU.
+    Same source, options, device and versions give the same bytes, whatever the number of threads
+    (with calibration: but for the last digits of matrix products). An output folder that holds
+    something is refused unless `resume` (go on with an interrupted conversion) or `overwrite`
+    (replace a checkpoint) is set.
     Raises SpallmError, or OSError when the disk fails.
     """
     config = config or SketchConfig()
+    place = _find_place(device, config)
     folder = Path(output).expanduser()
     if resume and overwrite:
         raise OptionError("resume and overwrite contradict each other")
@@ -96,7 +103,7 @@ def convert(
     tokens = None
     if config.calibration is not None:
         tokens = draw_tokens(source, config, trust_remote_code=trust_remote_code)
-    same = identity(config, source.identity(), tokens)
+    same = identity(config, source.identity(), tokens, place)
     older = _older_report(folder)
     if resume and is_whole and older and older.has_identity(same):
         remove_leftovers(folder)
@@ -112,7 +119,7 @@ def convert(
             notes: dict[str, str] = {}
             if tokens is not None:
                 sketches, notes = _calibrated(
-                    staging, checkpoint, plan, config, tokens, progress, trust_remote_code
+                    staging, checkpoint, plan, config, tokens, place, progress, trust_remote_code
                 )
             report = _carry_out(staging, plan, same | notes, sketches, progress)
             _publish(staging, source, checkpoint, plan, report, older)
@@ -144,12 +151,25 @@ def plan_conversion(
         return make_plan(checkpoint, config, trust_remote_code=trust_remote_code)
 
 
+def _find_place(device: str, config: SketchConfig) -> torch.device:
+    """Where a conversion computes. Raises OptionError for a device that it cannot use."""
+    if config.calibration is not None:
+        return find_device(device)
+    place = find_device(CPU if device == AUTO_DEVICE else device)
+    if place.type != CPU:
+        raise OptionError(
+            f"device {device}: only for a conversion with calibration; others are done on the CPU"
+        )
+    return place
+
+
 def _calibrated(
     staging: Staging,
     checkpoint: DenseCheckpoint,
     plan: Plan,
     config: SketchConfig,
     tokens: Tensor,
+    place: torch.device,
     progress: Progress,
     trust_remote_code: bool,
 ) -> tuple[CalibratedModules | None, dict[str, str]]:
@@ -158,7 +178,9 @@ def _calibrated(
     folder = staging.scratch(_CALIBRATED, worth_keeping=True)
     _check_space(staging, plan, sum(s.nbytes for s in plan.metadata.tensors().values()))
     try:
-        blocks = open_blocks(checkpoint, plan, tokens, trust_remote_code=trust_remote_code)
+        blocks = open_blocks(
+            checkpoint, plan, tokens, device=place, trust_remote_code=trust_remote_code
+        )
     except CalibrationError as error:
         if not config.fallback:
             raise
@@ -253,7 +275,8 @@ def _copy(tensor: StoredTensor, file: ShardFile) -> None:
 def _store(name: str, sketches: CalibratedModules, file: ShardFile) -> Sequence[float]:
     """Writes a module that has been sketched before; returns its sums."""
     module = sketches.read(name)
-    file.write(name + INDEX_MAP_SUFFIX, 0, module.index_map)
+    if module.index_map.size:
+        file.write(name + INDEX_MAP_SUFFIX, 0, module.index_map)
     file.write(name + TABLE_SUFFIX, 0, module.table)
     return module.sums
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from spallm_formats import CONFIG_FILE, QUANT_METHOD, load_json
 
-from .errors import OptionError, SourceError, one_line
+from .devices import find_device
+from .errors import SourceError, one_line
 from .hub import clear_errors
 from .loading import load_sketched, model_class
 from .source import Source, find_here, locate
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
@@ -28,12 +28,12 @@ def load_any(
     """Loads a model and its tokenizer: a sketched or dense checkpoint, or a GGUF file.
 
     model: a folder, an id on the Hub or a `.gguf` file. dtype: "auto" (that of the checkpoint,
-    bfloat16 for a GGUF file) or the name of a torch dtype. device: "cpu", "cuda", or "auto" for a
-    GPU if there is one. The model is in evaluation mode.
-    Raises OptionError for cuda without a GPU, SpallmError naming the model when it, or its
+    bfloat16 for a GGUF file) or the name of a torch dtype. device: "cpu", "cuda", "cuda:1", ... or
+    "auto" for a GPU if there is one. The model is in evaluation mode.
+    Raises OptionError for a GPU that is not there, SpallmError naming the model when it, or its
     tokenizer, cannot be had.
     """
-    target: Any = _device(device)
+    target: Any = find_device(device)
     source = find_here(model, revision)
     trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source is not None and source.is_gguf:
@@ -49,16 +49,6 @@ def load_any(
         loaded = _load_dense(source, dtype, trust_remote_code)
         tokenizer = _load_tokenizer(model, source.path, **trusted)
     return loaded.to(target), tokenizer
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise OptionError("device cuda: torch finds no GPU here; accepted are cpu and auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def _is_sketched(model: str, source: Source | None, revision: str | None) -> bool:

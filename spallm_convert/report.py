@@ -13,9 +13,11 @@ from spallm_formats import FORMAT_VERSION, FormatError, load_json
 
 from . import __version__
 from .config import SketchConfig
+from .devices import device_name
 from .plan import Plan
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 REPORT_FILE = "conversion.json"
@@ -124,11 +126,16 @@ def _is_inside(name: str) -> bool:
 
 
 def identity(
-    config: SketchConfig, source: dict[str, Any], tokens: Tensor | None = None
+    config: SketchConfig,
+    source: dict[str, Any],
+    tokens: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """What decides the bytes of a conversion; equal identities give equal checkpoints.
 
     tokens: int64, of the calibration text: what is in a file may change, and so may a tokenizer.
+    device: where it is calibrated. GPUs sum in orders of their own, so each model of them counts
+    as another device, as another version of torch does; among as many of one model none does.
     """
     import numba
     import numpy
@@ -144,7 +151,8 @@ def identity(
     if tokens is not None:
         import torch
 
-        drawn = {"calibration_tokens": _digest(tokens)}
+        assert device is not None
+        drawn = {"calibration_tokens": _digest(tokens), "device": device_name(device)}
         versions["torch"] = torch.__version__
     return drawn | {
         "format_version": FORMAT_VERSION,

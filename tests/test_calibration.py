@@ -25,7 +25,7 @@ from spallm_convert import (
     convert,
     load_sketched,
 )
-from spallm_convert.calibration import healing, layers
+from spallm_convert.calibration import healing, numerics
 from spallm_convert.calibration.sketching import Streams, sketch_block
 from spallm_convert.calibration.text import calibration_tokens
 from spallm_convert.cli import main
@@ -177,7 +177,7 @@ def test_steps_can_be_left_out(source, text, tmp_path, without, monkeypatch):
         names.update(name for name, _ in fitted.losses)
         return fitted
 
-    monkeypatch.setattr(layers, "fit", spied)
+    monkeypatch.setattr(numerics, "fit", spied)
     convert(source, tmp_path / "out", options(text, without=(without,) if without else ()))
     assert names == {"k-means", *STEPS_OF_FIT.values()} - {STEPS_OF_FIT.get(without)}
     last = load_file(source / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].float()
@@ -347,7 +347,7 @@ def test_no_step_raises_the_loss_of_a_real_layer(bits, smollm2, tmp_path, monkey
         if name.startswith(prefix)
     }
     steps = []
-    monkeypatch.setattr(layers, "fit", lambda *a, **k: steps.append(fit(*a, **k)) or steps[-1])
+    monkeypatch.setattr(numerics, "fit", lambda *a, **k: steps.append(fit(*a, **k)) or steps[-1])
     streams = Streams(list(blocks.inputs), list(blocks.inputs))
     found = dict(sketch_block(blocks, 0, shapes, streams, plan.metadata))
     assert list(found)[:3] == [f"self_attn.{name}_proj" for name in "qkv"]

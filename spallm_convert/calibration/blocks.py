@@ -45,9 +45,9 @@ class Blocks:
     at once, a divisor of their number. Computes in `dtype` on `device`.
 
     path: of the list of blocks; inputs: hidden states [batch, seqlen, hidden] that enter the first
-    block, by batch. Raises CalibrationError when the layers lie in no list of blocks or in several,
-    when the checkpoint stores a block's weights otherwise than the model has them, or when the
-    model calls its blocks with more that depends on the text than hidden states.
+    block, by batch, on the CPU. Raises CalibrationError when the layers lie in no list of blocks or
+    in several, when the checkpoint stores a block's weights otherwise than the model has them, or
+    when the model calls its blocks with more that depends on the text than hidden states.
     """
 
     def __init__(
@@ -77,6 +77,10 @@ class Blocks:
 
     def __len__(self) -> int:
         return len(self._modules)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     def load(self, number: int) -> nn.Module:
         """A block with its dense weights, to be given back by `unload`."""
@@ -145,7 +149,7 @@ class Blocks:
                     f"{type(self._model).__name__} calls its blocks with more that depends on the "
                     f"text than hidden states, so they cannot be run one by one"
                 )
-            inputs.append(hidden)
+            inputs.append(hidden.cpu())
         return calls, inputs
 
     def _record(self, tokens: Tensor, count: int) -> tuple[list[_Call], Tensor]:
@@ -203,7 +207,7 @@ class Blocks:
         """What a model's own code makes of being run like this, as an error of ours."""
         try:
             yield
-        except (Enough, SpallmError):
+        except (Enough, SpallmError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {one_line(error)}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spallm_convert.config import SketchConfig
+from spallm_convert.devices import full_float32
 from spallm_convert.errors import CalibrationError, OptionError
 from spallm_convert.plan import Plan
 from spallm_convert.skeleton import build_empty
@@ -23,6 +24,7 @@ from spallm_formats import read_bytes, to_float32
 from .store import CalibratedModule, CalibratedModules
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from spallm_convert.progress import Progress
@@ -51,9 +53,14 @@ def draw_tokens(source: Source, config: SketchConfig, *, trust_remote_code: bool
 
 
 def open_blocks(
-    checkpoint: DenseCheckpoint, plan: Plan, tokens: Tensor, *, trust_remote_code: bool = False
+    checkpoint: DenseCheckpoint,
+    plan: Plan,
+    tokens: Tensor,
+    *,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Blocks:
-    """The blocks of a model, to be gone through with a text.
+    """The blocks of a model, to be gone through with a text on a device.
 
     Raises CalibrationError when that cannot be done, or the model is no causal language model;
     OptionError for samples that are longer than the model takes.
@@ -79,9 +86,11 @@ def open_blocks(
     if positions and 0 < positions < seqlen:
         raise OptionError(f"seqlen {seqlen} is more than the {positions} positions of the model")
     batch = max(n for n in range(1, samples + 1) if samples % n == 0 and _fits(n, seqlen))
-    return Blocks(model, checkpoint.tensors, plan.paths.values(), tokens, batch=batch)
+    paths = plan.paths.values()
+    return Blocks(model, checkpoint.tensors, paths, tokens, batch=batch, device=device)
 
 
+@full_float32()
 def calibrate(
     blocks: Blocks,
     plan: Plan,
@@ -136,12 +145,15 @@ def _heal(
     from .healing import heal
 
     names = {path: name for name, path in plan.paths.items()}
+    hash_seed = plan.metadata.hash_seed if plan.metadata.mapping == "hash" else None
 
     def sketched(path: str, dense: torch.nn.Linear) -> SketchedLinear | None:
         if path not in names:
             return None
         module, shape = done.read(names[path]), plan.metadata.modules[names[path]]
-        layer = SketchedLinear(shape, bias=dense.bias, table_dtype=torch.float32)
+        layer = SketchedLinear(
+            shape, bias=dense.bias, table_dtype=torch.float32, hash_seed=hash_seed
+        )
         layer.weight.data = torch.from_numpy(module.index_map)
         layer.weight_table.data = torch.from_numpy(module.wide_table(shape, plan.metadata))
         return layer.to(dense.weight.device)
@@ -167,7 +179,7 @@ def _stored(
 ) -> SketchedRows:
     """A module with another table, as it goes to disk, and its error."""
     module, tensor = plan.metadata.modules[name], plan.weights[name]
-    codes = done.read(name).codes(module)
+    codes = done.read(name).codes(module, plan.metadata)
     weights = to_float32(read_bytes(tensor, 0, tensor.nbytes), tensor.dtype).reshape(tensor.shape)
     return store_rows(weights, table, lambda _: codes, module, plan.metadata)
 
@@ -212,7 +224,8 @@ def _replay(
     weights = {}
     for inner, name in names.items():
         module, shape = done.read(name), plan.metadata.modules[name]
-        weights[inner] = look_up(module.wide_table(shape, plan.metadata), module.codes(shape))
+        table, codes = module.wide_table(shape, plan.metadata), module.codes(shape, plan.metadata)
+        weights[inner] = look_up(table, codes)
     replay_block(blocks, number, weights, streams)
 
 

@@ -14,40 +14,43 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from spallm_convert.sketch import SketchedRows, store_rows
 from spallm_formats import SketchedModule, SketchMetadata
-from spallm_kernels import PreparedHessian, descend, fit, look_up, prepare_hessian, quadratic_loss
+from spallm_kernels import hash_codes, hash_table
+
+from .numerics import Numerics, choose_numerics
 
 #: Of the mean of the Hessian's diagonal, added to it. GPTQ takes 0.01, LeanQuant 0.1.
 DAMPING = 0.03
 
 _SWEEPS = 3
 
-Singles = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-
 
 @dataclass(frozen=True, eq=False)
 class LayerInputs:
     """What layers with the same inputs X and Z need of them, made once by `prepare_inputs`.
 
-    hessian: float64 [n, n], X^T X; damped: the same made ready for `fit`; change: float64 [n, n],
-    H^-1 (X^T Z - H), None without correction.
+    hessian: float64 [n, n], X^T X; damped: the same made ready for `numerics`; change: float64
+    [n, n], H^-1 (X^T Z - H), None without correction. All on one device.
     """
 
-    hessian: Doubles
-    damped: PreparedHessian
-    change: Doubles | None
+    hessian: Tensor
+    damped: Any
+    change: Tensor | None
+    numerics: Numerics
 
 
-def prepare_inputs(hessian: Doubles, cross: Doubles, without: Collection[str] = ()) -> LayerInputs:
+def prepare_inputs(hessian: Tensor, cross: Tensor, without: Collection[str] = ()) -> LayerInputs:
     """From X^T X and X^T Z, float64 [n, n] each. Raises ValueError when H cannot be factored."""
-    damped = prepare_hessian(hessian, DAMPING)
-    change: Any = None
+    numerics = choose_numerics(hessian.device)
+    damped = numerics.prepare_hessian(hessian, DAMPING)
+    change = None
     if "correction" not in without:
-        change = np.linalg.solve(damped.full, cross - hessian)
-    return LayerInputs(hessian, damped, change)
+        change = torch.linalg.solve(torch.as_tensor(damped.full), cross - hessian)
+    return LayerInputs(hessian, damped, change, numerics)
 
 
 @dataclass(frozen=True)
@@ -56,47 +59,77 @@ class SketchedLayer:
     for; output_sums: squared error of the outputs on the layer's inputs, and their squared norm."""
 
     rows: SketchedRows
-    dense: Singles
+    dense: Tensor
     output_sums: tuple[float, float]
 
 
 def sketch_layer(
-    weights: Singles,
+    weights: Tensor,
     inputs: LayerInputs,
     module: SketchedModule,
     metadata: SketchMetadata,
     without: Collection[str] = (),
 ) -> SketchedLayer:
-    """Sketches a whole layer: weights, float32 [out_features, in_features].
+    """Sketches a whole layer: weights, float32 [out_features, in_features], where its inputs are.
 
     without: of `SketchConfig.without`, the steps to leave out. Raises OverflowError for tables that
     are not in their stored dtype, ValueError for weights that are not finite.
     """
-    target = weights
+    numerics, target = inputs.numerics, weights
     if inputs.change is not None:
-        target = (weights + weights @ inputs.change.T).astype(np.float32)
+        wide = weights.double()
+        target = (wide + wide @ inputs.change.T).float()
     sweeps = 0 if "descent" in without else _SWEEPS
-    fitted = fit(
-        target,
-        inputs.damped,
-        module.groups_per_row,
-        module.entries,
-        compensation="compensation" not in without,
-        refit="least-squares" not in without,
-        sweeps=sweeps,
-    )
-    codes = fitted.codes
+    if metadata.mapping == "hash":
+        table, codes = _fit_hashed(target, inputs, module, metadata.hash_seed, without)
+        sweeps = 0
+    else:
+        table, codes, _ = numerics.fit(
+            target,
+            inputs.damped,
+            module.groups_per_row,
+            module.entries,
+            compensation="compensation" not in without,
+            refit="least-squares" not in without,
+            sweeps=sweeps,
+        )
 
-    def choose(stored: Singles) -> npt.NDArray[np.uint8]:
+    def choose(stored: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
         nonlocal codes
         if sweeps:  # for the entries as they have been rounded
-            codes = descend(target, stored, codes, inputs.damped, sweeps)
-        return codes
+            rounded = torch.from_numpy(stored).to(target.device)
+            codes = numerics.descend(target, rounded, codes, inputs.damped, sweeps)
+        return codes.cpu().numpy()
 
-    rows = store_rows(weights, fitted.table, choose, module, metadata)
-    dense = look_up(rows.rounded, codes)
+    rows = store_rows(weights.cpu().numpy(), table.cpu().numpy(), choose, module, metadata)
+    dense = numerics.look_up(torch.from_numpy(rows.rounded).to(weights.device), codes)
     error, norm = (
-        float(quadratic_loss(weights, other, inputs.hessian).sum())
-        for other in (dense, np.zeros_like(weights))
+        float(numerics.quadratic_loss(weights, other, inputs.hessian).sum())
+        for other in (dense, torch.zeros_like(weights))
     )
     return SketchedLayer(rows, dense, (error, norm))
+
+
+def _fit_hashed(
+    target: Tensor,
+    inputs: LayerInputs,
+    module: SketchedModule,
+    seed: int,
+    without: Collection[str],
+) -> tuple[Tensor, Tensor]:
+    """Tables, float32, by least squares for codes, uint8, that are computed and stay."""
+    if not bool(target.isfinite().all()):
+        raise ValueError("weights must be finite")
+    rows, columns = target.shape
+    groups, bits = module.groups_per_row, module.bits
+    alike = np.ones((1, columns), np.float32)
+    means = hash_table(target.cpu().numpy(), alike, groups, bits, seed)
+    table = torch.from_numpy(means).float().to(target.device)
+    codes = torch.from_numpy(hash_codes(rows, columns, bits, seed)).to(target.device)
+    if "least-squares" in without:
+        return table, codes
+    solved, renamed = inputs.numerics.least_squares(target, table, codes, inputs.damped)
+    # Entries come back sorted, and codes with other names: each entry back to its own place.
+    names = torch.arange(module.entries, device=target.device).repeat(rows, groups, 1)
+    own, new = (c.reshape(rows, groups, -1).long() for c in (codes, renamed))
+    return solved.gather(2, names.scatter(2, own, new)), codes

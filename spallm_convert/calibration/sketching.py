@@ -21,11 +21,16 @@ from spallm_convert.errors import CalibrationError
 from spallm_formats import SketchedModule, SketchMetadata
 
 from .blocks import Blocks, Enough
-from .layers import Doubles, SketchedLayer, prepare_inputs, sketch_layer
+from .layers import SketchedLayer, prepare_inputs, sketch_layer
 
 
 class Streams(NamedTuple):
-    """Hidden states [batch, seqlen, hidden] of the text, by batch, in both models."""
+    """Hidden states [batch, seqlen, hidden] of the text, by batch, in both models.
+
+    They are kept on the CPU, so that what a device holds does not grow with the text. A block is
+    run some ten times with all of them, and carrying them there takes a small part of the time that
+    its products take.
+    """
 
     dense: list[Tensor]
     sketched: list[Tensor]
@@ -61,7 +66,7 @@ def sketch_block(
         inputs = prepare_inputs(*sums, without)
         for name in stage.names:
             linear: Any = block.get_submodule(name)
-            weights = linear.weight.float().cpu().numpy()
+            weights = linear.weight.float()
             where = f"{blocks.path_of(number)}.{name}"
             try:
                 layer = sketch_layer(weights, inputs, layers[name], metadata, without)
@@ -72,11 +77,11 @@ def sketch_block(
                 raise CalibrationError(
                     f"{where} cannot be sketched: {error} (--ignore leaves the layer dense)"
                 ) from error
-            linear.weight.copy_(torch.from_numpy(layer.dense))
+            linear.weight.copy_(layer.dense)
             yield name, layer
     for stream, module in ((streams.dense, dense), (streams.sketched, block)):
         for index, hidden in enumerate(stream):
-            stream[index] = blocks.run(number, module, hidden)
+            stream[index] = blocks.run(number, module, hidden).cpu()
     blocks.unload(number)
 
 
@@ -87,12 +92,12 @@ def replay_block(
     """Lets the streams through a block that has been sketched before, float32 weights by name."""
     block = blocks.load(number)
     for index, hidden in enumerate(streams.dense):
-        streams.dense[index] = blocks.run(number, block, hidden)
+        streams.dense[index] = blocks.run(number, block, hidden).cpu()
     for name, dense in weights.items():
         linear: Any = block.get_submodule(name)
         linear.weight.copy_(torch.from_numpy(dense))
     for index, hidden in enumerate(streams.sketched):
-        streams.sketched[index] = blocks.run(number, block, hidden)
+        streams.sketched[index] = blocks.run(number, block, hidden).cpu()
     blocks.unload(number)
 
 
@@ -130,20 +135,22 @@ def _sum_inputs(
     stage: _Stage,
     columns: int,
     streams: Streams,
-) -> tuple[Doubles, Doubles]:
+) -> tuple[Tensor, Tensor]:
     """X^T X and X^T Z, float64 [columns, columns], over the inputs of a stage: X in the block that
-    is being sketched, Z in the dense one."""
-    hessian, cross = np.zeros((2, columns, columns))
+    is being sketched, Z in the dense one. Products of a batch are float32, their sum is float64."""
+    hessian, cross = (
+        torch.zeros(columns, columns, dtype=torch.float64, device=blocks.device) for _ in range(2)
+    )
     for before in zip(*streams, strict=True):
         z, x = (
             _inputs(blocks, number, module, stage, columns, hidden)
             for module, hidden in zip(modules, before, strict=True)
         )
-        product = (x.T @ x).double().cpu().numpy()
+        product = x.T @ x
         hessian += product
         # Experts may get other tokens in the two models; then there is nothing to make up for.
-        cross += (x.T @ z).double().cpu().numpy() if len(x) == len(z) else product
-    if not (np.isfinite(hessian).all() and np.isfinite(cross).all()):
+        cross += x.T @ z if len(x) == len(z) else product
+    if not (hessian.isfinite().all() and cross.isfinite().all()):
         raise CalibrationError(
             f"{blocks.path_of(number)}.{stage.names[0]}: its inputs on the calibration text are "
             f"not all finite"
@@ -155,7 +162,7 @@ def _inputs(
     blocks: Blocks, number: int, module: nn.Module, stage: _Stage, columns: int, hidden: Tensor
 ) -> Tensor:
     """The inputs of a stage's layers for some hidden states, float32 [tokens, in_features]."""
-    seen = [hidden.new_empty(0, columns)]
+    seen = [torch.empty(0, columns, device=blocks.device)]
 
     def note(x: Tensor) -> None:
         seen.append(x.reshape(-1, x.shape[-1]).float())

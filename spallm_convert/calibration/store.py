@@ -1,13 +1,15 @@
 """Calibrated modules on their way into the checkpoint: in files below the work folder.
 
 A block is a file, written when all its modules are sketched; healed tables are one more. A killed
-conversion goes on from the files that there are.
+conversion goes on from the files that there are. Each has a digest of its contents in its name: one
+that is damaged is taken for one that is not there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,15 @@ from spallm_formats import (
     TABLE_SUFFIX,
     SketchedModule,
     SketchMetadata,
+    sha256,
     to_float32,
     unpack,
 )
 from spallm_formats.durable import write_atomic
+from spallm_kernels import hash_codes
 
 _SUMS, _HEALING = "sums", "healing"
-_HEALED = "healed.safetensors"
+_BLOCK, _HEALED = "block", "healed"
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,13 @@ class CalibratedModule:
     table: np.ndarray[Any, Any]
     sums: Sequence[float]
 
-    def codes(self, module: SketchedModule) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def codes(
+        self, module: SketchedModule, metadata: SketchMetadata
+    ) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """uint8 [out_features, in_features]."""
+        if metadata.mapping == "hash":
+            shape = module.out_features, module.in_features
+            return hash_codes(*shape, module.bits, metadata.hash_seed)
         return unpack(self.index_map, module.bits, module.in_features)
 
     def wide_table(
@@ -60,11 +69,11 @@ class CalibratedModules:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._homes: dict[str, Path] = {}
-        for path in sorted(folder.glob("block-*.safetensors")):
+        for path in _sound_files(folder, _BLOCK):
             self._homes |= dict.fromkeys(_read_metadata(path)[_SUMS], path)
-        self._healed = folder / _HEALED
+        self._healed = next(_sound_files(folder, _HEALED), None)
         self.healing: dict[str, float] | None = None
-        if self._healed.exists():
+        if self._healed is not None:
             self.healing = _read_metadata(self._healed)[_HEALING]
 
     def has(self, modules: dict[str, SketchedModule]) -> bool:
@@ -79,14 +88,14 @@ class CalibratedModules:
             index_map = file.get_tensor(name + INDEX_MAP_SUFFIX)
             table = file.get_tensor(name + TABLE_SUFFIX)
         sums = _read_metadata(path)[_SUMS][name]
-        if self.healing is not None:
+        if self._healed is not None:
             with safe_open(self._healed, framework="numpy") as file:
                 table = file.get_tensor(name + TABLE_SUFFIX)
             sums[:2] = _read_metadata(self._healed)[_SUMS][name]
         return CalibratedModule(index_map, table, sums)
 
     def write(self, number: int, modules: dict[str, CalibratedModule]) -> None:
-        """Keeps the modules of a block, all or none of them."""
+        """Keeps the modules of a block, all or none of them. Healed tables were for other codes."""
         from safetensors.numpy import save
 
         tensors: dict[str, Any] = {}
@@ -94,8 +103,11 @@ class CalibratedModules:
             tensors[name + INDEX_MAP_SUFFIX] = module.index_map
             tensors[name + TABLE_SUFFIX] = module.table
         sums = {name: module.sums for name, module in modules.items()}
-        path = self._folder / f"block-{number:05d}.safetensors"
-        write_atomic(path, save(tensors, metadata={_SUMS: json.dumps(sums)}))
+        if self._healed is not None:
+            self._healed.unlink()
+            self._healed = self.healing = None
+        data = save(tensors, metadata={_SUMS: json.dumps(sums)})
+        path = _write(self._folder, f"{_BLOCK}-{number:05d}", data)
         self._homes |= dict.fromkeys(modules, path)
 
     def write_healed(self, rows: dict[str, SketchedRows], healing: dict[str, float]) -> None:
@@ -105,8 +117,21 @@ class CalibratedModules:
         tensors = {name + TABLE_SUFFIX: healed.table for name, healed in rows.items()}
         sums = {name: healed.sums.sum(axis=0).tolist() for name, healed in rows.items()}
         metadata = {_SUMS: json.dumps(sums), _HEALING: json.dumps(healing)}
-        write_atomic(self._healed, save(tensors, metadata=metadata))
+        self._healed = _write(self._folder, _HEALED, save(tensors, metadata=metadata))
         self.healing = healing
+
+
+def _write(folder: Path, name: str, data: bytes) -> Path:
+    path = folder / f"{name}-{hashlib.sha256(data).hexdigest()}.safetensors"
+    write_atomic(path, data)
+    return path
+
+
+def _sound_files(folder: Path, name: str) -> Iterator[Path]:
+    """Files of `_write` whose names begin like that, and whose contents are what was written."""
+    for path in sorted(folder.glob(f"{name}-*.safetensors")):
+        if path.stem.endswith(f"-{sha256(path)}"):
+            yield path
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from spallm_convert.config import AUTO, BITS, STEPS, SketchConfig
+from spallm_convert.devices import AUTO_DEVICE
 from spallm_convert.errors import HubError
 from spallm_formats.dtypes import TABLE_DTYPES
 from spallm_formats.metadata import MAPPINGS
@@ -107,6 +108,12 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
     "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]", show_default=False
 )
 @click.option(
+    "--device",
+    metavar="auto|cpu|cuda|cuda:N",
+    default=AUTO_DEVICE,
+    help="Where to calibrate; auto is a GPU if there is one. All else is done on the CPU.",
+)
+@click.option(
     "--dry-run",
     is_flag=True,
     help="Show what would be sketched, the sizes and the ratio, from headers alone.",
@@ -136,6 +143,7 @@ def command(
     revision: str | None,
     trust_remote_code: bool,
     threads: int | None,
+    device: str,
     dry_run: bool,
     resume: bool,
     overwrite: bool,
@@ -191,6 +199,7 @@ def command(
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             threads=threads,
+            device=device,
             progress=progress,
         )
     if as_json:

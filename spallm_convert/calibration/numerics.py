@@ -1,0 +1,92 @@
+"""What works out calibrated sketches: numba on the CPU, torch on any other device.
+
+Both have the same functions. `spallm_kernels.cpu` takes NumPy arrays and a few rows at a time, so
+that they stay in the cache; `spallm_kernels.batched` takes tensors and all rows at once. Callers
+have tensors in either case: on the CPU they share their memory with the arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from spallm_kernels import (
+    batched,
+    descend,
+    fit,
+    least_squares,
+    look_up,
+    prepare_hessian,
+    quadratic_loss,
+)
+
+
+class Fitted(NamedTuple):
+    """table: float32 [rows, groups, entries], ascending; codes: uint8 [rows, n]; losses: after
+    every step, by its name."""
+
+    table: Tensor
+    codes: Tensor
+    losses: Sequence[tuple[str, float]]
+
+
+class Numerics(Protocol):
+    """Functions of tensors on one device, documented in `spallm_kernels.cpu`. A prepared Hessian
+    goes back to those that made it; its `full` is the damped matrix, float64 [n, n]."""
+
+    def prepare_hessian(self, hessian: Tensor, damping: float) -> Any: ...
+
+    def fit(
+        self, weights: Tensor, hessian: Any, groups: int, entries: int, **how: Any
+    ) -> Fitted: ...
+
+    def descend(
+        self, weights: Tensor, table: Tensor, codes: Tensor, hessian: Any, sweeps: int
+    ) -> Tensor: ...
+
+    def least_squares(
+        self, weights: Tensor, table: Tensor, codes: Tensor, hessian: Any
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def look_up(self, table: Tensor, codes: Tensor) -> Tensor: ...
+
+    def quadratic_loss(self, weights: Tensor, dense: Tensor, hessian: Tensor) -> Tensor: ...
+
+
+def choose_numerics(device: torch.device) -> Numerics:
+    """Those that are fastest for tensors on a device."""
+    return OnCpu() if device.type == "cpu" else cast(Numerics, batched)
+
+
+class OnCpu:
+    """`spallm_kernels.cpu` for tensors."""
+
+    def prepare_hessian(self, hessian: Tensor, damping: float) -> Any:
+        return prepare_hessian(hessian.numpy(), damping)
+
+    def fit(self, weights: Tensor, hessian: Any, groups: int, entries: int, **how: Any) -> Fitted:
+        found = fit(weights.numpy(), hessian, groups, entries, **how)
+        return Fitted(torch.from_numpy(found.table), torch.from_numpy(found.codes), found.losses)
+
+    def descend(
+        self, weights: Tensor, table: Tensor, codes: Tensor, hessian: Any, sweeps: int
+    ) -> Tensor:
+        arrays = weights.numpy(), table.numpy(), codes.numpy()
+        return torch.from_numpy(descend(*arrays, hessian, sweeps))
+
+    def least_squares(
+        self, weights: Tensor, table: Tensor, codes: Tensor, hessian: Any
+    ) -> tuple[Tensor, Tensor]:
+        arrays = weights.numpy(), table.numpy(), codes.numpy()
+        new, renamed = least_squares(*arrays, hessian)
+        return torch.from_numpy(new), torch.from_numpy(renamed)
+
+    def look_up(self, table: Tensor, codes: Tensor) -> Tensor:
+        return torch.from_numpy(look_up(table.numpy(), codes.numpy()))
+
+    def quadratic_loss(self, weights: Tensor, dense: Tensor, hessian: Tensor) -> Tensor:
+        arrays = weights.numpy(), dense.numpy(), hessian.numpy()
+        return torch.from_numpy(quadratic_loss(*arrays))

@@ -1,0 +1,70 @@
+"""Where torch computes: the device that a user names, and products in full float32 there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from .errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+AUTO_DEVICE = "auto"
+CPU = "cpu"
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name: cpu, cuda, cuda:N, or auto for a GPU if there is one.
+
+    Raises OptionError for a name that torch does not know, a GPU that is not there, and other kinds
+    of devices: they lack float64, or nothing here has been tried on them.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == AUTO_DEVICE:
+        return torch.device("cuda" if count else CPU)
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = torch.device("meta")  # refused below, as that is
+    if device.type == CPU or (device.type == "cuda" and (device.index or 0) < count):
+        return device
+    found = "no device that is known here"
+    if device.type == "cuda":
+        found = f"torch finds {count or 'no'} GPU{'s' if count > 1 else ''} here"
+    gpus = ["cuda", *(f"cuda:{number}" for number in range(count))] if count else []
+    accepted = ", ".join([CPU, *gpus])
+    raise OptionError(f"device {name}: {found}; accepted are {accepted} and {AUTO_DEVICE}")
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: "cpu", or the model of the GPU, whichever of several it is."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Products of float32 tensors keep its precision in here, not TF32's or bfloat16's, whatever
+    was allowed before and is again afterwards."""
+    import torch
+
+    kinds: Any = torch.backends
+    backends = kinds.cuda.matmul, kinds.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by the newer names alone, which the older one cannot express
+        older = None
+    torch.set_float32_matmul_precision("highest")  # both names
+    try:
+        yield
+    finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
