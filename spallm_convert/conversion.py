@@ -40,7 +40,7 @@ from .calibration.calibrate import calibrate, draw_tokens, open_blocks
 from .calibration.store import CalibratedModules
 from .card import CARD_FILE, model_card
 from .config import SketchConfig
-from .devices import AUTO_DEVICE, CPU, find_device
+from .devices import AUTO_DEVICE, CPU, clear_memory_errors, find_device
 from .errors import CalibrationError, FormatError, OptionError, SourceError, SpallmError
 from .plan import Plan, make_plan
 from .progress import Progress, Silent
@@ -118,9 +118,11 @@ def convert(
             sketches: CalibratedModules | None = None
             notes: dict[str, str] = {}
             if tokens is not None:
-                sketches, notes = _calibrated(
-                    staging, checkpoint, plan, config, tokens, place, progress, trust_remote_code
-                )
+                with clear_memory_errors(place):
+                    sketches, notes = _calibrated(
+                        *(staging, checkpoint, plan, config, tokens, place, progress),
+                        trust_remote_code,
+                    )
             report = _carry_out(staging, plan, same | notes, sketches, progress)
             _publish(staging, source, checkpoint, plan, report, older)
     written = Report.read(folder)

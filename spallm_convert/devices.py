@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .errors import OptionError
+from .errors import OptionError, SpallmError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,17 @@ def device_name(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@contextlib.contextmanager
+def clear_memory_errors(device: torch.device) -> Iterator[None]:
+    """What torch says where a GPU's memory is not enough, as an error of ours."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SpallmError(f"device {device}: {one_line(error)} (the CPU takes longer)") from error
 
 
 @contextlib.contextmanager
