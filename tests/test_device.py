@@ -1,16 +1,14 @@
 """Calibrating on a device: the same sketches as on the CPU but for rounding, and clear refusals."""
 
 import contextlib
-import random
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.calibration import StopAt, contents, save_source, save_text
 from helpers.pretend_device import DEVICE, PretendDevice
-from helpers.tiny_models import save_tiny_llama
-from helpers.training import word_tokenizer
 from spallm_convert import (
     OptionError,
     SketchConfig,
@@ -28,20 +26,12 @@ from spallm_kernels import batched
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A model that is small even here: the device pretends at 50 us for an operation."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
-    folder = tmp_path_factory.mktemp("source") / "model"
-    save_tiny_llama(folder, num_key_value_heads=1, **sizes)
-    word_tokenizer().save_pretrained(folder)
-    return folder
+    return save_source(tmp_path_factory.mktemp("source") / "model")
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    generator = random.Random(0)
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(f"word{generator.randrange(126)}" for _ in range(4000)))
-    return path
+    return save_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def options(text, **changes):
@@ -54,10 +44,6 @@ def device(monkeypatch):
     """A device to convert on, whatever is asked for."""
     monkeypatch.setattr(conversion, "find_device", lambda name: DEVICE)
     return PretendDevice()
-
-
-def contents(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("mapping", ["cluster", "hash"])
@@ -153,25 +139,10 @@ def test_the_command_line_passes_the_device_on(source, text, tmp_path, capsys, m
     assert "device cuda:7: torch finds no GPU here" in capsys.readouterr().err
 
 
-class _StopAt:
-    """Stops a conversion when so many modules are done."""
-
-    def __init__(self, count):
-        self.left = count
-
-    def start(self, weights):
-        pass
-
-    def advance(self, weights, tensor):
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-
 def test_another_device_does_not_go_on_with_it(source, text, tmp_path, monkeypatch):
     output, config = tmp_path / "out", options(text)
     with pytest.raises(KeyboardInterrupt):
-        convert(source, output, config, device="cpu", progress=_StopAt(9))
+        convert(source, output, config, device="cpu", progress=StopAt(9))
     monkeypatch.setattr(conversion, "find_device", lambda name: DEVICE)
     with pytest.raises(SpallmError, match=f"device was 'cpu', now '{DEVICE.type}'"):
         convert(source, output, config, resume=True)

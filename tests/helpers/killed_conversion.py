@@ -1,4 +1,6 @@
-"""Runs conversions that are killed: python killed_conversion.py SOURCE OUTPUT KILL_AT [--resume]
+"""Runs conversions that are killed:
+
+    python killed_conversion.py SOURCE OUTPUT KILL_AT [--resume] [--overwrite] [--calibration=FILE]
 
 Before its KILL_AT-th write, flush or rename below OUTPUT the process sends itself SIGKILL: nothing
 is cleaned up, and what was not flushed may be half there. With KILL_AT 0 it runs to the end and
@@ -60,10 +62,14 @@ Path.unlink = before(Path.unlink)
 Path.rmdir = before(Path.rmdir)
 os.fsync = before(os.fsync)
 
+texts = [option.partition("=")[2] for option in sys.argv if option.startswith("--calibration=")]
+calibrated = {"calibration": texts[0], "samples": 16, "seqlen": 32} if texts else {}
+
 convert(
     sys.argv[1],
     sys.argv[2],
-    SketchConfig(max_shard_size="30KB"),
+    SketchConfig(max_shard_size="30KB", **calibrated),
+    device="cpu",
     resume="--resume" in sys.argv,
     overwrite="--overwrite" in sys.argv,
 )
