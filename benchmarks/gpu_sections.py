@@ -22,6 +22,7 @@ import torch
 
 from common import write_results
 from gpu_bars import add_shares, judge
+from gpu_conversion import conversion
 from gpu_layers import block, ceilings, forward, widths
 from gpu_model import model
 from gpu_numerics import numerics
@@ -55,6 +56,7 @@ SECTIONS = {
     "published": Section(published, 15),
     "model": Section(model, 60),
     "numerics": Section(numerics, 10),
+    "conversion": Section(conversion, 60),
     "nf4": Section(nf4, 15),
 }
 

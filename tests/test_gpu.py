@@ -1,14 +1,21 @@
-"""On a CUDA device: layers of real size, memory, compilation, CUDA graphs, a whole model."""
+"""On a CUDA device: layers of real size, memory, compilation, CUDA graphs, a whole model, and
+calibrated conversion."""
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import StaticCache
 
+import spallm_kernels
+from helpers.calibration import contents, save_source, save_text
+from helpers.hessians import correlated_hessian, weight_rows
 from helpers.sketches import TOLERANCE, relative_error
 from spallm_convert import SketchConfig, convert, load_sketched
+from spallm_convert.calibration import numerics
+from spallm_convert.devices import full_float32
 from spallm_convert.linear import SketchedLinear
 from spallm_formats import SketchedModule
-from spallm_kernels import choose_backend, lut_linear
+from spallm_kernels import batched, choose_backend, lut_linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -175,3 +182,73 @@ def test_a_whole_decoding_step_replays_from_a_cuda_graph(folder):
         return logits
 
     assert torch.equal(decode(replay), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_layer_is_sketched_as_on_the_cpu(bits):
+    weights, hessian = weight_rows(512, 1024, seed=0), correlated_hessian(1024, 0, dead=(5,))
+    expected = spallm_kernels.fit(
+        weights, spallm_kernels.prepare_hessian(hessian, 0.03), 2, 2**bits
+    )
+    with full_float32():
+        prepared = batched.prepare_hessian(torch.from_numpy(hessian).cuda(), 0.03)
+        rows = torch.from_numpy(weights).cuda()
+        first, second = (batched.fit(rows, prepared, 2, 2**bits) for _ in range(2))
+        dense = batched.look_up(first.table, first.codes)
+        lost = batched.quadratic_loss(rows, dense, prepared.full).sum().item()
+    assert torch.equal(first.table, second.table)
+    assert torch.equal(first.codes, second.codes)
+    assert first.losses[0][1] == pytest.approx(expected.losses[0][1], rel=1e-6)
+    assert first.losses[-1][1] == pytest.approx(lost, rel=1e-6)
+    assert lost == pytest.approx(expected.losses[-1][1], rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_source(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return save_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def options(text, **changes):
+    given = {"bits": 2, "groups_per_row": 2, "samples": 16, "seqlen": 32, "calibration": str(text)}
+    return SketchConfig(**given | {"table_dtype": "float32"} | changes)
+
+
+@pytest.mark.parametrize("mapping", ["cluster", "hash"])
+def test_a_calibrated_conversion_gives_the_sketches_of_the_cpu(
+    source, text, tmp_path, mapping, monkeypatch
+):
+    config, ran = options(text, mapping=mapping), []
+    with monkeypatch.context() as patched:
+        patched.setattr(numerics, "prepare_hessian", lambda *a: ran.append("numba"))
+        torch.set_float32_matmul_precision("high")  # as a user may have allowed it
+        try:
+            found = convert(source, tmp_path / "gpu", config)
+            convert(source, tmp_path / "again", config, device="cuda:0")
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert ran == []
+    assert found.document["device"] == torch.cuda.get_device_name()
+    assert contents(tmp_path / "gpu") == contents(tmp_path / "again")
+    expected = convert(source, tmp_path / "cpu", config, device="cpu")
+    assert expected.document["device"] == "cpu"
+    for total in ("relative_error", "relative_output_error"):
+        assert found.totals[total] == pytest.approx(expected.totals[total], rel=0.02)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("gpu", "cpu"))
+    assert ours.keys() == theirs.keys()
+    for name in {module["name"] for module in found.modules}:
+        tables = [tensors[f"{name}.weight_table"] for tensors in (ours, theirs)]
+        assert relative_error(*tables) < 0.1
+    load_sketched(tmp_path / "gpu", device_map="cuda")
+
+
+def test_a_calibrated_conversion_is_healed_on_the_gpu(source, text, tmp_path):
+    report = convert(source, tmp_path / "out", options(text, heal=4), device="cuda")
+    healing = report.document["healing"]
+    assert 0 < healing["kl_after"] <= healing["kl_before"]
+    convert(source, tmp_path / "again", options(text, heal=4), device="cuda")
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
