@@ -41,7 +41,8 @@ class SketchConfig:
     max_shard_size: of the files written, as "5GB" or in bytes; units are powers of 1000.
     calibration: text to sketch for, as `calibration.text.read_documents` takes it; None: sketches
         depend on the weights alone. samples, seqlen: how much of it, so many times so many tokens.
-    without: of STEPS, what calibration leaves out.
+    without: of STEPS, what calibration leaves out; with "hash", whose codes are not chosen, only
+        "correction" and "least-squares".
     heal: steps of tuning all tables together, so that the model predicts what the dense one
         predicts on the text; 0 for none.
     fallback: sketch without calibration a model that cannot be gone through block by block.

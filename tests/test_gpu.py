@@ -198,7 +198,7 @@ def test_a_layer_is_sketched_as_on_the_cpu(bits):
         lost = batched.quadratic_loss(rows, dense, prepared.full).sum().item()
     assert torch.equal(first.table, second.table)
     assert torch.equal(first.codes, second.codes)
-    assert first.losses[0][1] == pytest.approx(expected.losses[0][1], rel=1e-6)
+    assert first.losses[0][1] == pytest.approx(expected.losses[0][1], rel=1e-4)
     assert first.losses[-1][1] == pytest.approx(lost, rel=1e-6)
     assert lost == pytest.approx(expected.losses[-1][1], rel=0.01)
 
