@@ -40,7 +40,7 @@ from .calibration.calibrate import calibrate, draw_tokens, open_blocks
 from .calibration.store import CalibratedModules
 from .card import CARD_FILE, model_card
 from .config import SketchConfig
-from .devices import AUTO_DEVICE, CPU, clear_memory_errors, find_device
+from .devices import AUTO_DEVICE, CPU, clear_memory_errors, find_device, full_float32
 from .errors import CalibrationError, FormatError, OptionError, SourceError, SpallmError
 from .plan import Plan, make_plan
 from .progress import Progress, Silent
@@ -118,7 +118,7 @@ def convert(
             sketches: CalibratedModules | None = None
             notes: dict[str, str] = {}
             if tokens is not None:
-                with clear_memory_errors(place):
+                with clear_memory_errors(place), full_float32():
                     sketches, notes = _calibrated(
                         *(staging, checkpoint, plan, config, tokens, place, progress),
                         trust_remote_code,

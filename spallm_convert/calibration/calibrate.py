@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spallm_convert.config import SketchConfig
-from spallm_convert.devices import full_float32
 from spallm_convert.errors import CalibrationError, OptionError
 from spallm_convert.plan import Plan
 from spallm_convert.skeleton import build_empty
@@ -90,7 +89,6 @@ def open_blocks(
     return Blocks(model, checkpoint.tensors, paths, tokens, batch=batch, device=device)
 
 
-@full_float32()
 def calibrate(
     blocks: Blocks,
     plan: Plan,

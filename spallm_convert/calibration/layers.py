@@ -26,7 +26,10 @@ from .numerics import Numerics, choose_numerics
 #: Of the mean of the Hessian's diagonal, added to it. GPTQ takes 0.01, LeanQuant 0.1.
 DAMPING = 0.03
 
-_SWEEPS = 3
+#: Of descent, per round.
+SWEEPS = 3
+
+Singles = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +82,7 @@ def sketch_layer(
     if inputs.change is not None:
         wide = weights.double()
         target = (wide + wide @ inputs.change.T).float()
-    sweeps = 0 if "descent" in without else _SWEEPS
+    sweeps = 0 if "descent" in without else SWEEPS
     if metadata.mapping == "hash":
         table, codes = _fit_hashed(target, inputs, module, metadata.hash_seed, without)
         sweeps = 0
@@ -94,7 +97,7 @@ def sketch_layer(
             sweeps=sweeps,
         )
 
-    def choose(stored: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    def choose(stored: Singles) -> npt.NDArray[np.uint8]:
         nonlocal codes
         if sweeps:  # for the entries as they have been rounded
             rounded = torch.from_numpy(stored).to(target.device)
