@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -45,6 +45,16 @@ class Allocation:
     choices: dict[str, Choice]
     predicted_loss: dict[str, float]
 
+    def write(self, path: Path) -> None:
+        write_atomic(path, to_json(asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> Allocation:
+        """The reverse of `write`."""
+        kept = load_json(path.read_bytes(), path.name)
+        choices = {name: Choice(*choice) for name, choice in kept["choices"].items()}
+        return cls(choices, kept["predicted_loss"])
+
 
 def allocate(
     blocks: Blocks,
@@ -69,10 +79,8 @@ def allocate(
             blocks, tokens, plan.paths.values(), seed=config.seed, say=progress.say
         )
         sets = predict(blocks, plan, config, costs, say=progress.say)
-        write_atomic(path, to_json(asdict(choose(sets, plan, config))))
-    kept: dict[str, Any] = load_json(path.read_bytes(), _FILE)
-    choices = {name: Choice(*choice) for name, choice in kept.pop("choices").items()}
-    return Allocation(choices, **kept)
+        choose(sets, plan, config).write(path)
+    return Allocation.read(path)
 
 
 def choose(sets: Sequence[FusedSet], plan: Plan, config: SketchConfig) -> Allocation:
@@ -126,7 +134,7 @@ def solve(
     limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(units, ub=budget // unit)]
     with _silent_stdout():
         result = milp(
-            costs * (1e6 / max(costs.max(), np.finfo(float).tiny)),
+            costs * (1e6 / (costs.max() or 1.0)),
             integrality=ones,
             bounds=Bounds(0, 1),
             constraints=limits,
