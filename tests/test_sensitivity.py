@@ -133,3 +133,15 @@ def test_gradients_that_are_no_numbers_are_named(folder, monkeypatch):
     monkeypatch.setattr(nn.functional, "cross_entropy", lambda x, *a, **k: x.sum() * inf)
     with pytest.raises(CalibrationError, match=r"model\.layers\.1\.\S+: the gradients"):
         found(folder)
+
+
+def test_heads_that_are_stored_otherwise_are_refused(tmp_path):
+    """GPT-NeoX checkpoints have the head as embed_out, its model as lm_head."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    config = GPTNeoXConfig(tie_word_embeddings=False, **sizes)
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(CalibrationError, match=r"GPTNeoXForCausalLM predicts nothing: .*layers"):
+        sensitivities(open_blocks(tmp_path, TOKENS), TOKENS, (), seed=0, say=lambda line: None)

@@ -136,7 +136,8 @@ class Blocks:
         """What norm and head make of hidden states after the last block, [batch, seqlen, vocab].
 
         tokens: those that the states belong to. For a model that has been assembled, or within
-        `predicting`. Differentiable if the states are to have a gradient.
+        `predicting`. Differentiable if the states are to have a gradient. Raises CalibrationError
+        when the checkpoint lacks a weight of norm or head.
         """
         final = hidden.to(self._device, self._dtype)
 
@@ -145,6 +146,11 @@ class Blocks:
 
         with self._instead_of_blocks(stand_in), torch.set_grad_enabled(hidden.requires_grad):
             logits: Tensor = self._model(tokens.to(self._device), use_cache=False).logits
+        if logits.is_meta:
+            raise CalibrationError(
+                f"{type(self._model).__name__} predicts nothing: the checkpoint does not store "
+                f"weights that come after {self.path} under the names of the model"
+            )
         return logits
 
     def path_of(self, number: int) -> str:
