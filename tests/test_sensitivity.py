@@ -143,5 +143,7 @@ def test_heads_that_are_stored_otherwise_are_refused(tmp_path):
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
     config = GPTNeoXConfig(tie_word_embeddings=False, **sizes)
     GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(CalibrationError, match=r"GPTNeoXForCausalLM predicts nothing: .*layers"):
+    with pytest.raises(
+        CalibrationError, match=r"GPTNeoXForCausalLM cannot predict: .* for lm_head"
+    ):
         sensitivities(open_blocks(tmp_path, TOKENS), TOKENS, (), seed=0, say=lambda line: None)

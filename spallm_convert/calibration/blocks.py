@@ -136,8 +136,7 @@ class Blocks:
         """What norm and head make of hidden states after the last block, [batch, seqlen, vocab].
 
         tokens: those that the states belong to. For a model that has been assembled, or within
-        `predicting`. Differentiable if the states are to have a gradient. Raises CalibrationError
-        when the checkpoint lacks a weight of norm or head.
+        `predicting`. Differentiable if the states are to have a gradient.
         """
         final = hidden.to(self._device, self._dtype)
 
@@ -146,11 +145,6 @@ class Blocks:
 
         with self._instead_of_blocks(stand_in), torch.set_grad_enabled(hidden.requires_grad):
             logits: Tensor = self._model(tokens.to(self._device), use_cache=False).logits
-        if logits.is_meta:
-            raise CalibrationError(
-                f"{type(self._model).__name__} predicts nothing: the checkpoint does not store "
-                f"weights that come after {self.path} under the names of the model"
-            )
         return logits
 
     def path_of(self, number: int) -> str:
@@ -215,9 +209,19 @@ class Blocks:
         return None if head is embedding else head
 
     def _fill_head(self) -> None:
+        """Reads the output layer too, after which nothing may be missing but blocks: a weight on
+        the meta device would be multiplied by as if it were there."""
         head = self._head()
         if head is not None and self._fill(head, self._path_of_head()):
             self._model.tie_weights()
+        around = (
+            (n, p) for n, p in self._model.named_parameters() if not n.startswith(self.path + ".")
+        )
+        if missing := [name for name, parameter in around if parameter.is_meta]:
+            raise CalibrationError(
+                f"{type(self._model).__name__} cannot predict: the checkpoint has no tensor for "
+                f"{', '.join(missing[:3])}"
+            )
 
     def _path_of_head(self) -> str:
         head = self._head()
