@@ -293,32 +293,40 @@ def test_experts_share_and_need_not_be_reached(text, tmp_path, monkeypatch):
         assert experts[2]["relative_output_error"] == 0
 
 
-def test_predictions_are_near_what_sketching_loses(source, text):
-    """A sample of rows against all of them, and choices that take more lose less."""
+def predicted(source, text, *, ignore=(), **changes):
+    """Losses of all modules for random sensitivities, with other constants in `prediction`."""
     checkpoint = find_here(str(source)).open(source)
-    config = options(text)
+    config = options(text, ignore=ignore)
     plan = make_plan(checkpoint, config)
     tokens = torch.randint(2, 128, (8, 32), generator=torch.Generator().manual_seed(0))
-    rng = np.random.default_rng(0)
     costs = {
-        path: rng.lognormal(size=plan.metadata.modules[name].out_features)
+        path: np.random.default_rng(0).lognormal(size=plan.metadata.modules[name].out_features)
         for name, path in plan.paths.items()
     }
-
-    def losses():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changes.items():
+            patch.setattr(prediction, name, value)
         blocks = open_blocks(source, tokens)
         sets = predict(blocks, plan, config, costs, say=lambda line: None)
-        return {name: values for of_set in sets for name, values in of_set.losses.items()}
+    assert len(blocks.inputs) == 4  # to be sketched on
+    return {name: values for of_set in sets for name, values in of_set.losses.items()}
 
-    some = losses()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prediction, "SAMPLE_ROWS", 10**6)
-        every = losses()
-    assert some.keys() == plan.metadata.modules.keys()
+
+def test_predictions_are_near_what_sketching_loses(source, text):
+    """A sample of rows against all of them, and choices that take more lose less."""
+    some, every = predicted(source, text), predicted(source, text, SAMPLE_ROWS=10**6)
+    assert len(some) == 14
     for name, values in every.items():
         assert values[Choice(4, 1)] < values[Choice(3, 1)] < values[Choice(2, 1)]
         for choice, value in values.items():
             assert some[name][choice] == pytest.approx(value, rel=0.15)
+
+
+def test_predictions_do_not_depend_on_what_is_summed_at_once(source, text):
+    whole = predicted(source, text)
+    assert predicted(source, text, _AT_ONCE=0) == whole
+    second = predicted(source, text, ignore=("model.layers.0.*",))
+    assert second == {name: values for name, values in whole.items() if "layers.1" in name}
 
 
 def test_targets_that_cannot_be_met(source, text, tmp_path):

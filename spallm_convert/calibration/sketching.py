@@ -108,7 +108,7 @@ def find_stages(
     seen: list[tuple[str, Tensor]] = []
     with contextlib.ExitStack() as stack:
         for name in layers:
-            stack.enter_context(_on_input(block, name, lambda x, name=name: seen.append((name, x))))
+            stack.enter_context(on_input(block, name, lambda x, name=name: seen.append((name, x))))
         blocks.run(number, block, hidden)
     stages: list[tuple[Tensor | None, Stage]] = []
     for name, x in seen:
@@ -136,7 +136,7 @@ def _sum_inputs(
     hessian, cross = np.zeros((2, columns, columns))
     for before in zip(*streams, strict=True):
         z, x = (
-            stage_inputs(blocks, number, module, stage, columns, hidden)
+            _inputs(blocks, number, module, stage, columns, hidden)
             for module, hidden in zip(modules, before, strict=True)
         )
         product = (x.T @ x).double().cpu().numpy()
@@ -151,7 +151,7 @@ def _sum_inputs(
     return hessian, cross
 
 
-def stage_inputs(
+def _inputs(
     blocks: Blocks, number: int, module: nn.Module, stage: Stage, columns: int, hidden: Tensor
 ) -> Tensor:
     """The inputs of a stage's layers for some hidden states, float32 [tokens, in_features]."""
@@ -162,13 +162,13 @@ def stage_inputs(
         if len(seen) > stage.calls > 0:
             raise Enough
 
-    with _on_input(module, stage.names[0], note), contextlib.suppress(Enough):
+    with on_input(module, stage.names[0], note), contextlib.suppress(Enough):
         blocks.run(number, module, hidden)
     return torch.cat(seen)
 
 
 @contextlib.contextmanager
-def _on_input(block: nn.Module, name: str, note: Any) -> Iterator[None]:
+def on_input(block: nn.Module, name: str, note: Any) -> Iterator[None]:
     """Has `note` called with the input of a layer whenever the layer is run."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
