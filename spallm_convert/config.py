@@ -119,6 +119,8 @@ class SketchConfig:
         problems = []
         if self.calibration is None:
             problems.append("target_bits: only for a conversion with calibration")
+        if self.mapping != "cluster":
+            problems.append(f"target_bits is for the mapping 'cluster', found {self.mapping!r}")
         if self.fallback:
             problems.append("target_bits: not with fallback, which may leave calibration out")
         for name, chosen in (("bits", self.bits), ("groups_per_row", self.groups_per_row)):

@@ -344,6 +344,7 @@ def test_targets_that_cannot_be_met(source, text, tmp_path):
     for change, message in (
         ({"bits": 3}, "target_bits chooses bits itself, found 3"),
         ({"groups_per_row": 2}, "target_bits chooses groups_per_row itself, found 2"),
+        ({"mapping": "hash"}, "target_bits is for the mapping 'cluster', found 'hash'"),
         ({"fallback": True}, "target_bits: not with fallback"),
     ):
         with pytest.raises(OptionError, match=message):
