@@ -22,8 +22,7 @@ from spallm_kernels import PreparedHessian, descend, fit, look_up, prepare_hessi
 #: Of the mean of the Hessian's diagonal, added to it. GPTQ takes 0.01, LeanQuant 0.1.
 DAMPING = 0.03
 
-#: Of descent, per round.
-SWEEPS = 3
+_SWEEPS = 3
 
 Singles = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -76,7 +75,7 @@ def sketch_layer(
     target = weights
     if inputs.change is not None:
         target = (weights + weights @ inputs.change.T).astype(np.float32)
-    sweeps = 0 if "descent" in without else SWEEPS
+    sweeps = 0 if "descent" in without else _SWEEPS
     fitted = fit(
         target,
         inputs.damped,

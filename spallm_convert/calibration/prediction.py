@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +24,8 @@ from spallm_kernels import PreparedHessian, fit, look_up, prepare_hessian, quadr
 
 from .blocks import Blocks
 from .choices import Choice, choices
-from .layers import DAMPING, SWEEPS, Doubles, Singles
+from .layers import DAMPING
+from .sensitivity import Doubles
 from .sketching import Stage, find_stages, on_input
 
 #: Rows of a layer that are sketched for its prediction.
@@ -32,6 +34,10 @@ SAMPLE_ROWS = 32
 #: Sums over inputs that are in memory at a time, as values of those of a block's widest layer: a
 #: block like Llama's has 1.2 to 1.5 of that in all.
 _AT_ONCE = 2
+
+_SWEEPS = 3  # as for whole layers
+
+Singles = npt.NDArray[np.float32]
 
 #: Nats per token by choice.
 Losses = dict[Choice, float]
@@ -108,7 +114,7 @@ def fused(stages: list[list[str]]) -> list[list[str]]:
 
 def draw_rows(
     shares: Doubles, spreads: Doubles, count: int
-) -> tuple[np.ndarray[tuple[int], np.dtype[np.intp]], Doubles]:
+) -> tuple[npt.NDArray[np.intp], Doubles]:
     """Rows that stand for all, and the factors that make their losses those of all.
 
     shares: cost per loss of each row; spreads: what their losses are about proportional to. Rows
@@ -148,7 +154,7 @@ def _losses(
             1 << choice.bits,
             compensation="compensation" not in config.without,
             refit="least-squares" not in config.without,
-            sweeps=0 if "descent" in config.without else SWEEPS,
+            sweeps=0 if "descent" in config.without else _SWEEPS,
         )
         dense = look_up(fitted.table, fitted.codes)
         found[choice] = float(factors @ quadratic_loss(sample, dense, hessian.full))
