@@ -19,19 +19,20 @@ def model_card(report: Report, config: dict[str, Any]) -> str:
     groups = sorted({module["groups_per_row"] for module in report.modules})
     worst = sorted(report.modules, key=lambda module: -module["relative_error"])[:_WORST_SHOWN]
     rows = "\n".join(f"| `{module['name']}` | {module['relative_error']:.4f} |" for module in worst)
+    widths = _listed(report.widths)
     share = "Most" if report.left_dense else "All"
     return f"""{_front_matter(report, is_decoder)}
-# {name}, sketched to {options["bits"]} bits
+# {name}, sketched to {_size(report)} bits
 
 {share} linear layers of this model's blocks are **sketches**: a small trainable table per row and
-group, and a frozen index map of {options["bits"]} bits per weight that says which entry each weight
+group, and a frozen index map of {widths} bits per weight that says which entry each weight
 is. The model is fine-tuned by training the tables themselves: no adapter.
 
 | | |
 | --- | --- |
 | source | {source["model"]}{_at_revision(source)} |
-| bits per code | {options["bits"]} |
-| groups per row | {", ".join(map(str, groups))} |
+| bits per code | {widths}{_chosen(report)} |
+| groups per row | {_listed(groups)} |
 | mapping | {options["mapping"]} |
 | bits per sketched weight, tables included | {totals["bits_per_weight"]:.3f} |
 | size | {totals["sketched_bytes"] / 1e6:,.1f} MB, was {totals["source_bytes"] / 1e6:,.1f} MB |
@@ -74,7 +75,7 @@ def _front_matter(report: Report, is_decoder: bool) -> str:
         "tags:",
         "- spallm",
         "- sketched",
-        f"- {report.document['options']['bits']}-bit",
+        f"- {_size(report)}-bit",
         "---",
     ]
     return "\n".join(lines)
@@ -90,6 +91,24 @@ def _calibration(report: Report) -> str:
         f"{options['seqlen']} tokens |"
         f"\n| relative error of the layers' outputs on it | {error:.4f} |"
     )
+
+
+def _size(report: Report) -> str:
+    """Bits per code, or per weight where that was the target."""
+    options = report.document["options"]
+    target = options.get("target_bits")
+    return f"{options['bits'] if target is None else target:g}"
+
+
+def _chosen(report: Report) -> str:
+    predicted = report.document.get("predicted_loss")
+    if predicted is None:
+        return ""
+    return f", by layer; predicted to lose {predicted['chosen']:.4f} nats per token"
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _at_revision(source: dict[str, Any]) -> str:

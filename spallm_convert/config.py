@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -46,6 +47,8 @@ class SketchConfig:
     heal: steps of tuning all tables together, so that the model predicts what the dense one
         predicts on the text; 0 for none.
     fallback: sketch without calibration a model that cannot be gone through block by block.
+    target_bits: bits per sketched weight, tables included, in place of `bits`: calibration chooses
+        each layer's bits and groups such that the predicted loss is least.
     """
 
     bits: int = 4
@@ -61,6 +64,7 @@ class SketchConfig:
     without: tuple[str, ...] = ()
     heal: int = 0
     fallback: bool = False
+    target_bits: float | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -83,10 +87,13 @@ class SketchConfig:
         except OptionError as error:
             problems.append(f"max_shard_size: {error}")
         problems += self._calibration_problems()
+        problems += self._target_problems()
         if problems:
             raise OptionError("; ".join(problems))
         object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "without", tuple(self.without))
+        if self.target_bits is not None:
+            object.__setattr__(self, "target_bits", float(self.target_bits))
 
     def _calibration_problems(self) -> list[str]:
         problems = []
@@ -106,6 +113,24 @@ class SketchConfig:
                 f"without {', '.join(computed)}: only for the mapping 'cluster'; codes of the "
                 f"mapping 'hash' are not chosen"
             )
+        return problems
+
+    def _target_problems(self) -> list[str]:
+        target = self.target_bits
+        if target is None:
+            return []
+        if type(target) not in (int, float) or not (math.isfinite(target) and target > 0):
+            return [f"target_bits must be a number above 0, found {target!r}"]
+        problems = []
+        if self.calibration is None:
+            problems.append("target_bits: only for a conversion with calibration")
+        if self.mapping != "cluster":
+            problems.append(f"target_bits is for the mapping 'cluster', found {self.mapping!r}")
+        if self.fallback:
+            problems.append("target_bits: not with fallback, which may leave calibration out")
+        for name, chosen in (("bits", self.bits), ("groups_per_row", self.groups_per_row)):
+            if chosen != getattr(type(self), name):
+                problems.append(f"target_bits chooses {name} itself, found {chosen!r}")
         return problems
 
     @property

@@ -36,13 +36,14 @@ from spallm_formats import (
     to_json,
 )
 
+from .calibration.allocation import allocate
 from .calibration.calibrate import calibrate, draw_tokens, open_blocks
 from .calibration.store import CalibratedModules
 from .card import CARD_FILE, model_card
 from .config import SketchConfig
 from .devices import AUTO_DEVICE, CPU, clear_memory_errors, find_device, full_float32
 from .errors import CalibrationError, FormatError, OptionError, SourceError, SpallmError
-from .plan import Plan, make_plan
+from .plan import Plan, make_plan, reallocate
 from .progress import Progress, Silent
 from .report import REPORT_FILE, Report, identity, make_report
 from .sketch import sketch_rows
@@ -116,10 +117,10 @@ def convert(
             progress = progress or Silent()
             progress.start(plan.sketched_weights)
             sketches: CalibratedModules | None = None
-            notes: dict[str, str] = {}
+            notes: dict[str, Any] = {}
             if tokens is not None:
                 with clear_memory_errors(place), full_float32():
-                    sketches, notes = _calibrated(
+                    plan, sketches, notes = _calibrated(
                         *(staging, checkpoint, plan, config, tokens, place, progress),
                         trust_remote_code,
                     )
@@ -139,9 +140,15 @@ def plan_conversion(
 ) -> Plan:
     """What `convert` would do, from headers alone: of weights on the Hub nothing else is fetched.
 
-    A GGUF file is the exception: transformers dequantizes it into a temporary folder.
+    A GGUF file is the exception: transformers dequantizes it into a temporary folder. Raises
+    OptionError for `target_bits`: bits are chosen when the text has gone through the model.
     """
     config = config or SketchConfig()
+    if config.target_bits is not None:
+        raise OptionError(
+            f"target_bits {config.target_bits:g} chooses bits by what the model makes of the text, "
+            f"so they are not known in advance; plan for bits of 2, 3 or 4 instead"
+        )
     source = find_here(os.fspath(model), revision)
     if source is None:
         from .hub import remote_checkpoint
@@ -174,11 +181,10 @@ def _calibrated(
     place: torch.device,
     progress: Progress,
     trust_remote_code: bool,
-) -> tuple[CalibratedModules | None, dict[str, str]]:
-    """Every module sketched for the text; None for a model that is not fit, if that is fine, and
-    then a note for the report that says why."""
+) -> tuple[Plan, CalibratedModules | None, dict[str, Any]]:
+    """Every module sketched for the text; None for a model that is not fit, if that is fine. The
+    plan with the bits that were chosen, and notes for the report on that, or on why not."""
     folder = staging.scratch(_CALIBRATED, worth_keeping=True)
-    _check_space(staging, plan, sum(s.nbytes for s in plan.metadata.tensors().values()))
     try:
         blocks = open_blocks(
             checkpoint, plan, tokens, device=place, trust_remote_code=trust_remote_code
@@ -187,8 +193,14 @@ def _calibrated(
         if not config.fallback:
             raise
         progress.say(f"not calibrated: {error}")
-        return None, {"not_calibrated": str(error)}
-    return calibrate(blocks, plan, config, tokens, folder, progress), {}
+        return plan, None, {"not_calibrated": str(error)}
+    notes: dict[str, Any] = {}
+    if config.target_bits is not None:
+        allocation = allocate(blocks, plan, config, tokens, folder, progress)
+        plan = reallocate(plan, allocation.choices, checkpoint, config)
+        notes["predicted_loss"] = allocation.predicted_loss
+    _check_space(staging, plan, sum(s.nbytes for s in plan.metadata.tensors().values()))
+    return plan, calibrate(blocks, plan, config, tokens, folder, progress), notes
 
 
 def _carry_out(

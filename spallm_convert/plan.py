@@ -7,7 +7,7 @@ conversion plans the same as the one that was killed.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from spallm_formats import (
     plan_shards,
 )
 
+from .calibration.choices import Choice, check_target, given
 from .config import SketchConfig
 from .errors import OptionError, SourceError
 from .skeleton import is_in_block, read_skeleton
@@ -67,8 +68,9 @@ def make_plan(
 ) -> Plan:
     """Plans the sketching of every linear layer in the model's blocks.
 
-    Raises OptionError when groups do not divide a layer's columns, SourceError when no layer can
-    be sketched or a layer's weight has a dtype or shape that cannot be read.
+    With `target_bits` it is what `reallocate` starts from. Raises OptionError when groups do not
+    divide a layer's columns or the target cannot be met, SourceError when no layer can be sketched
+    or a layer's weight has a dtype or shape that cannot be read.
     """
     folder, tensors = checkpoint.folder, checkpoint.tensors
     skeleton = read_skeleton(folder, checkpoint.config, trust_remote_code=trust_remote_code)
@@ -98,7 +100,16 @@ def make_plan(
     if not modules:
         raise SourceError(f"{folder}: no linear layer to sketch {_why_none(left_dense)}")
     _check_groups(modules)
+    check_target(modules, config)
     return _laid_out(tensors, modules, paths, left_dense, config)
+
+
+def reallocate(
+    plan: Plan, choices: Mapping[str, Choice], checkpoint: DenseCheckpoint, config: SketchConfig
+) -> Plan:
+    """The same plan with other bits and groups, of every module by its name."""
+    modules = {name: given(module, choices[name]) for name, module in plan.metadata.modules.items()}
+    return _laid_out(checkpoint.tensors, modules, plan.paths, plan.left_dense, config)
 
 
 def _other_matrices(tensors: dict[str, StoredTensor], known: set[str]) -> dict[str, str]:

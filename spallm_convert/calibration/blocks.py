@@ -97,6 +97,17 @@ class Blocks:
         output = self._invoke(block, self._calls[number], hidden)
         return output[0] if self._as_tuple else output  # type: ignore[no-any-return]
 
+    def pull_back(self, number: int, block: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:
+        """A gradient by the hidden states that leave a block as one by those that enter it.
+
+        hidden: what enters. Runs the block, so that hooks on its layers' outputs get theirs.
+        """
+        entered = hidden.detach().to(self._device, self._dtype).requires_grad_()
+        left = self.run(number, block, entered)
+        with self._clear_errors():
+            (result,) = torch.autograd.grad(left, entered, gradient)
+        return result
+
     def assemble(self, replace: Callable[[str, nn.Linear], nn.Module | None]) -> PreTrainedModel:
         """The whole model with its weights, layers of blocks replaced; no block can be run after.
 
@@ -109,23 +120,34 @@ class Blocks:
                 path = f"{self.path_of(number)}.{name}"
                 if isinstance(layer, nn.Linear) and (other := replace(path, layer)) is not None:
                     self._model.set_submodule(path, other)
-        head = self._head()
-        if head is not None and self._fill(head, self._path_of_head()):
-            self._model.tie_weights()
+        self._fill_head()
         return self._model
 
-    @torch.no_grad()
+    @contextlib.contextmanager
+    def predicting(self) -> Iterator[None]:
+        """Has what is not in blocks in memory while the `with` block runs, for `logits`."""
+        self._fill_surroundings()
+        self._fill_head()
+        try:
+            yield
+        finally:
+            self._forget_surroundings()
+            if (head := self._head()) is not None:
+                for module in head.modules():
+                    _forget(module)
+
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """What norm and head make of hidden states after the last block, [batch, seqlen, vocab].
 
-        tokens: those that the states belong to. For a model that has been assembled.
+        tokens: those that the states belong to. For a model that has been assembled, or within
+        `predicting`. Differentiable if the states are to have a gradient.
         """
         final = hidden.to(self._device, self._dtype)
 
         def stand_in(*args: Any, **kwargs: Any) -> Any:
             return (final,) if self._as_tuple else final
 
-        with self._instead_of_blocks(stand_in):
+        with self._instead_of_blocks(stand_in), torch.set_grad_enabled(hidden.requires_grad):
             logits: Tensor = self._model(tokens.to(self._device), use_cache=False).logits
         return logits
 
@@ -189,6 +211,21 @@ class Blocks:
         model: Any = self._model
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         return None if head is embedding else head
+
+    def _fill_head(self) -> None:
+        """Reads the output layer too, after which nothing may be missing but blocks: a weight on
+        the meta device would be multiplied by as if it were there."""
+        head = self._head()
+        if head is not None and self._fill(head, self._path_of_head()):
+            self._model.tie_weights()
+        around = (
+            (n, p) for n, p in self._model.named_parameters() if not n.startswith(self.path + ".")
+        )
+        if missing := [name for name, parameter in around if parameter.is_meta]:
+            raise CalibrationError(
+                f"{type(self._model).__name__} cannot predict: the checkpoint has no tensor for "
+                f"{', '.join(missing[:3])}"
+            )
 
     def _path_of_head(self) -> str:
         head = self._head()

@@ -37,7 +37,7 @@ class Streams(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Stage:
+class Stage:
     """Linear layers with the same input: their names in the block, and calls of one per run."""
 
     names: list[str]
@@ -60,7 +60,7 @@ def sketch_block(
     """
     block = blocks.load(number)
     dense = copy.deepcopy(block)
-    for stage in _stages(blocks, number, block, layers, streams.sketched[0]):
+    for stage in find_stages(blocks, number, block, layers, streams.sketched[0]):
         columns = layers[stage.names[0]].in_features
         sums = _sum_inputs(blocks, number, (dense, block), stage, columns, streams)
         inputs = prepare_inputs(*sums, without)
@@ -101,21 +101,21 @@ def replay_block(
     blocks.unload(number)
 
 
-def _stages(
+def find_stages(
     blocks: Blocks,
     number: int,
     block: nn.Module,
     layers: Collection[str],
     hidden: Tensor,
-) -> list[_Stage]:
+) -> list[Stage]:
     """Layers in order of their first call, those that read the same tensor together; at the end
     layers that are not called, such as experts that no token chose here: they may be elsewhere."""
     seen: list[tuple[str, Tensor]] = []
     with contextlib.ExitStack() as stack:
         for name in layers:
-            stack.enter_context(_on_input(block, name, lambda x, name=name: seen.append((name, x))))
+            stack.enter_context(on_input(block, name, lambda x, name=name: seen.append((name, x))))
         blocks.run(number, block, hidden)
-    stages: list[tuple[Tensor | None, _Stage]] = []
+    stages: list[tuple[Tensor | None, Stage]] = []
     for name, x in seen:
         calls = sum(other == name for other, _ in seen)
         if any(name in stage.names for _, stage in stages):
@@ -123,8 +123,8 @@ def _stages(
         if calls == 1 and stages and stages[-1][0] is x:
             stages[-1][1].names.append(name)
         else:
-            stages.append((x if calls == 1 else None, _Stage([name], calls)))
-    idle = [_Stage([name], 0) for name in layers if all(name != other for other, _ in seen)]
+            stages.append((x if calls == 1 else None, Stage([name], calls)))
+    idle = [Stage([name], 0) for name in layers if all(name != other for other, _ in seen)]
     return [stage for _, stage in stages] + idle
 
 
@@ -132,7 +132,7 @@ def _sum_inputs(
     blocks: Blocks,
     number: int,
     modules: tuple[nn.Module, nn.Module],
-    stage: _Stage,
+    stage: Stage,
     columns: int,
     streams: Streams,
 ) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ def _sum_inputs(
 
 
 def _inputs(
-    blocks: Blocks, number: int, module: nn.Module, stage: _Stage, columns: int, hidden: Tensor
+    blocks: Blocks, number: int, module: nn.Module, stage: Stage, columns: int, hidden: Tensor
 ) -> Tensor:
     """The inputs of a stage's layers for some hidden states, float32 [tokens, in_features]."""
     seen = [torch.empty(0, columns, device=blocks.device)]
@@ -169,13 +169,13 @@ def _inputs(
         if len(seen) > stage.calls > 0:
             raise Enough
 
-    with _on_input(module, stage.names[0], note), contextlib.suppress(Enough):
+    with on_input(module, stage.names[0], note), contextlib.suppress(Enough):
         blocks.run(number, module, hidden)
     return torch.cat(seen)
 
 
 @contextlib.contextmanager
-def _on_input(block: nn.Module, name: str, note: Any) -> Iterator[None]:
+def on_input(block: nn.Module, name: str, note: Any) -> Iterator[None]:
     """Has `note` called with the input of a layer whenever the layer is run."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from spallm_convert.config import AUTO, BITS, STEPS, SketchConfig
 from spallm_convert.devices import AUTO_DEVICE
@@ -38,6 +39,12 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
     type=click.Choice([str(bits) for bits in BITS]),
     default=str(_DEFAULTS.bits),
     help="Bits per code: 2^bits table entries.",
+)
+@click.option(
+    "--target-bits",
+    metavar="N",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Bits per weight, tables included, given to layers by need; for --calibration.",
 )
 @click.option(
     "--groups-per-row",
@@ -128,6 +135,7 @@ def command(
     model: str,
     output_dir: Path | None,
     bits: str,
+    target_bits: float | None,
     groups_per_row: int | str,
     mapping: str,
     table_dtype: str,
@@ -157,8 +165,11 @@ def command(
         raise click.UsageError("--resume and --overwrite contradict each other")
     if private and not push_to_hub:
         raise click.UsageError("--private is for --push-to-hub")
+    if target_bits is not None and _is_given("bits"):
+        raise click.UsageError("--bits and --target-bits contradict each other")
     config = SketchConfig(
         bits=int(bits),
+        target_bits=target_bits,
         groups_per_row=groups_per_row,
         mapping=mapping,
         table_dtype=table_dtype,
@@ -188,7 +199,7 @@ def command(
         )
         print_plan(plan, as_json=as_json)
         return
-    output = output_dir or default_output(model, config.bits)
+    output = output_dir or default_output(model, target_bits or config.bits)
     with ConversionProgress(hidden=quiet or as_json) as progress:
         report = convert(
             model,
@@ -217,7 +228,12 @@ def command(
         click.echo(f"pushed to {url}", err=as_json)
 
 
-def default_output(model: str, bits: int) -> Path:
+def _is_given(option: str) -> bool:
+    source = click.get_current_context().get_parameter_source(option)
+    return source is not ParameterSource.DEFAULT
+
+
+def default_output(model: str, bits: float) -> Path:
     """./<name>-spallm-<bits>bit"""
     name = Path(model.rstrip("/")).expanduser().resolve().name
-    return Path(f"{name.removesuffix('.gguf')}-spallm-{bits}bit")
+    return Path(f"{name.removesuffix('.gguf')}-spallm-{bits:g}bit")

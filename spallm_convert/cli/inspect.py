@@ -27,8 +27,10 @@ def command(folder: Path, as_json: bool) -> None:
         return
     metadata = checkpoint.metadata
     architecture = (checkpoint.config.get("architectures") or ["unknown architecture"])[0]
+    widths = sorted({module.bits for module in metadata.modules.values()})
     click.echo(
-        f"{architecture}: {len(metadata.modules)} sketched layers, {metadata.bits} bits, "
+        f"{architecture}: {len(metadata.modules)} sketched layers, "
+        f"{', '.join(map(str, widths))} bits, "
         f"mapping {metadata.mapping}, tables in {metadata.table_dtype}"
     )
     if report is None:

@@ -47,11 +47,13 @@ def print_report(report: Report, folder: Path) -> None:
     """The error and size of every module, then the totals."""
     errors = {"relative_error": "relative error", "relative_output_error": "of outputs"}
     errors = {key: title for key, title in errors.items() if key in report.totals}
-    table = _table("layer", "shape", "groups", "bits/weight", *errors.values())
+    bits = ["bits"] if len(report.widths) > 1 else []
+    table = _table("layer", "shape", *bits, "groups", "bits/weight", *errors.values())
     for module in report.modules:
         table.add_row(
             module["name"],
             " x ".join(map(str, module["shape"])),
+            *(str(module[key]) for key in bits),
             str(module["groups_per_row"]),
             f"{module['bits_per_weight']:.3f}",
             *(f"{module[key]:.4f}" for key in errors),
@@ -59,6 +61,7 @@ def print_report(report: Report, folder: Path) -> None:
     stdout.print(table)
     _print_left_dense(report.left_dense)
     _print_totals(report.totals)
+    _print_predicted(report.document.get("predicted_loss"))
     click.echo(f"written to {folder}")
 
 
@@ -97,3 +100,14 @@ def _print_totals(totals: dict[str, Any]) -> None:
     if "relative_output_error" in totals:
         error = totals["relative_output_error"]
         click.echo(f"relative error of their outputs on the calibration text: {error:.4f}")
+
+
+def _print_predicted(losses: dict[str, float] | None) -> None:
+    if losses is None:
+        return
+    uniform = ", ".join(
+        f"{loss:.4f} at {bits} bits" for bits, loss in losses.items() if bits != "chosen"
+    )
+    click.echo(
+        f"predicted loss of the chosen bits: {losses['chosen']:.4f} nats per token ({uniform})"
+    )

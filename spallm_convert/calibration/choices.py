@@ -1,0 +1,79 @@
+"""What a layer may be sketched with under `target_bits`, and what that takes on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from spallm_convert.config import BITS, SketchConfig
+from spallm_convert.errors import OptionError
+from spallm_formats import SketchedModule
+
+_SEVERAL_GROUPS = (2, 4)
+#: Columns of a group are a multiple of it where there are several: others are slow on GPUs.
+_ALIGNMENT = 32
+
+
+class Choice(NamedTuple):
+    """Bits per code and groups per row of a layer."""
+
+    bits: int
+    groups: int
+
+
+def choices(module: SketchedModule, config: SketchConfig) -> list[Choice]:
+    """All that make sense for a layer, those of uniform bits among them.
+
+    Where a row has several groups their tables take less than a bit per weight, which codes one bit
+    wider would make more of.
+    """
+    found = []
+    for bits in BITS:
+        usual = uniform(module, bits, config)
+        found += sorted({Choice(bits, 1), usual, *_several(module, bits, config)})
+    return found
+
+
+def uniform(module: SketchedModule, bits: int, config: SketchConfig) -> Choice:
+    """What a layer gets where all layers get the same bits."""
+    return Choice(bits, config.groups_for(module.in_features))
+
+
+def given(module: SketchedModule, choice: Choice) -> SketchedModule:
+    """A module with other bits and groups."""
+    return replace(module, bits=choice.bits, groups_per_row=choice.groups)
+
+
+def stored_bits(module: SketchedModule, choice: Choice, config: SketchConfig) -> int:
+    """What a module takes on disk: index map with its padding, and tables."""
+    specs = given(module, choice).tensors("", config.mapping, config.table_dtype)
+    return 8 * sum(spec.nbytes for spec in specs)
+
+
+def check_target(modules: Mapping[str, SketchedModule], config: SketchConfig) -> None:
+    """Raises OptionError for a `target_bits` that no choices for a model's layers meet."""
+    if config.target_bits is None:
+        return
+    sizes = [
+        [stored_bits(module, choice, config) for choice in choices(module, config)]
+        for module in modules.values()
+    ]
+    weights = sum(module.weights for module in modules.values())
+    least, most = (sum(map(end, sizes)) / weights for end in (min, max))
+    if not least <= config.target_bits <= most:
+        raise OptionError(
+            f"target_bits {config.target_bits:g} cannot be met: with its tables this model takes "
+            f"{least:.3f} to {most:.3f} bits per sketched weight"
+        )
+
+
+def _several(module: SketchedModule, bits: int, config: SketchConfig) -> list[Choice]:
+    found = []
+    for groups in _SEVERAL_GROUPS:
+        if module.in_features % (groups * _ALIGNMENT) == 0:
+            choice = Choice(bits, groups)
+            _, table = given(module, choice).tensors("", config.mapping, config.table_dtype)
+            if 8 * table.nbytes < module.weights:
+                found.append(choice)
+    return found

@@ -1,0 +1,223 @@
+"""What every choice for every layer is predicted to cost in the model's loss.
+
+A sample of a layer's rows is sketched with each choice, as calibration will do it but for the dense
+model's inputs, and what they lose counts as much as `sensitivity` says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from spallm_convert.config import SketchConfig
+from spallm_convert.errors import CalibrationError
+from spallm_convert.plan import Plan
+from spallm_formats import SketchedModule
+from spallm_kernels import PreparedHessian, fit, look_up, prepare_hessian, quadratic_loss
+
+from .blocks import Blocks
+from .choices import Choice, choices
+from .layers import DAMPING
+from .sensitivity import Doubles
+from .sketching import Stage, find_stages, on_input
+
+#: Rows of a layer that are sketched for its prediction.
+SAMPLE_ROWS = 32
+
+#: Sums over inputs that are in memory at a time, as values of those of a block's widest layer: a
+#: block like Llama's has 1.2 to 1.5 of that in all.
+_AT_ONCE = 2
+
+_SWEEPS = 3  # as for whole layers
+
+Singles = npt.NDArray[np.float32]
+
+#: Nats per token by choice.
+Losses = dict[Choice, float]
+
+
+class FusedSet(NamedTuple):
+    """Modules that share bits and groups: the losses of each by its name in the checkpoint."""
+
+    losses: dict[str, Losses]
+
+    def shared(self) -> Losses:
+        """The loss of all modules together, by the choices that all of them have."""
+        first, *others = self.losses.values()
+        return {
+            choice: loss + sum(other[choice] for other in others)
+            for choice, loss in first.items()
+            if all(choice in other for other in others)
+        }
+
+
+@torch.no_grad()
+def predict(
+    blocks: Blocks,
+    plan: Plan,
+    config: SketchConfig,
+    sensitivities: Mapping[str, Doubles],
+    *,
+    say: Callable[[str], None],
+) -> list[FusedSet]:
+    """The predicted losses of all modules of a plan, on the text that `blocks` were opened with.
+
+    sensitivities: float64 [out_features] by path in the model. Raises CalibrationError for inputs
+    or weights that are not finite.
+    """
+    hidden = list(blocks.inputs)
+    tokens = sum(states[..., 0].numel() for states in hidden)
+    found = []
+    for number in range(len(blocks)):
+        say(f"bits: block {number + 1} of {len(blocks)}")
+        block, prefix = blocks.load(number), blocks.path_of(number) + "."
+        names = {p.removeprefix(prefix): n for n, p in plan.paths.items() if p.startswith(prefix)}
+        modules = {inner: plan.metadata.modules[name] for inner, name in names.items()}
+        stages = find_stages(blocks, number, block, modules, hidden[0])
+        losses: dict[str, Losses] = {}
+        after = hidden
+        for some in _at_once(stages, modules):
+            sums, after = _sum_inputs(blocks, number, block, some, modules, hidden)
+            for stage in some:
+                hessian = _prepared(sums.pop(stage.names[0]), prefix + stage.names[0])
+                for inner in stage.names:
+                    weights = _weights(block, inner, prefix)
+                    shares = sensitivities[prefix + inner] / (2 * tokens)
+                    losses[inner] = _losses(weights, hessian, shares, modules[inner], config)
+        for together in fused([stage.names for stage in stages]):
+            found.append(FusedSet({names[inner]: losses[inner] for inner in together}))
+        hidden = after
+        blocks.unload(number)
+    return found
+
+
+def fused(stages: list[list[str]]) -> list[list[str]]:
+    """Layers of a block in sets that serving engines make one layer of.
+
+    stages: names of layers that read the same tensor (query, key and value; gate and up), and so
+    are one product. Experts are one too: layers whose names differ in numbers alone.
+    """
+    kinds: list[set[str]] = []
+    for names in stages:
+        own = {_kind(name) for name in names}
+        apart = [kind for kind in kinds if not kind & own]
+        kinds = [*apart, own.union(*(kind for kind in kinds if kind & own))]
+    return [[name for names in stages for name in names if _kind(name) in kind] for kind in kinds]
+
+
+def draw_rows(
+    shares: Doubles, spreads: Doubles, count: int
+) -> tuple[npt.NDArray[np.intp], Doubles]:
+    """Rows that stand for all, and the factors that make their losses those of all.
+
+    shares: cost per loss of each row; spreads: what their losses are about proportional to. Rows
+    are drawn at even steps of what they are expected to cost, which takes no chance.
+    """
+    if len(shares) <= count:
+        return np.arange(len(shares)), shares
+    expected = shares * spreads
+    order = np.argsort(expected, kind="stable")
+    ends = np.cumsum(expected[order])
+    marks = (np.arange(count) + 0.5) / count * ends[-1]
+    places = np.searchsorted(ends, marks, side="right")
+    rows, times = np.unique(order[np.minimum(places, len(order) - 1)], return_counts=True)
+    factors = np.zeros(len(rows))
+    np.divide(times * ends[-1] / count, spreads[rows], out=factors, where=spreads[rows] > 0)
+    return rows, factors
+
+
+def _losses(
+    weights: Singles,
+    hessian: PreparedHessian,
+    shares: Doubles,
+    module: SketchedModule,
+    config: SketchConfig,
+) -> Losses:
+    """The loss of a whole layer by choice; shares: [out_features], cost per loss of its rows."""
+    centred = weights.astype(np.float64) - weights.mean(1, keepdims=True)
+    spreads = centred**2 @ hessian.full.diagonal()
+    rows, factors = draw_rows(shares, spreads, SAMPLE_ROWS)
+    sample = np.ascontiguousarray(weights[rows])
+    found = {}
+    for choice in choices(module, config):
+        fitted = fit(
+            sample,
+            hessian,
+            choice.groups,
+            1 << choice.bits,
+            compensation="compensation" not in config.without,
+            refit="least-squares" not in config.without,
+            sweeps=0 if "descent" in config.without else _SWEEPS,
+        )
+        dense = look_up(fitted.table, fitted.codes)
+        found[choice] = float(factors @ quadratic_loss(sample, dense, hessian.full))
+    return found
+
+
+def _at_once(stages: list[Stage], modules: Mapping[str, SketchedModule]) -> Iterator[list[Stage]]:
+    """Stages whose sums are in memory together: all of a usual block, some of many experts."""
+    squares = [modules[stage.names[0]].in_features ** 2 for stage in stages]
+    some: list[Stage] = []
+    held = 0
+    for stage, square in zip(stages, squares, strict=True):
+        if some and held + square > _AT_ONCE * max(squares):
+            yield some
+            some, held = [], 0
+        some.append(stage)
+        held += square
+    yield some  # if there are none, for the run alone
+
+
+def _sum_inputs(
+    blocks: Blocks,
+    number: int,
+    block: nn.Module,
+    stages: list[Stage],
+    modules: Mapping[str, SketchedModule],
+    hidden: list[Tensor],
+) -> tuple[dict[str, Doubles], list[Tensor]]:
+    """X^T X over the inputs of stages, by the first layer of each, and what leaves the block."""
+    sums: dict[str, Doubles] = {}
+    with contextlib.ExitStack() as stack:
+        for name in (stage.names[0] for stage in stages):
+            columns = modules[name].in_features
+            sums[name] = np.zeros((columns, columns))
+
+            def add(x: Tensor, hessian: Doubles = sums[name]) -> None:
+                flat = x.reshape(-1, x.shape[-1]).float()
+                hessian += (flat.T @ flat).double().cpu().numpy()
+
+            stack.enter_context(on_input(block, name, add))
+        after = [blocks.run(number, block, states) for states in hidden]
+    return sums, after
+
+
+def _prepared(hessian: Doubles, where: str) -> PreparedHessian:
+    try:
+        return prepare_hessian(hessian, DAMPING)
+    except ValueError as error:
+        raise CalibrationError(f"{where}: its inputs on the calibration text: {error}") from error
+
+
+def _weights(block: nn.Module, name: str, prefix: str) -> Singles:
+    layer = block.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    weights: Singles = layer.weight.float().cpu().numpy()
+    if not np.isfinite(weights).all():
+        raise CalibrationError(
+            f"{prefix}{name} cannot be sketched: its weights are not all finite (--ignore leaves "
+            f"the layer dense)"
+        )
+    return weights
+
+
+def _kind(name: str) -> str:
+    """A name without its numbers."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

@@ -1,0 +1,399 @@
+"""Bits by layer: the best allocation within the budget, and conversions that use it."""
+
+import ctypes
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+from helpers.blocks import open_blocks
+from helpers.tiny_models import save_tiny_llama
+from helpers.training import word_tokenizer
+from spallm_convert import (
+    CalibrationError,
+    OptionError,
+    SketchConfig,
+    convert,
+    load_sketched,
+)
+from spallm_convert.calibration import allocation, prediction
+from spallm_convert.calibration.allocation import solve
+from spallm_convert.calibration.choices import Choice, choices, stored_bits
+from spallm_convert.calibration.prediction import draw_rows, fused, predict
+from spallm_convert.cli import main
+from spallm_convert.conversion import plan_conversion
+from spallm_convert.plan import make_plan
+from spallm_convert.source import find_here
+from spallm_formats import SketchedModule
+
+
+def cases(count):
+    """Sizes and losses of a few sets with a few choices each, and a budget that can be met."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        sets = rng.integers(1, 6)
+        sizes = [(64 * rng.integers(1, 90, rng.integers(1, 5))).tolist() for _ in range(sets)]
+        losses = [rng.lognormal(-8, 3, len(of_set)).tolist() for of_set in sizes]
+        least, most = (sum(map(end, sizes)) for end in (min, max))
+        yield sizes, losses, int(rng.integers(least, most + 2))
+
+
+def total(numbers, chosen):
+    return sum(of_set[number] for of_set, number in zip(numbers, chosen, strict=True))
+
+
+def test_no_allocation_is_better(capfd):
+    for sizes, losses, budget in cases(100):
+        chosen = solve(sizes, losses, budget)
+        every = itertools.product(*(range(len(of_set)) for of_set in sizes))
+        fitting = [one for one in every if total(sizes, one) <= budget]
+        assert tuple(chosen) in fitting
+        least = min(total(losses, one) for one in fitting)
+        assert total(losses, chosen) == pytest.approx(least, rel=1e-12)
+    with pytest.raises(ValueError, match="the least size is 5, the budget 4"):
+        solve([[2, 4], [3, 9]], [[1, 0], [1, 0]], 4)
+    assert total([[2, 4], [3, 9]], solve([[2, 4], [3, 9]], [[0, 0], [0, 0]], 5)) == 5
+
+
+def llama_like(sets, seed):
+    """Sizes and losses as models have them."""
+    rng = np.random.default_rng(seed)
+    shapes = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
+    sizes, losses = [], []
+    for number in range(sets):
+        rows, columns = shapes[number % 4]
+        scale = rng.lognormal(-7)
+        options = list(itertools.product((2, 3, 4), (1, 2, 4)))
+        sizes.append([rows * (columns * bits + groups * 2**bits * 16) for bits, groups in options])
+        losses.append([scale * 4.0**-b * (1 - 0.02 * g * rng.random()) for b, g in options])
+    return sizes, losses
+
+
+def test_large_cases_leave_no_room_for_an_upgrade_and_print_nothing(capfd):
+    for seed in range(8):
+        sizes, losses = llama_like(120, seed)
+        least, most = (sum(map(end, sizes)) for end in (min, max))
+        budget = (3 * least + (seed + 1) * most) // (seed + 4)
+        chosen = solve(sizes, losses, budget)
+        left = budget - total(sizes, chosen)
+        assert left >= 0
+        for number, (size, loss) in zip(chosen, zip(sizes, losses, strict=True), strict=True):
+            better = [s for s, value in zip(size, loss, strict=True) if value < loss[number]]
+            assert all(s - size[number] > left for s in better)
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == ""
+
+
+def test_choices_are_sane_and_hold_the_uniform_ones():
+    config = SketchConfig(calibration="text", target_bits=3)
+
+    def of(columns, options=config):
+        module = SketchedModule(in_features=columns, out_features=8, bits=4, groups_per_row=1)
+        return choices(module, options), module
+
+    assert of(64)[0] == [(2, 1), (3, 1), (4, 1)]
+    assert of(576)[0] == [(2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (4, 2)]
+    assert of(4096)[0] == list(itertools.product((2, 3, 4), (1, 2, 4)))
+    assert (4, 3) in of(3072)[0]
+    assert (4, 2) in of(2 * 1025)[0]  # as every conversion has it, slow or not
+    found, module = of(4096)
+    sizes = [stored_bits(module, choice, config) / module.weights for choice in found]
+    assert sizes == pytest.approx([b + g * 2**b * 16 / 4096 for b, g in found])
+
+
+def test_what_engines_fuse():
+    block = [["q", "k", "v"], ["o"], ["mlp.gate", "mlp.up"], ["mlp.down"]]
+    assert fused(block) == block
+    experts = [["q"], ["experts.0.gate", "experts.0.up"], ["experts.0.down"], ["experts.11.up"]]
+    assert sorted(fused(experts)) == [
+        ["experts.0.down"],
+        ["experts.0.gate", "experts.0.up", "experts.11.up"],
+        ["q"],
+    ]
+    late = [["e.0.up"], ["e.1.gate"], ["e.0.gate", "e.1.up"], ["w1"], ["w2"]]
+    assert sorted(fused(late)) == [["e.0.up", "e.1.gate", "e.0.gate", "e.1.up"], ["w1"], ["w2"]]
+
+
+def test_drawn_rows_stand_for_all():
+    rng = np.random.default_rng(0)
+    shares, spreads = rng.lognormal(0, 2, 500), rng.lognormal(size=500)
+    shares[:100] = 0
+    losses = spreads * rng.uniform(0.9, 1.1, 500)
+    rows, factors = draw_rows(shares, spreads, 32)
+    assert len(rows) <= 32
+    assert factors @ losses[rows] == pytest.approx(shares @ losses, rel=0.03)
+    assert factors @ spreads[rows] == pytest.approx(shares @ spreads)
+    rows, factors = draw_rows(shares[:20], spreads[:20], 32)
+    assert (rows == np.arange(20)).all()
+    assert (factors == shares[:20]).all()
+    _, factors = draw_rows(np.zeros(50), spreads[:50], 32)
+    assert not factors.any()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A model with a tokenizer; its second block matters more than its first."""
+    folder = save_tiny_llama(
+        tmp_path_factory.mktemp("source") / "model",
+        hidden_size=128,
+        intermediate_size=256,
+        initializer_range=0.1,
+    ).folder
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if "layers.0" in name and name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensors[name] *= 0.05
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    generator = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"word{generator.randrange(126)}" for _ in range(5000)))
+    return path
+
+
+def options(text, **changes):
+    given = {"target_bits": 4.25, "samples": 8, "seqlen": 32, "calibration": str(text)}
+    return SketchConfig(**given | changes)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def converted(source, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted") / "out"
+    states = torch.random.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    report = convert(source, folder, options(text))
+    assert torch.equal(torch.random.get_rng_state(), states[0])
+    assert (np.random.get_state()[1] == states[1]).all()
+    assert random.getstate() == states[2]
+    return folder, report
+
+
+def test_bits_are_given_within_the_target_and_fused_layers_share(converted):
+    folder, report = converted
+    assert 4.0 < report.totals["bits_per_weight"] <= 4.25
+    modules = {m["name"]: (m["bits"], m["groups_per_row"]) for m in report.modules}
+    assert len(set(modules.values())) > 1
+    for block in ("model.layers.0", "model.layers.1"):
+        assert len({modules[f"{block}.self_attn.{name}_proj"] for name in "qkv"}) == 1
+        assert modules[f"{block}.mlp.gate_proj"] == modules[f"{block}.mlp.up_proj"]
+    first, second = (
+        sum(m["bits"] for m in report.modules if f"layers.{number}." in m["name"])
+        for number in range(2)
+    )
+    assert first < second
+    losses = report.document["predicted_loss"]
+    assert losses["4"] < losses["chosen"] < losses["2"]
+    assert losses["4"] < losses["3"] < losses["2"]
+    model = load_sketched(folder)
+    layer = model.get_submodule("model.layers.1.mlp.down_proj")
+    bits, groups = modules["model.layers.1.mlp.down_proj"]
+    assert layer.weight_table.shape == (128, groups, 2**bits)
+
+
+def test_less_is_lost_than_at_the_uniform_size_next_below(converted, source, text, tmp_path):
+    """At 4.25 bits a weight, not much over the 4.2 or so of three bits."""
+    _, report = converted
+    plain = convert(source, tmp_path / "out", options(text, target_bits=None, bits=3))
+    assert plain.totals["bits_per_weight"] == pytest.approx(4, abs=0.3)
+    assert report.document["predicted_loss"]["chosen"] < report.document["predicted_loss"]["3"]
+
+
+def test_what_is_said_about_mixed_bits(converted, capsys):
+    folder, report = converted
+    card = (folder / "README.md").read_text()
+    assert "# model, sketched to 4.25 bits\n" in card
+    assert "- 4.25-bit\n" in card
+    widths = ", ".join(map(str, report.widths))
+    predicted = report.document["predicted_loss"]
+    assert (
+        f"| bits per code | {widths}, by layer; predicted to lose {predicted['chosen']:.4f}" in card
+    )
+    for command in ("verify", "inspect"):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, str(folder)])
+        assert not stopped.value.code
+    shown = capsys.readouterr().out
+    assert f"14 sketched layers, {widths} bits" in shown
+    assert "layer shape bits groups bits/weight" in " ".join(shown.split())
+    assert f"{predicted['chosen']:.4f} nats per token ({predicted['2']:.4f} at 2 bits, " in shown
+
+
+class _StopAt:
+    """Stops a conversion when so many lines are said or modules are done."""
+
+    def __init__(self, *, lines=10**6, modules=10**6):
+        self.said, self.lines, self.modules = [], lines, modules
+
+    def start(self, weights):
+        pass
+
+    def advance(self, weights, tensor):
+        self.modules -= 1
+        if self.modules == 0:
+            raise KeyboardInterrupt
+
+    def say(self, line):
+        self.said.append(line)
+        if len(self.said) == self.lines:
+            raise KeyboardInterrupt
+
+
+def test_it_is_resumed_with_the_same_bits(converted, source, text, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, options(text), progress=_StopAt(lines=3))
+    assert not out.exists()  # nothing was done that could be kept
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, options(text), progress=_StopAt(modules=1))
+    assert [path.name for path in out.rglob("allocation.json")]
+    progress = _StopAt()
+    convert(source, out, options(text), resume=True, progress=progress)
+    assert progress.said == []
+    assert contents(out) == contents(converted[0])
+
+
+def test_experts_share_and_need_not_be_reached(text, tmp_path, monkeypatch):
+    class Experts(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            size = config.hidden_size
+            self.experts = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(3))
+
+        def forward(self, hidden):
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            out = torch.zeros_like(flat)
+            for number in range(2):
+                rows = ((flat[:, 0] > 0) == bool(number)).nonzero()[:, 0]
+                out = out.index_add(0, rows, self.experts[number](flat[rows]))
+            return out.view_as(hidden)
+
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", Experts)
+    folder = save_tiny_llama(tmp_path / "model").folder
+    word_tokenizer().save_pretrained(folder)
+    report = convert(folder, tmp_path / "out", options(text, target_bits=5))
+    modules = {m["name"]: m for m in report.modules}
+    for block in range(2):
+        experts = [modules[f"model.layers.{block}.mlp.experts.{number}"] for number in range(3)]
+        assert len({(m["bits"], m["groups_per_row"]) for m in experts}) == 1
+        assert experts[0]["relative_output_error"] > 0
+        assert experts[2]["relative_output_error"] == 0
+
+
+def predicted(source, text, *, ignore=(), **changes):
+    """Losses of all modules for random sensitivities, with other constants in `prediction`."""
+    checkpoint = find_here(str(source)).open(source)
+    config = options(text, ignore=ignore)
+    plan = make_plan(checkpoint, config)
+    tokens = torch.randint(2, 128, (8, 32), generator=torch.Generator().manual_seed(0))
+    costs = {
+        path: np.random.default_rng(0).lognormal(size=plan.metadata.modules[name].out_features)
+        for name, path in plan.paths.items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changes.items():
+            patch.setattr(prediction, name, value)
+        blocks = open_blocks(source, tokens)
+        sets = predict(blocks, plan, config, costs, say=lambda line: None)
+    assert len(blocks.inputs) == 4  # to be sketched on
+    return {name: values for of_set in sets for name, values in of_set.losses.items()}
+
+
+def test_predictions_are_near_what_sketching_loses(source, text):
+    """A sample of rows against all of them, and choices that take more lose less."""
+    some, every = predicted(source, text), predicted(source, text, SAMPLE_ROWS=10**6)
+    assert len(some) == 14
+    for name, values in every.items():
+        assert values[Choice(4, 1)] < values[Choice(3, 1)] < values[Choice(2, 1)]
+        for choice, value in values.items():
+            assert some[name][choice] == pytest.approx(value, rel=0.15)
+
+
+def test_predictions_do_not_depend_on_what_is_summed_at_once(source, text):
+    whole = predicted(source, text)
+    assert predicted(source, text, _AT_ONCE=0) == whole
+    second = predicted(source, text, ignore=("model.layers.0.*",))
+    assert second == {name: values for name, values in whole.items() if "layers.1" in name}
+
+
+def test_targets_that_cannot_be_met(source, text, tmp_path):
+    for target in (1.5, 9):
+        with pytest.raises(
+            OptionError, match=rf"target_bits {target} cannot be met.* 2\.444 to 5\.778 bits"
+        ):
+            convert(source, tmp_path / "out", options(text, target_bits=target))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OptionError, match="not known in advance"):
+        plan_conversion(source, options(text))
+    for bad in (0, -1.0, float("nan"), "3", True):
+        with pytest.raises(OptionError, match="target_bits must be a number above 0, found"):
+            options(text, target_bits=bad)
+    for change, message in (
+        ({"bits": 3}, "target_bits chooses bits itself, found 3"),
+        ({"groups_per_row": 2}, "target_bits chooses groups_per_row itself, found 2"),
+        ({"mapping": "hash"}, "target_bits is for the mapping 'cluster', found 'hash'"),
+        ({"fallback": True}, "target_bits: not with fallback"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            options(text, **change)
+    with pytest.raises(OptionError, match="target_bits: only for a conversion with calibration"):
+        SketchConfig(target_bits=3)
+
+
+def test_inputs_that_are_no_numbers_are_named(source, text, tmp_path, monkeypatch):
+    def fine(blocks, tokens, layers, **how):
+        return dict.fromkeys(layers, np.ones(1))
+
+    monkeypatch.setattr("spallm_convert.calibration.sensitivity.sensitivities", fine)
+    tensors = load_file(source / "model.safetensors")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in source.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    tensors["model.layers.1.input_layernorm.weight"][3] = torch.inf
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CalibrationError, match=r"layers\.1\.self_attn\.q_proj: its inputs"):
+        convert(broken, tmp_path / "out", options(text))
+
+
+def test_the_command_line(source, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(source), "--calibration", str(text), "--target-bits", "4.5"]
+    arguments += ["--samples", "4", "--seqlen", "16"]
+
+    def run(*more):
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments, *more])
+        return stopped.value.code, capsys.readouterr()
+
+    code, captured = run("--json")
+    assert code == 0, captured.err
+    document = json.loads(captured.out)
+    assert document["output"] == "model-spallm-4.5bit"
+    assert document["options"]["target_bits"] == 4.5
+    assert document["versions"]["scipy"]
+    code, captured = run("--bits", "4")
+    assert code == 2
+    assert "--bits and --target-bits contradict each other" in captured.err
+    code, captured = run("--dry-run")
+    assert code == 2
+    assert "not known in advance" in captured.err
+
+
+def test_an_allocation_is_kept_as_it_is(tmp_path):
+    made = allocation.Allocation({"a": Choice(2, 4)}, {"chosen": 1 / 3, "2": 0.1})
+    made.write(tmp_path / "allocation.json")
+    assert allocation.Allocation.read(tmp_path / "allocation.json") == made
