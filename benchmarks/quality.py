@@ -19,7 +19,9 @@ Set OMP_NUM_THREADS and NUMBA_NUM_THREADS to cores that nothing else uses.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -83,6 +85,12 @@ def _header(options: Row, dense: Path) -> Row:
     }
 
 
+def _identity(document: Row) -> str:
+    """Of what may be kept for another run: made with the same settings and versions."""
+    same = json.dumps([document["settings"], document["versions"]], sort_keys=True)
+    return hashlib.sha256(same.encode()).hexdigest()[:16]
+
+
 def _echo_row(row: Row) -> None:
     click.echo(
         f"    {row['bits_per_weight']:.3f} bits per weight, perplexity {row['perplexity']:.3f}, "
@@ -92,8 +100,8 @@ def _echo_row(row: Row) -> None:
 
 def carry_out(options: Row) -> list[str]:
     """Carries out what the file lacks; returns the methods that failed."""
-    output, text = options["output"], options["text"]
-    dense = dense_folder(options["model"], None, options["cache"].expanduser())
+    output, text, cache = options["output"], options["text"], options["cache"].expanduser()
+    dense = dense_folder(options["model"], None, cache)
     check_text(text, dense, options["eval_tokens"])
     document = open_document(output, _header(options, dense), fresh=options["fresh"])
     done = {row["method"] for row in document["runs"]}
@@ -104,9 +112,14 @@ def carry_out(options: Row) -> list[str]:
         for number, name in enumerate(todo, start=1):
             click.echo(f"{number} of {len(todo)}: {name}")
             settings = {setting: options[setting] for setting in _SETTINGS}
-            row = run_job(
-                Job(method=name, dense=str(dense), text=str(text), **settings), Path(scratch)
+            job = Job(
+                method=name,
+                dense=str(dense),
+                text=str(text),
+                kept=str(cache / "calibrated" / _identity(document)),
+                **settings,
             )
+            row = run_job(job, Path(scratch))
             if row is None:
                 failed.append(name)
                 continue

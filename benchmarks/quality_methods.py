@@ -23,7 +23,9 @@ PEERS = {
     "autoround": ("auto_round",),
 }
 #: Kinds of methods that are shown text.
-CALIBRATED = ("gptq", "autoround", "leanquant", "sketch-calibrated")
+CALIBRATED = ("gptq", "autoround", "leanquant", "sketch-calibrated", "sketch-healed")
+#: Steps of healing, of 1,024 tokens each.
+HEAL_STEPS = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ def _methods() -> dict[str, Method]:
         found[f"autoround-{bits}bit-g{RTN_GROUP}"] = Method(kind="autoround", bits=bits)
         found[f"leanquant-{bits}bit"] = Method(kind="leanquant", bits=bits)
         found[f"hash-{bits}bit-gpr4"] = Method(kind="hash", bits=bits, groups=4)
-        for kind in ("sketch", "sketch-calibrated"):
+        for kind in ("sketch", "sketch-calibrated", "sketch-healed"):
             for groups in (1, 4):
                 name = f"{kind}-{bits}bit-gpr{groups}"
                 found[name] = Method(kind=kind, bits=bits, groups=groups)

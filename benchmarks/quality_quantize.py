@@ -6,8 +6,9 @@ the same dense model, by the same products.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +19,20 @@ from torch import Tensor
 
 import quality_peers
 from quality_leanquant import quantize_blocks
-from quality_methods import GPTQ_GROUP, RTN_GROUP, Method, affine_bits, table_bits
+from quality_methods import (
+    GPTQ_GROUP,
+    HEAL_STEPS,
+    RTN_GROUP,
+    Method,
+    affine_bits,
+    table_bits,
+)
 from spallm_convert import SketchConfig, convert
-from spallm_convert.calibration.calibrate import draw_tokens, open_blocks
+from spallm_convert.calibration.calibrate import calibrate, draw_tokens, open_blocks
 from spallm_convert.opening import load_tokenizer
 from spallm_convert.plan import Plan, make_plan
 from spallm_convert.source import DenseCheckpoint, locate
+from spallm_convert.terminal import ConversionProgress
 from spallm_formats import SketchedCheckpoint, read_bytes, to_float32, unpack
 from spallm_kernels import hash_codes, look_up
 
@@ -41,7 +50,8 @@ class Quantized(NamedTuple):
 @dataclass(frozen=True)
 class Subject:
     """A dense model to quantize. plan: names its layers; calibration: a file with text, of which
-    `samples` times `seqlen` tokens are drawn; scratch: a folder for what a method writes."""
+    `samples` times `seqlen` tokens are drawn; scratch: a folder for what a method writes; kept: one
+    for what calibrated sketches leave to those that are healed."""
 
     checkpoint: DenseCheckpoint
     plan: Plan
@@ -50,6 +60,7 @@ class Subject:
     seqlen: int
     seed: int
     scratch: Path
+    kept: Path
 
     def layers(self) -> Iterator[tuple[str, Singles]]:
         """Path in the model and dense weight of every layer to quantize."""
@@ -79,11 +90,13 @@ class Subject:
         return draw_tokens(source, config, trust_remote_code=False)
 
 
-def open_subject(dense: Path, scratch: Path, calibration: Path, **drawn: int) -> Subject:
+def open_subject(
+    dense: Path, scratch: Path, kept: Path, calibration: Path, **drawn: int
+) -> Subject:
     """The model of a folder, with all linear layers inside its blocks to be quantized."""
     checkpoint = locate(str(dense)).open(scratch)
     plan = make_plan(checkpoint, SketchConfig(groups_per_row=1))
-    return Subject(checkpoint, plan, calibration, scratch=scratch, **drawn)
+    return Subject(checkpoint, plan, calibration, scratch=scratch, kept=kept, **drawn)
 
 
 def quantize(method: Method, subject: Subject) -> Quantized:
@@ -169,16 +182,50 @@ def _sketch(method: Method, subject: Subject) -> Quantized:
     return _converted(subject, subject.sketch_config(method, mapping=mapping))
 
 
-def _sketch_calibrated(method: Method, subject: Subject) -> Quantized:
-    return _converted(subject, subject.calibrated_config(method))
-
-
 def _converted(subject: Subject, config: SketchConfig) -> Quantized:
     folder = subject.scratch / "sketched"
     convert(subject.checkpoint.folder, folder, config)
     sketched = SketchedCheckpoint.open(folder)
     stored = sum(spec.nbytes for spec in sketched.metadata.tensors().values())
     return Quantized(8 * stored, _read_sketched(sketched, subject.plan.paths))
+
+
+def _sketch_calibrated(method: Method, subject: Subject) -> Quantized:
+    """As `convert` does it, but that the blocks stay, for a run that heals them."""
+    folder = _kept(method, subject)
+    shutil.rmtree(folder, ignore_errors=True)
+    return _calibrated(method, subject, folder, heal=0)
+
+
+def _sketch_healed(method: Method, subject: Subject) -> Quantized:
+    """Goes on with the blocks of a calibrated run; makes its own if there are none."""
+    folder = subject.scratch / "calibrated"
+    if _kept(method, subject).exists():
+        shutil.copytree(_kept(method, subject), folder)
+    return _calibrated(method, subject, folder, heal=HEAL_STEPS)
+
+
+def _kept(method: Method, subject: Subject) -> Path:
+    return subject.kept / f"{method.bits}bit-gpr{method.groups}"
+
+
+def _calibrated(method: Method, subject: Subject, folder: Path, *, heal: int) -> Quantized:
+    config = replace(subject.calibrated_config(method), heal=heal)
+    plan, tokens = make_plan(subject.checkpoint, config), subject.tokens(method)
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks = open_blocks(subject.checkpoint, plan, tokens)
+    with ConversionProgress() as progress:
+        progress.start(plan.sketched_weights)
+        modules = calibrate(blocks, plan, config, tokens, folder, progress)
+    specs = plan.metadata.tensors()
+
+    def dense(name: str) -> Tensor:
+        found, module = modules.read(name), plan.metadata.modules[name]
+        table = found.wide_table(module, plan.metadata)
+        return torch.from_numpy(look_up(table, found.codes(module)))
+
+    weights = ((path, dense(name)) for name, path in plan.paths.items())
+    return Quantized(8 * sum(spec.nbytes for spec in specs.values()), weights)
 
 
 def _read_sketched(
@@ -206,4 +253,5 @@ KINDS: dict[str, Callable[[Method, Subject], Quantized]] = {
     "hash": _sketch,
     "sketch": _sketch,
     "sketch-calibrated": _sketch_calibrated,
+    "sketch-healed": _sketch_healed,
 }

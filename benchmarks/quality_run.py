@@ -29,7 +29,7 @@ class Job:
 
     text: a file; its first half is shown to methods that are calibrated, `samples` times `seqlen`
     tokens of it; on the first `eval_tokens` tokens of the second, in windows of `window`,
-    perplexity is measured.
+    perplexity is measured. kept: a folder for what runs leave to each other.
     """
 
     method: str
@@ -40,6 +40,7 @@ class Job:
     eval_tokens: int
     window: int
     seed: int
+    kept: str
 
 
 def halves(text: str) -> tuple[str, str]:
@@ -81,7 +82,9 @@ def quantized_model(job: Job, shown: str) -> tuple[Any, dict[str, Any]]:
         scratch = Path(folder)
         calibration = scratch / "calibration.txt"
         calibration.write_text(shown, encoding="utf-8")
-        subject = open_subject(Path(job.dense), scratch, calibration, seed=job.seed, **drawn)
+        subject = open_subject(
+            Path(job.dense), scratch, Path(job.kept), calibration, seed=job.seed, **drawn
+        )
         begin, busy = time.perf_counter(), time.process_time()
         found = quantize(method, subject)
         seconds, busy = time.perf_counter() - begin, time.process_time() - busy

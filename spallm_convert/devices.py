@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,12 @@ def find_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What computes: "cpu", or the model of the GPU, whichever of several it is."""
+    """What computes: the model of a GPU, whichever of several it is, or the kind of another device,
+    and how it multiplies."""
     import torch
 
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, bfloat16" if has_fast_bfloat16(device) else name
 
 
 @contextlib.contextmanager
@@ -79,3 +82,42 @@ def full_float32() -> Iterator[None]:
             torch.set_float32_matmul_precision(older)
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device is built to multiply in bfloat16: there that is some five times as fast as
+    in float32."""
+    import torch
+
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != CPU:
+        return False
+    from llvmlite.binding import get_host_cpu_features
+
+    features = get_host_cpu_features()
+    return any(features.get(name, False) for name in ("avx512bf16", "amx-bf16"))
+
+
+def fast_products(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """In here torch multiplies in bfloat16 what it has in float32, where that is fast. Sums over
+    many products stay in float32, as do tensors that are only added to."""
+    import torch
+
+    fast = has_fast_bfloat16(device)
+    return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes that this process has had so far, of a GPU's memory if `device` is one; None where
+    the system does not tell."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

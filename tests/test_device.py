@@ -63,7 +63,8 @@ def test_a_device_gives_the_sketches_of_the_cpu(source, text, tmp_path, device, 
         patched.setattr(batched, "prepare_hessian", lambda *a: ran.append("torch"))
         expected = convert(source, tmp_path / "cpu", config, device="cpu")
     assert ran == []
-    assert (found.document["device"], expected.document["device"]) == (DEVICE.type, "cpu")
+    assert found.document["device"] == DEVICE.type
+    assert expected.document["device"].startswith("cpu")
     for total in ("relative_error", "relative_output_error"):
         assert found.totals[total] == pytest.approx(expected.totals[total], rel=0.01)
     ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("device", "cpu"))

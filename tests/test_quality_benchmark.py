@@ -240,7 +240,7 @@ def test_leanquant_sees_the_inputs_behind_quantized_layers(model, text, tmp_path
     from spallm_kernels import look_up
 
     drawn = {"samples": 4, "seqlen": 16, "seed": 0}
-    subject = open_subject(model, tmp_path, text, **drawn)
+    subject = open_subject(model, tmp_path, tmp_path / "kept", text, **drawn)
     found = dict(quantize(METHODS["leanquant-4bit"], subject).weights)
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():

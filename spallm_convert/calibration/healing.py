@@ -15,21 +15,27 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import log_softmax
 
+from spallm_convert.devices import fast_products, peak_memory
 from spallm_convert.linear import SketchedLinear
 from spallm_convert.quantizer import train_tables_only
 
 from .blocks import Blocks
 
-#: AdamW's, falling linearly to zero after a tenth of the steps.
-LEARNING_RATE = 1e-4
-#: Tokens of a step: their logits are in memory three times, in float32.
+#: AdamW's, for entries of root mean square 1: a table's rate is in proportion to its entries, so
+#: that models with small weights and with large ones take steps of the same consequence. It falls
+#: linearly to zero after a tenth of the steps.
+LEARNING_RATE = 1.5e-3
+_BETAS = (0.9, 0.95)  # a few hundred steps: 0.999 would remember the first of them to the end
+#: Tokens of a step: their logits are in memory twice, in the precision that the model computes in.
 STEP_TOKENS = 1024
 #: One of so many sequences is not trained on and tells what is gained.
 HELD_OUT = 8
 #: Times that these are measured. A short text is soon learned by heart: the best state is kept.
 _CHECKS = 10
+#: Tokens whose distributions are in float32 at a time.
+_AT_ONCE = 128
 
 
 class Healed(NamedTuple):
@@ -64,7 +70,11 @@ def heal(
     held_out = pairs[::HELD_OUT]
     trained = [pair for n, pair in enumerate(pairs) if n % HELD_OUT] or pairs
     tables = [layer.weight_table for layer in layers.values()]
-    optimizer = torch.optim.AdamW(tables, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [{"params": [table], "lr": LEARNING_RATE * _root_mean_square(table)} for table in tables],
+        betas=_BETAS,
+        weight_decay=0.0,
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
     batches = _batches(trained, max(1, STEP_TOKENS // tokens.shape[1]), seed)
     before = least = _mean_loss(blocks, model, held_out)
@@ -83,6 +93,7 @@ def heal(
                 least, best = now, [table.detach().clone() for table in tables]
             left = (time.monotonic() - begin) / step * (steps - step)
             say(f"healing: step {step} of {steps}, {now:.4f} nats apart, {left:.0f} s left")
+    say(_summary(before, least, time.monotonic() - begin, peak_memory(blocks.device)))
     return Healed(dict(zip(layers, best, strict=True)), before, least)
 
 
@@ -90,6 +101,40 @@ def rate_factor(step: int, steps: int) -> float:
     """Share of the learning rate in a step: up over a tenth of the steps, then down to zero."""
     warm_up = max(1, steps // 10)
     return min((step + 1) / warm_up, max(0.0, (steps - step) / max(1, steps - warm_up)))
+
+
+class Divergence(torch.autograd.Function):
+    """KL(expected || found) of next-token distributions, the sum over tokens in nats, from logits
+    [tokens, vocab]. Keeps their gradient alone, in their own dtype, where autograd would keep five
+    float32 tensors of that size."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, expected: Tensor) -> Tensor:
+        total = found.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(found)
+        for start in range(0, len(found), _AT_ONCE):
+            rows = slice(start, start + _AT_ONCE)
+            q, p = (log_softmax(logits[rows].float(), -1) for logits in (found, expected))
+            weights = p.exp()
+            total += (weights * (p - q)).sum()
+            gradient[rows] = q.exp() - weights
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0].to(gradient.dtype), None
+
+
+def _summary(before: float, after: float, seconds: float, peak: int | None) -> str:
+    memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"
+    apart = f"{before:.4f} -> {after:.4f} nats per token from the dense model"
+    return f"healed: {apart}, {seconds:.0f} s{memory}"
+
+
+def _root_mean_square(table: Tensor) -> float:
+    return table.detach().square().mean().sqrt().item()
 
 
 def _batches(
@@ -107,10 +152,12 @@ def _batches(
 
 def _loss(blocks: Blocks, model: Any, ids: Tensor, hidden: Tensor) -> Tensor:
     """KL(dense || sketched), nats per token."""
-    expected = log_softmax(blocks.logits(ids, hidden).float(), dim=-1)
-    logits = model(ids.to(expected.device), use_cache=False).logits
-    found = log_softmax(logits.float(), dim=-1)
-    total = kl_div(found, expected, reduction="sum", log_target=True)
+    with fast_products(blocks.device):
+        with torch.no_grad():
+            expected = blocks.logits(ids, hidden)
+        found = model(ids.to(blocks.device), use_cache=False).logits
+    flat = found.flatten(0, 1), expected.flatten(0, 1)
+    total: Tensor = Divergence.apply(*flat)  # type: ignore[no-untyped-call]
     return total / ids.numel()
 
 
