@@ -89,7 +89,18 @@ def _calibration(report: Report) -> str:
     return (
         f"\n| calibration | {options['calibration']}, {options['samples']} samples of "
         f"{options['seqlen']} tokens |"
-        f"\n| relative error of the layers' outputs on it | {error:.4f} |"
+        f"\n| relative error of the layers' outputs on it | {error:.4f} |{_healing(report)}"
+    )
+
+
+def _healing(report: Report) -> str:
+    healing = report.document.get("healing")
+    if healing is None:
+        return ""
+    return (
+        f"\n| divergence from the dense model on samples left out, before and after "
+        f"{report.document['options']['heal']} steps of healing | {healing['kl_before']:.4f}, "
+        f"{healing['kl_after']:.4f} nats per token |"
     )
 
 

@@ -129,6 +129,8 @@ def test_healed_models_are_nearer_still(text, tmp_path, monkeypatch):
     report = convert(source, tmp_path / "healed", config)
     gained = report.document["healing"]
     assert 0 < gained["kl_after"] < 0.97 * gained["kl_before"]
+    card = (tmp_path / "healed/README.md").read_text()
+    assert f"20 steps of healing | {gained['kl_before']:.4f}, {gained['kl_after']:.4f} nats" in card
     calibrated, healed = (
         divergence(source, tmp_path / name, text) for name in ("calibrated", "healed")
     )

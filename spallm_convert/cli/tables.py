@@ -62,7 +62,16 @@ def print_report(report: Report, folder: Path) -> None:
     _print_left_dense(report.left_dense)
     _print_totals(report.totals)
     _print_predicted(report.document.get("predicted_loss"))
+    _print_healing(report.document.get("healing"))
     click.echo(f"written to {folder}")
+
+
+def _print_healing(healing: dict[str, float] | None) -> None:
+    if healing is not None:
+        click.echo(
+            f"healed: {healing['kl_before']:.4f} -> {healing['kl_after']:.4f} nats per token from "
+            f"the dense model, on samples left out"
+        )
 
 
 def _table(first: str, *others: str) -> Table:
