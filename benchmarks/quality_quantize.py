@@ -222,7 +222,7 @@ def _calibrated(method: Method, subject: Subject, folder: Path, *, heal: int) ->
     def dense(name: str) -> Tensor:
         found, module = modules.read(name), plan.metadata.modules[name]
         table = found.wide_table(module, plan.metadata)
-        return torch.from_numpy(look_up(table, found.codes(module)))
+        return torch.from_numpy(look_up(table, found.codes(module, plan.metadata)))
 
     weights = ((path, dense(name)) for name, path in plan.paths.items())
     return Quantized(8 * sum(spec.nbytes for spec in specs.values()), weights)

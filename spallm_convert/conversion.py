@@ -137,13 +137,16 @@ def plan_conversion(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device: str = AUTO_DEVICE,
 ) -> Plan:
     """What `convert` would do, from headers alone: of weights on the Hub nothing else is fetched.
 
     A GGUF file is the exception: transformers dequantizes it into a temporary folder. Raises
-    OptionError for `target_bits`: bits are chosen when the text has gone through the model.
+    OptionError for `target_bits`: bits are chosen when the text has gone through the model; and for
+    a `device` that `convert` would not take.
     """
     config = config or SketchConfig()
+    _find_place(device, config)
     if config.target_bits is not None:
         raise OptionError(
             f"target_bits {config.target_bits:g} chooses bits by what the model makes of the text, "

@@ -9,7 +9,7 @@ projections are transposed, MoE experts are fused).
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from .errors import SourceError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from spallm_formats import StoredTensor
 
 _IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 
@@ -35,19 +37,40 @@ class Skeleton:
     needs_float: frozenset[str]
 
     def stored_name(self, module: str, tensors: Container[str]) -> str | None:
-        """The path under which the checkpoint stores a module, with or without the base prefix."""
-        found = stored_name(module + ".weight", self.base_prefix, tensors)
-        return None if found is None else found.removesuffix(".weight")
+        """The path under which the checkpoint stores a module, None when it has none such.
+
+        transformers adds and drops the base model's prefix ("transformer.", "bert.") while loading.
+        """
+        prefix = self.base_prefix + "."
+        candidates = (module, module.removeprefix(prefix), prefix + module)
+        return next((name for name in candidates if name + ".weight" in tensors), None)
 
 
-def stored_name(name: str, base_prefix: str, tensors: Container[str]) -> str | None:
-    """What the checkpoint calls a tensor of the model, None when it has none such.
+def by_model_name(
+    model: PreTrainedModel, tensors: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Tensors of a checkpoint by what the model calls them, as transformers renames them.
 
-    transformers adds and drops the base model's prefix ("transformer.", "bert.") while loading.
+    GPT-NeoX's head is stored as "embed_out.weight" and called "lm_head.weight". Tensors that are
+    fused, split or transposed while loading are left out: the model has them otherwise.
     """
-    prefix = base_prefix + "."
-    candidates = (name, name.removeprefix(prefix), prefix + name)
-    return next((candidate for candidate in candidates if candidate in tensors), None)
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    own = model.state_dict()
+    found = {}
+    for name, tensor in tensors.items():
+        new, converter = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, own
+        )
+        if new not in own:  # then transformers adds or drops the base prefix alone
+            new, converter = rename_source_key(name, [], [], model.base_model_prefix, own)
+        if converter is None:
+            found[new] = tensor
+    return found
 
 
 def read_skeleton(

@@ -6,11 +6,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from helpers.blocks import open_blocks
-from helpers.tiny_models import save_tiny_llama
 from spallm_convert import CalibrationError, SketchConfig
 from spallm_convert.calibration.blocks import Blocks
 from spallm_convert.plan import make_plan
-from spallm_convert.skeleton import build_empty
+from spallm_convert.skeleton import build_empty, by_model_name
 from spallm_convert.source import find_here
 
 SIZES = {
@@ -94,8 +93,12 @@ def test_buffers_that_are_stored_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_assembled_model_is_the_dense_one(tmp_path, tied):
-    folder = save_tiny_llama(tmp_path / "model", tie_word_embeddings=tied).folder
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_the_assembled_model_is_the_dense_one(architecture, tied, tmp_path):
+    """GPT-NeoX's head is stored as embed_out and is lm_head in the model."""
+    folder = save_model(tmp_path / "model", architecture, tie_word_embeddings=tied)
+    if architecture == "gpt_neox" and not tied:
+        assert "embed_out.weight" in load_file(folder / "model.safetensors")
     tokens = torch.randint(2, 128, (2, 16))
     blocks = open_blocks(folder, tokens)
     hidden = blocks.inputs[0]
@@ -107,6 +110,24 @@ def test_the_assembled_model_is_the_dense_one(tmp_path, tied):
         expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
         assert torch.equal(model(tokens).logits, expected)
         assert torch.equal(blocks.logits(tokens, hidden), expected)
+
+
+def test_tensors_get_the_names_and_only_those_that_the_model_has_them_by(tmp_path):
+    """Mixtral's experts lie apart and are fused while loading; other names change alone."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 2, "vocab_size": 128}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes))
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert any("experts.1." in name for name in stored)
+    found = by_model_name(model, stored)
+    own = model.state_dict()
+    assert [name for name in own if name not in found] == [n for n in own if "mlp.experts." in n]
+    assert all(torch.equal(tensor, own[name]) for name, tensor in found.items())
+    bare = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
+    assert by_model_name(model, bare).keys() == found.keys()
 
 
 def test_blocks_that_cannot_be_found_or_read(tiny_llama):

@@ -110,7 +110,8 @@ def test_killed_and_resumed_is_byte_identical(source, text, tmp_path):
     expected = contents(tmp_path / "whole")
     kept = []
     # Six moments for the plan, then four for every block: two halves, a flush, a rename.
-    for kill_at in (9, 13, moments // 3, moments - 12):
+    # Nearly all of the time goes to starting processes.
+    for kill_at in (13, moments // 3, moments - 12):
         output = tmp_path / f"killed-at-{kill_at}"
         killed = run(source, output, kill_at, text)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -119,4 +120,4 @@ def test_killed_and_resumed_is_byte_identical(source, text, tmp_path):
             load_sketched(output)
         convert(source, output, options(text), device="cpu", resume=True)
         assert contents(output) == expected
-    assert kept[:3] == [0, 1, 2]
+    assert kept[:2] == [1, 2]

@@ -16,8 +16,10 @@ from spallm_convert import (
     conversion,
     convert,
     load_sketched,
+    plan_conversion,
 )
-from spallm_convert.calibration import numerics
+from spallm_convert.calibration import allocation, numerics
+from spallm_convert.calibration.blocks import Blocks
 from spallm_convert.cli import main
 from spallm_convert.devices import find_device, full_float32
 from spallm_formats import unpack
@@ -88,6 +90,40 @@ def assert_same_sketch(name, ours, theirs):
     assert ((tables[0] - tables[1]).norm() / tables[1].norm()) < 0.1
 
 
+def test_a_device_predicts_what_the_cpu_does(source, text, tmp_path, device, monkeypatch):
+    """Bits by layer: nothing by numba, and no hidden states left on the device."""
+    choice = {"bits": 4, "groups_per_row": "auto", "table_dtype": "bfloat16", "target_bits": 8}
+    config = options(text, ignore=("model.layers.1.*",), **choice)
+    sets, given, ran = [], [], []
+    choose, run = allocation.choose, Blocks.run
+
+    def spied_run(self, number, block, hidden):
+        given.append((hidden.device.type, hidden.requires_grad))
+        return run(self, number, block, hidden)
+
+    monkeypatch.setattr(allocation, "choose", lambda s, *a: sets.append(s) or choose(s, *a))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(numerics, "prepare_hessian", lambda *a: ran.append("numba"))
+        patched.setattr(Blocks, "run", spied_run)
+        with device:
+            found = convert(source, tmp_path / "device", config)
+    assert ran == []
+    assert set(given) == {("cpu", False), (DEVICE.type, True)}  # the latter for the way back
+    monkeypatch.setattr(conversion, "find_device", find_device)
+    expected = convert(source, tmp_path / "cpu", config, device="cpu")
+    ours, theirs = (
+        {name: by_choice for fused in some for name, by_choice in fused.losses.items()}
+        for some in sets
+    )
+    assert ours.keys() == theirs.keys()
+    for name, losses in theirs.items():
+        assert min(losses.values()) > 0
+        assert ours[name] == pytest.approx(losses, rel=0.02), name
+    bits = [{m["name"]: m["bits"] for m in report.modules} for report in (found, expected)]
+    assert bits[0] == bits[1]
+    assert len(set(bits[0].values())) > 1
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -106,6 +142,9 @@ def test_devices_that_are_not_there(name, message, source, text, tmp_path, monke
         convert(source, tmp_path / "out", options(text), device=name)
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(OptionError) as caught:
+        plan_conversion(source, options(text), device=name)
+    assert message in str(caught.value)
 
 
 def test_devices_that_are_there(monkeypatch):
@@ -134,10 +173,11 @@ def test_without_calibration_there_is_nothing_for_a_device(source, tmp_path, mon
 def test_the_command_line_passes_the_device_on(source, text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     arguments = [str(source), "-o", str(tmp_path / "out"), "--calibration", str(text)]
-    with pytest.raises(SystemExit) as stopped:
-        main([*arguments, "--device", "cuda:7"])
-    assert stopped.value.code == 2
-    assert "device cuda:7: torch finds no GPU here" in capsys.readouterr().err
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments, *more, "--device", "cuda:7"])
+        assert stopped.value.code == 2
+        assert "device cuda:7: torch finds no GPU here" in capsys.readouterr().err
 
 
 def test_another_device_does_not_go_on_with_it(source, text, tmp_path, monkeypatch):
@@ -145,7 +185,7 @@ def test_another_device_does_not_go_on_with_it(source, text, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         convert(source, output, config, device="cpu", progress=StopAt(9))
     monkeypatch.setattr(conversion, "find_device", lambda name: DEVICE)
-    with pytest.raises(SpallmError, match=f"device was 'cpu', now '{DEVICE.type}'"):
+    with pytest.raises(SpallmError, match=f"device was 'cpu.*', now '{DEVICE.type}'"):
         convert(source, output, config, resume=True)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -135,15 +136,10 @@ def test_gradients_that_are_no_numbers_are_named(folder, monkeypatch):
         found(folder)
 
 
-def test_heads_that_are_stored_otherwise_are_refused(tmp_path):
-    """GPT-NeoX checkpoints have the head as embed_out, its model as lm_head."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
-    config = GPTNeoXConfig(tie_word_embeddings=False, **sizes)
-    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(
-        CalibrationError, match=r"GPTNeoXForCausalLM cannot predict: .* for lm_head"
-    ):
-        sensitivities(open_blocks(tmp_path, TOKENS), TOKENS, (), seed=0, say=lambda line: None)
+def test_heads_that_are_not_stored_are_refused(tmp_path):
+    model = save_tiny_llama(tmp_path / "model", hidden_size=32, intermediate_size=48).folder
+    tensors = load_file(model / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CalibrationError, match=r"LlamaForCausalLM cannot predict: .* for lm_head"):
+        sensitivities(open_blocks(model, TOKENS), TOKENS, (), seed=0, say=lambda line: None)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from spallm_convert.errors import CalibrationError, SpallmError, one_line
-from spallm_convert.skeleton import stored_name
+from spallm_convert.skeleton import by_model_name
 from spallm_formats import StoredTensor, read_bytes
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Blocks:
         self.path = find_blocks(model, linears)
         nn.Module.eval(model)
         self._model = model
-        self._tensors = tensors
+        self._tensors = by_model_name(model, tensors)
         self._dtype, self._device = dtype, torch.device(device)
         listed = dict(model.get_submodule(self.path).named_children())
         self._paths = [f"{self.path}.{name}" for name in listed]
@@ -105,7 +105,7 @@ class Blocks:
         entered = hidden.detach().to(self._device, self._dtype).requires_grad_()
         left = self.run(number, block, entered)
         with self._clear_errors():
-            (result,) = torch.autograd.grad(left, entered, gradient)
+            (result,) = torch.autograd.grad(left, entered, gradient.to(left))
         return result
 
     def assemble(self, replace: Callable[[str, nn.Linear], nn.Module | None]) -> PreTrainedModel:
@@ -269,8 +269,7 @@ class Blocks:
 
     def _stored(self, name: str, value: Tensor) -> StoredTensor | None:
         """The tensor of the checkpoint for a parameter or buffer of the model."""
-        stored = stored_name(name, self._model.base_model_prefix, self._tensors)
-        tensor = self._tensors[stored] if stored else None
+        tensor = self._tensors.get(name)
         if tensor is None or tensor.shape != tuple(value.shape) or tensor.dtype not in _DTYPES:
             return None
         return tensor

@@ -26,8 +26,7 @@ from .numerics import Numerics, choose_numerics
 #: Of the mean of the Hessian's diagonal, added to it. GPTQ takes 0.01, LeanQuant 0.1.
 DAMPING = 0.03
 
-#: Of descent, per round.
-SWEEPS = 3
+_SWEEPS = 3  # of descent, per round
 
 Singles = npt.NDArray[np.float32]
 
@@ -56,6 +55,15 @@ def prepare_inputs(hessian: Tensor, cross: Tensor, without: Collection[str] = ()
     return LayerInputs(hessian, damped, change, numerics)
 
 
+def fit_options(without: Collection[str]) -> dict[str, Any]:
+    """What `Numerics.fit` is asked for when some steps are left out."""
+    return {
+        "compensation": "compensation" not in without,
+        "refit": "least-squares" not in without,
+        "sweeps": 0 if "descent" in without else _SWEEPS,
+    }
+
+
 @dataclass(frozen=True)
 class SketchedLayer:
     """rows: what is stored; dense: float32 [out_features, in_features], the weights that it stands
@@ -82,19 +90,14 @@ def sketch_layer(
     if inputs.change is not None:
         wide = weights.double()
         target = (wide + wide @ inputs.change.T).float()
-    sweeps = 0 if "descent" in without else SWEEPS
+    sweeps = 0
     if metadata.mapping == "hash":
         table, codes = _fit_hashed(target, inputs, module, metadata.hash_seed, without)
-        sweeps = 0
     else:
+        how = fit_options(without)
+        sweeps = how["sweeps"]
         table, codes, _ = numerics.fit(
-            target,
-            inputs.damped,
-            module.groups_per_row,
-            module.entries,
-            compensation="compensation" not in without,
-            refit="least-squares" not in without,
-            sweeps=sweeps,
+            target, inputs.damped, module.groups_per_row, module.entries, **how
         )
 
     def choose(stored: Singles) -> npt.NDArray[np.uint8]:

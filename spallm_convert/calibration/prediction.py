@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,13 @@ from spallm_convert.config import SketchConfig
 from spallm_convert.errors import CalibrationError
 from spallm_convert.plan import Plan
 from spallm_formats import SketchedModule
-from spallm_kernels import PreparedHessian, fit, look_up, prepare_hessian, quadratic_loss
 
 from .blocks import Blocks
 from .choices import Choice, choices
-from .layers import DAMPING
+from .layers import DAMPING, fit_options
+from .numerics import Numerics, choose_numerics
 from .sensitivity import Doubles
-from .sketching import Stage, find_stages, on_input
+from .sketching import Stage, check_sums, find_stages, flat_inputs, on_input
 
 #: Rows of a layer that are sketched for its prediction.
 SAMPLE_ROWS = 32
@@ -34,10 +34,6 @@ SAMPLE_ROWS = 32
 #: Sums over inputs that are in memory at a time, as values of those of a block's widest layer: a
 #: block like Llama's has 1.2 to 1.5 of that in all.
 _AT_ONCE = 2
-
-_SWEEPS = 3  # as for whole layers
-
-Singles = npt.NDArray[np.float32]
 
 #: Nats per token by choice.
 Losses = dict[Choice, float]
@@ -72,6 +68,7 @@ def predict(
     sensitivities: float64 [out_features] by path in the model. Raises CalibrationError for inputs
     or weights that are not finite.
     """
+    numerics = choose_numerics(blocks.device)
     hidden = list(blocks.inputs)
     tokens = sum(states[..., 0].numel() for states in hidden)
     found = []
@@ -86,11 +83,15 @@ def predict(
         for some in _at_once(stages, modules):
             sums, after = _sum_inputs(blocks, number, block, some, modules, hidden)
             for stage in some:
-                hessian = _prepared(sums.pop(stage.names[0]), prefix + stage.names[0])
+                first = stage.names[0]
+                check_sums(prefix + first, sums[first])
+                hessian = numerics.prepare_hessian(sums.pop(first), DAMPING)
                 for inner in stage.names:
                     weights = _weights(block, inner, prefix)
                     shares = sensitivities[prefix + inner] / (2 * tokens)
-                    losses[inner] = _losses(weights, hessian, shares, modules[inner], config)
+                    losses[inner] = _losses(
+                        numerics, weights, hessian, shares, modules[inner], config
+                    )
         for together in fused([stage.names for stage in stages]):
             found.append(FusedSet({names[inner]: losses[inner] for inner in together}))
         hidden = after
@@ -134,30 +135,25 @@ def draw_rows(
 
 
 def _losses(
-    weights: Singles,
-    hessian: PreparedHessian,
+    numerics: Numerics,
+    weights: Tensor,
+    hessian: Any,
     shares: Doubles,
     module: SketchedModule,
     config: SketchConfig,
 ) -> Losses:
     """The loss of a whole layer by choice; shares: [out_features], cost per loss of its rows."""
-    centred = weights.astype(np.float64) - weights.mean(1, keepdims=True)
-    spreads = centred**2 @ hessian.full.diagonal()
-    rows, factors = draw_rows(shares, spreads, SAMPLE_ROWS)
-    sample = np.ascontiguousarray(weights[rows])
+    damped = torch.as_tensor(hessian.full)
+    wide = weights.double()
+    spreads = (wide - wide.mean(1, keepdim=True)).square() @ damped.diagonal()
+    rows, factors = draw_rows(shares, spreads.cpu().numpy(), SAMPLE_ROWS)
+    sample = weights[torch.from_numpy(rows).to(weights.device)]
+    how = fit_options(config.without)
     found = {}
     for choice in choices(module, config):
-        fitted = fit(
-            sample,
-            hessian,
-            choice.groups,
-            1 << choice.bits,
-            compensation="compensation" not in config.without,
-            refit="least-squares" not in config.without,
-            sweeps=0 if "descent" in config.without else _SWEEPS,
-        )
-        dense = look_up(fitted.table, fitted.codes)
-        found[choice] = float(factors @ quadratic_loss(sample, dense, hessian.full))
+        table, codes, _ = numerics.fit(sample, hessian, choice.groups, 1 << choice.bits, **how)
+        lost = numerics.quadratic_loss(sample, numerics.look_up(table, codes), damped)
+        found[choice] = float(factors @ lost.cpu().numpy())
     return found
 
 
@@ -182,35 +178,29 @@ def _sum_inputs(
     stages: list[Stage],
     modules: Mapping[str, SketchedModule],
     hidden: list[Tensor],
-) -> tuple[dict[str, Doubles], list[Tensor]]:
-    """X^T X over the inputs of stages, by the first layer of each, and what leaves the block."""
-    sums: dict[str, Doubles] = {}
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """X^T X over the inputs of stages, float64 [in_features, in_features] by the first layer of
+    each, and what leaves the block, on the CPU."""
+    sums: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
         for name in (stage.names[0] for stage in stages):
             columns = modules[name].in_features
-            sums[name] = np.zeros((columns, columns))
+            sums[name] = torch.zeros(columns, columns, dtype=torch.float64, device=blocks.device)
 
-            def add(x: Tensor, hessian: Doubles = sums[name]) -> None:
-                flat = x.reshape(-1, x.shape[-1]).float()
-                hessian += (flat.T @ flat).double().cpu().numpy()
+            def add(x: Tensor, hessian: Tensor = sums[name]) -> None:
+                flat = flat_inputs(x)
+                hessian += flat.T @ flat
 
             stack.enter_context(on_input(block, name, add))
-        after = [blocks.run(number, block, states) for states in hidden]
+        after = [blocks.run(number, block, states).cpu() for states in hidden]
     return sums, after
 
 
-def _prepared(hessian: Doubles, where: str) -> PreparedHessian:
-    try:
-        return prepare_hessian(hessian, DAMPING)
-    except ValueError as error:
-        raise CalibrationError(f"{where}: its inputs on the calibration text: {error}") from error
-
-
-def _weights(block: nn.Module, name: str, prefix: str) -> Singles:
+def _weights(block: nn.Module, name: str, prefix: str) -> Tensor:
     layer = block.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    weights: Singles = layer.weight.float().cpu().numpy()
-    if not np.isfinite(weights).all():
+    weights = layer.weight.float()
+    if not bool(weights.isfinite().all()):
         raise CalibrationError(
             f"{prefix}{name} cannot be sketched: its weights are not all finite (--ignore leaves "
             f"the layer dense)"

@@ -53,7 +53,7 @@ def sensitivities(
     with torch.no_grad():
         for number in range(len(blocks)):
             block = blocks.load(number)
-            entered.append([blocks.run(number, block, hidden) for hidden in entered[-1]])
+            entered.append([blocks.run(number, block, hidden).cpu() for hidden in entered[-1]])
             blocks.unload(number)
     gradients = _by_final(blocks, tokens, entered.pop(), torch.Generator().manual_seed(seed))
     found: dict[str, Doubles] = {}
@@ -63,7 +63,7 @@ def sensitivities(
         inside = [path.removeprefix(prefix) for path in layers if path.startswith(prefix)]
         with _mean_squares(block, inside) as squares:
             gradients = [
-                blocks.pull_back(number, block, hidden, gradient)
+                blocks.pull_back(number, block, hidden, gradient).cpu()
                 for hidden, gradient in zip(entered.pop(), gradients, strict=True)
             ]
         blocks.unload(number)

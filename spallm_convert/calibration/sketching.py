@@ -150,11 +150,7 @@ def _sum_inputs(
         hessian += product
         # Experts may get other tokens in the two models; then there is nothing to make up for.
         cross += x.T @ z if len(x) == len(z) else product
-    if not (hessian.isfinite().all() and cross.isfinite().all()):
-        raise CalibrationError(
-            f"{blocks.path_of(number)}.{stage.names[0]}: its inputs on the calibration text are "
-            f"not all finite"
-        )
+    check_sums(f"{blocks.path_of(number)}.{stage.names[0]}", hessian, cross)
     return hessian, cross
 
 
@@ -165,13 +161,24 @@ def _inputs(
     seen = [torch.empty(0, columns, device=blocks.device)]
 
     def note(x: Tensor) -> None:
-        seen.append(x.reshape(-1, x.shape[-1]).float())
+        seen.append(flat_inputs(x))
         if len(seen) > stage.calls > 0:
             raise Enough
 
     with on_input(module, stage.names[0], note), contextlib.suppress(Enough):
         blocks.run(number, module, hidden)
     return torch.cat(seen)
+
+
+def flat_inputs(x: Tensor) -> Tensor:
+    """Inputs of a layer, float32 [tokens, in_features]."""
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def check_sums(where: str, *sums: Tensor) -> None:
+    """Raises CalibrationError when sums over the inputs of the layer `where` are not finite."""
+    if not all(bool(total.isfinite().all()) for total in sums):
+        raise CalibrationError(f"{where}: its inputs on the calibration text are not all finite")
 
 
 @contextlib.contextmanager

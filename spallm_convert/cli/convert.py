@@ -195,7 +195,7 @@ def command(
     quiet_libraries()
     if dry_run:
         plan = plan_conversion(
-            model, config, revision=revision, trust_remote_code=trust_remote_code
+            model, config, revision=revision, trust_remote_code=trust_remote_code, device=device
         )
         print_plan(plan, as_json=as_json)
         return

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("lazy", 0)
 #: They may take tensors of two devices: they carry from one to the other.
@@ -47,13 +46,12 @@ class PretendDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = _run(function, args, kwargs or {})
-        self.ran += any(isinstance(value, _Elsewhere) for value in tree_flatten(found)[0])
+        self.ran += any(isinstance(value, _Elsewhere) for value in _tensors(found))
         return found
 
 
 def _run(function, args, kwargs):
-    values, _ = tree_flatten((args, kwargs))
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    tensors = [*_tensors(args), *_tensors([*kwargs.values()])]
     here = [t for t in tensors if not isinstance(t, _Elsewhere) and t.dim() and not t.is_meta]
     there = [t for t in tensors if isinstance(t, _Elsewhere)]
     name = function._schema.name.removeprefix("aten::")
@@ -64,21 +62,41 @@ def _run(function, args, kwargs):
         kwargs, stays = kwargs | {"device": "cpu"}, True
     else:
         stays = bool(there) and target is None
-    found = function(*tree_map(_held, args), **tree_map(_held, kwargs))
+    kwargs = {name: _changed(value, _held) for name, value in kwargs.items()}
+    found = function(*_changed(args, _held), **kwargs)
     if name == "copy_":
         return args[0]
     # What is changed in place is the tensor that came, not another one that holds the same.
     known = {id(t.held): t for t in there}
 
-    def outside(value):
-        if not isinstance(value, torch.Tensor):
-            return value
-        if id(value) in known:
-            return known[id(value)]
-        return _Elsewhere(value) if stays else value
+    def outside(tensor):
+        if id(tensor) in known:
+            return known[id(tensor)]
+        return _Elsewhere(tensor) if stays else tensor
 
-    return tree_map(outside, found)
+    return _changed(found, outside)
 
 
-def _held(value):
-    return value.held if isinstance(value, _Elsewhere) else value
+def _held(tensor):
+    return tensor.held if isinstance(tensor, _Elsewhere) else tensor
+
+
+# torch's own pytree would take more of the time than all else.
+
+
+def _tensors(value):
+    """Those in arguments or results of an operation, in which lists and tuples lie."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return []
+
+
+def _changed(value, change):
+    """The same with every tensor as `change` gives it."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)([_changed(part, change) for part in value])
+    return value
