@@ -28,7 +28,8 @@ from quality_methods import (
     table_bits,
 )
 from spallm_convert import SketchConfig, convert
-from spallm_convert.calibration.calibrate import calibrate, draw_tokens, open_blocks
+from spallm_convert.calibration.calibrate import calibrate, draw_texts, open_blocks
+from spallm_convert.calibration.healing import heal
 from spallm_convert.opening import load_tokenizer
 from spallm_convert.plan import Plan, make_plan
 from spallm_convert.source import DenseCheckpoint, locate
@@ -87,7 +88,7 @@ class Subject:
     def tokens(self, method: Method) -> Tensor:
         """The calibration tokens, int64 [samples, seqlen], the same for every method."""
         source, config = locate(str(self.checkpoint.folder)), self.calibrated_config(method)
-        return draw_tokens(source, config, trust_remote_code=False)
+        return draw_texts(source, config, trust_remote_code=False).calibration
 
 
 def open_subject(
@@ -194,7 +195,7 @@ def _sketch_calibrated(method: Method, subject: Subject) -> Quantized:
     """As `convert` does it, but that the blocks stay, for a run that heals them."""
     folder = _kept(method, subject)
     shutil.rmtree(folder, ignore_errors=True)
-    return _calibrated(method, subject, folder, heal=0)
+    return _calibrated(method, subject, folder, heal_steps=0)
 
 
 def _sketch_healed(method: Method, subject: Subject) -> Quantized:
@@ -202,21 +203,26 @@ def _sketch_healed(method: Method, subject: Subject) -> Quantized:
     folder = subject.scratch / "calibrated"
     if _kept(method, subject).exists():
         shutil.copytree(_kept(method, subject), folder)
-    return _calibrated(method, subject, folder, heal=HEAL_STEPS)
+    return _calibrated(method, subject, folder, heal_steps=HEAL_STEPS)
 
 
 def _kept(method: Method, subject: Subject) -> Path:
     return subject.kept / f"{method.bits}bit-gpr{method.groups}"
 
 
-def _calibrated(method: Method, subject: Subject, folder: Path, *, heal: int) -> Quantized:
-    config = replace(subject.calibrated_config(method), heal=heal)
-    plan, tokens = make_plan(subject.checkpoint, config), subject.tokens(method)
+def _calibrated(method: Method, subject: Subject, folder: Path, *, heal_steps: int) -> Quantized:
+    config = replace(subject.calibrated_config(method), heal=heal_steps)
+    plan = make_plan(subject.checkpoint, config)
+    source = locate(str(subject.checkpoint.folder))
+    shown, for_healing = draw_texts(source, config, trust_remote_code=False)
     folder.mkdir(parents=True, exist_ok=True)
-    blocks = open_blocks(subject.checkpoint, plan, tokens)
     with ConversionProgress() as progress:
         progress.start(plan.sketched_weights)
-        modules = calibrate(blocks, plan, config, tokens, folder, progress)
+        blocks = open_blocks(subject.checkpoint, plan, shown)
+        modules = calibrate(blocks, plan, config, folder, progress)
+        if for_healing is not None:
+            blocks = open_blocks(subject.checkpoint, plan, for_healing)
+            heal(blocks, plan, config, for_healing, modules, progress.say)
     specs = plan.metadata.tensors()
 
     def dense(name: str) -> Tensor:

@@ -37,7 +37,7 @@ from spallm_formats import (
 )
 
 from .calibration.allocation import allocate
-from .calibration.calibrate import calibrate, draw_tokens, open_blocks
+from .calibration.calibrate import Texts, calibrate, draw_texts, open_blocks
 from .calibration.store import CalibratedModules
 from .card import CARD_FILE, model_card
 from .config import SketchConfig
@@ -52,6 +52,8 @@ from .source import DenseCheckpoint, Source, find_here, locate
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from .calibration.blocks import Blocks
 
 _CALIBRATED = "calibrated"
 
@@ -101,10 +103,10 @@ def convert(
 
     # A plan costs nothing beside hashing the source, so what cannot work is refused first.
     ready = None if source.is_gguf else planned(folder)
-    tokens = None
+    texts = None
     if config.calibration is not None:
-        tokens = draw_tokens(source, config, trust_remote_code=trust_remote_code)
-    same = identity(config, source.identity(), tokens, place)
+        texts = draw_texts(source, config, trust_remote_code=trust_remote_code)
+    same = identity(config, source.identity(), texts, place)
     older = _older_report(folder)
     if resume and is_whole and older and older.has_identity(same):
         remove_leftovers(folder)
@@ -118,10 +120,10 @@ def convert(
             progress.start(plan.sketched_weights)
             sketches: CalibratedModules | None = None
             notes: dict[str, Any] = {}
-            if tokens is not None:
+            if texts is not None:
                 with clear_memory_errors(place), full_float32():
                     plan, sketches, notes = _calibrated(
-                        *(staging, checkpoint, plan, config, tokens, place, progress),
+                        *(staging, checkpoint, plan, config, texts, place, progress),
                         trust_remote_code,
                     )
             report = _carry_out(staging, plan, same | notes, sketches, progress)
@@ -180,7 +182,7 @@ def _calibrated(
     checkpoint: DenseCheckpoint,
     plan: Plan,
     config: SketchConfig,
-    tokens: Tensor,
+    texts: Texts,
     place: torch.device,
     progress: Progress,
     trust_remote_code: bool,
@@ -188,10 +190,14 @@ def _calibrated(
     """Every module sketched for the text; None for a model that is not fit, if that is fine. The
     plan with the bits that were chosen, and notes for the report on that, or on why not."""
     folder = staging.scratch(_CALIBRATED, worth_keeping=True)
-    try:
-        blocks = open_blocks(
+
+    def opened(tokens: Tensor) -> Blocks:
+        return open_blocks(
             checkpoint, plan, tokens, device=place, trust_remote_code=trust_remote_code
         )
+
+    try:
+        blocks = opened(texts.calibration)
     except CalibrationError as error:
         if not config.fallback:
             raise
@@ -199,11 +205,16 @@ def _calibrated(
         return plan, None, {"not_calibrated": str(error)}
     notes: dict[str, Any] = {}
     if config.target_bits is not None:
-        allocation = allocate(blocks, plan, config, tokens, folder, progress)
+        allocation = allocate(blocks, plan, config, texts.calibration, folder, progress)
         plan = reallocate(plan, allocation.choices, checkpoint, config)
         notes["predicted_loss"] = allocation.predicted_loss
     _check_space(staging, plan, sum(s.nbytes for s in plan.metadata.tensors().values()))
-    return plan, calibrate(blocks, plan, config, tokens, folder, progress), notes
+    sketches = calibrate(blocks, plan, config, folder, progress)
+    if texts.healing is not None and sketches.healing is None:
+        from .calibration.healing import heal
+
+        heal(opened(texts.healing), plan, config, texts.healing, sketches, progress.say)
+    return plan, sketches, notes
 
 
 def _carry_out(

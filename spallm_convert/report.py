@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from .calibration.calibrate import Texts
+
 REPORT_FILE = "conversion.json"
 
 _TOTALS = (
@@ -135,12 +137,12 @@ def _is_inside(name: str) -> bool:
 def identity(
     config: SketchConfig,
     source: dict[str, Any],
-    tokens: Tensor | None = None,
+    texts: Texts | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
     """What decides the bytes of a conversion; equal identities give equal checkpoints.
 
-    tokens: int64, of the calibration text: what is in a file may change, and so may a tokenizer.
+    texts: what a model is shown: what is in a file may change, and so may a tokenizer.
     device: where it is calibrated. GPUs sum in orders of their own, so each model of them counts
     as another device, as another version of torch does; among as many of one model none does.
     """
@@ -155,11 +157,13 @@ def identity(
         "transformers": transformers.__version__,
     }
     drawn = {}
-    if tokens is not None:
+    if texts is not None:
         import torch
 
         assert device is not None
-        drawn = {"calibration_tokens": _digest(tokens), "device": device_name(device)}
+        drawn = {"calibration_tokens": _digest(texts.calibration), "device": device_name(device)}
+        if texts.healing is not None:
+            drawn["healing_tokens"] = _digest(texts.healing)
         versions["torch"] = torch.__version__
     if config.target_bits is not None:
         import scipy

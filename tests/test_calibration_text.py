@@ -171,6 +171,12 @@ def test_as_many_tokens_as_there_are(write):
         SourceError, match="too short: it has 60 tokens, 70 are needed for 7 samples of 10"
     ):
         calibration_tokens(tiny_tokenizer(), source, samples=7, seqlen=10, seed=0)
+    fewer = calibration_tokens(
+        tiny_tokenizer(), source, samples=7, seqlen=10, seed=0, or_fewer=True
+    )
+    assert torch.equal(fewer, drawn)
+    with pytest.raises(SourceError, match="too short: it has 60 tokens, 70 are needed"):
+        calibration_tokens(tiny_tokenizer(), source, samples=7, seqlen=70, seed=0, or_fewer=True)
 
 
 def test_every_placement_is_equally_likely(write):

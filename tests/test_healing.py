@@ -1,13 +1,27 @@
-"""What healing is made of: its loss and its schedule. What it gains: test_calibration.py."""
+"""What healing is made of: blocks and predictions to be met, and how tables are trained for it.
+
+What it gains for a whole model: test_calibration.py.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
+from helpers.blocks import open_blocks
+from helpers.tiny_models import save_tiny_llama
 from spallm_convert import devices
-from spallm_convert.calibration.healing import Divergence, rate_factor
+from spallm_convert.calibration import tuning
+from spallm_convert.calibration.distillation import Divergence
+from spallm_convert.calibration.healing import MOST_TOKENS, samples_for
+from spallm_convert.calibration.reconstruction import reconstruct
+from spallm_convert.calibration.sketching import Streams
+from spallm_convert.calibration.tuning import TableTuner, at_random, parted, rate_factor
+from spallm_convert.linear import SketchedLinear
+from spallm_formats import SketchedModule, pack
+from spallm_kernels import assign, kmeans
 
 
 @pytest.mark.parametrize(
@@ -30,6 +44,125 @@ def test_divergence_and_its_gradient_are_those_of_torch(dtype, tolerance):
     assert found.grad.dtype == dtype
     largest = wide.grad.abs().max().item()
     torch.testing.assert_close(found.grad.double(), wide.grad, rtol=0, atol=tolerance * largest)
+
+
+@pytest.fixture
+def blocks(tmp_path):
+    folder = save_tiny_llama(tmp_path / "model", initializer_range=0.2).folder
+    tokens = torch.randint(0, 128, (64, 16), generator=torch.Generator().manual_seed(0))
+    return open_blocks(folder, tokens, batch=4)
+
+
+def sketched(linear, bits=2):
+    """A layer of a block, sketched for its weights alone."""
+    rows, columns = linear.weight.shape
+    weights = linear.weight.detach().float().numpy()
+    table, _ = kmeans(weights, np.ones((1, columns), np.float32), 1, 1 << bits)
+    table = table.astype(np.float32)
+    shape = SketchedModule(in_features=columns, out_features=rows, bits=bits, groups_per_row=1)
+    layer = SketchedLinear(shape, bias=linear.bias, table_dtype=torch.float32)
+    layer.weight.data = torch.from_numpy(pack(assign(weights, table), bits))
+    layer.weight_table.data = torch.from_numpy(table)
+    return layer
+
+
+def all_sketched(blocks, number):
+    return {
+        name: sketched(layer)
+        for name, layer in blocks.load(number).named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+
+
+def relative_error(blocks, number, layers, streams):
+    """Of a block's outputs, squared, with the tables of `layers` as weights: all by hand."""
+    dense = blocks.load(number)
+    expected = torch.cat([blocks.run(number, dense, hidden) for hidden in streams.dense])
+    for name, layer in layers.items():
+        dense.get_submodule(name).weight.data = layer.dense_weight().detach()
+    found = torch.cat([blocks.run(number, dense, hidden) for hidden in streams.sketched])
+    blocks.unload(number)
+    return ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).square().mean().item()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_reconstruction_brings_outputs_of_a_block_nearer(blocks, fast, monkeypatch):
+    monkeypatch.setattr(devices, "has_fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr(tuning, "LEARNING_RATE", 1e-2)
+    tolerance = {"rel": 0.05 if fast else 1e-4}
+    streams = Streams(blocks.inputs, list(blocks.inputs))
+    for number in range(len(blocks)):  # the second block's streams are those out of the first
+        layers = all_sketched(blocks, number)
+        first = relative_error(blocks, number, layers, streams)
+        entered = Streams(list(streams.dense), list(streams.sketched))
+        tables, before, after = reconstruct(blocks, number, layers, streams, seed=0)
+        assert before == pytest.approx(first, rel=0.2)  # of an eighth of the text
+        assert after < 0.95 * before
+        assert tables.keys() == layers.keys()
+        for name, layer in layers.items():
+            assert torch.equal(layer.weight_table, tables[name])
+        last = relative_error(blocks, number, layers, entered)
+        assert last < 0.95 * first
+        left = Streams(*(torch.cat(stream) for stream in streams))
+        error = ((left.sketched - left.dense).norm(dim=-1) / left.dense.norm(dim=-1)).square()
+        assert error.mean().item() == pytest.approx(last, **tolerance)
+
+
+def test_reconstruction_of_what_is_exact_changes_nothing(blocks):
+    streams = Streams(blocks.inputs, list(blocks.inputs))
+    tables, before, after = reconstruct(blocks, 0, {}, streams, seed=0)
+    assert (tables, before, after) == ({}, 0, 0)
+    assert all(map(torch.equal, streams.dense, streams.sketched))
+
+
+def test_the_best_tables_count(blocks):
+    module = torch.nn.ModuleDict({"layer": sketched(blocks.load(0).self_attn.k_proj)})
+    table = module["layer"].weight_table
+    tuner = TableTuner(module, 2, loss=1.0)
+    states = [table.detach().clone()]
+    for loss in (0.5, 0.75):
+        tuner.step(table.square().sum())
+        tuner.offer(loss)
+        states.append(table.detach().clone())
+    assert not torch.equal(states[1], states[2])
+    assert torch.equal(tuner.put_best()["layer"], states[1])
+    assert torch.equal(table, states[1])
+    assert tuner.least == 0.5
+
+
+def test_rates_are_in_proportion_to_the_tables(blocks):
+    """Tables times a thousand, inputs divided by it: the same model, the same steps."""
+    moved = []
+    for scale in (1, 1000):
+        layer = sketched(blocks.load(0).self_attn.k_proj)
+        layer.weight_table.data *= scale
+        before = layer.weight_table.detach().clone()
+        TableTuner(layer, 5, loss=1.0).step((layer.weight_table / scale).square().sum())
+        moved.append((layer.weight_table.detach() - before) / scale)
+    assert moved[0].abs().max() > 0
+    torch.testing.assert_close(moved[0], moved[1], rtol=0.02, atol=0)
+
+
+def test_one_piece_in_eight_is_held_out():
+    assert parted(20) == ([n for n in range(20) if n % 8], [0, 8, 16])
+    assert parted(1) == ([0], [0])
+
+
+def test_pieces_come_at_random_each_once_before_any_again():
+    pieces = [3, 5, 7, 9]
+    drawn = at_random(pieces, seed=1)
+    rounds = [[next(drawn) for _ in pieces] for _ in range(20)]
+    assert all(sorted(found) == pieces for found in rounds)
+    assert len(set(map(tuple, rounds))) > 5
+    again = at_random(pieces, seed=1)
+    assert [[next(again) for _ in pieces] for _ in range(20)] == rounds
+
+
+def test_as_much_text_as_the_steps_use():
+    # 70 steps train on 140 samples of 512 tokens, and an eighth of all is left out.
+    assert samples_for(70, 512) == 160
+    assert samples_for(10**6, 512) == MOST_TOKENS // 512
+    assert samples_for(1, 10**6) == 1
 
 
 def test_the_rate_rises_and_falls():

@@ -1,24 +1,20 @@
 """Calibrated sketching of a whole model: block after block, each kept on disk when it is done.
 
-A later run finds the blocks that are there and lets the text through them once more, which costs
-two runs of each instead of the sketching. At any time one block, twice, is in memory, with the
-hidden states of the text and the sums over the inputs of one layer.
+A later run finds the blocks that are there and lets the text through those before the first that is
+not, which costs two runs of each instead of the sketching. At any time one block, twice, is in
+memory, with the hidden states of the text and the sums over the inputs of one layer.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spallm_convert.config import SketchConfig
 from spallm_convert.errors import CalibrationError, OptionError
 from spallm_convert.plan import Plan
 from spallm_convert.skeleton import build_empty
-from spallm_convert.sketch import SketchedRows, store_rows
 from spallm_convert.source import DenseCheckpoint, Source
-from spallm_formats import read_bytes, to_float32
 
 from .store import CalibratedModule, CalibratedModules
 
@@ -35,20 +31,39 @@ if TYPE_CHECKING:
 _BATCH_TOKENS = 4096
 
 
-def draw_tokens(source: Source, config: SketchConfig, *, trust_remote_code: bool) -> Tensor:
-    """The calibration text of a conversion, int64 [samples, seqlen], by the source's tokenizer."""
+class Texts(NamedTuple):
+    """What a model is shown, int64 [samples, seqlen] each: to be sketched for, and to be healed on
+    if it is."""
+
+    calibration: Tensor
+    healing: Tensor | None
+
+
+def draw_texts(source: Source, config: SketchConfig, *, trust_remote_code: bool) -> Texts:
+    """Both texts of a conversion, from `config.calibration` by the source's tokenizer.
+
+    For healing it is as much as there is and its steps would use; whole batches, if it is enough
+    for one, since the samples that run at once divide their number.
+    """
     from spallm_convert.opening import load_tokenizer
 
+    from .healing import samples_for
     from .text import calibration_tokens
 
     assert config.calibration is not None
-    return calibration_tokens(
-        load_tokenizer(source, trust_remote_code=trust_remote_code),
-        config.calibration,
-        samples=config.samples,
-        seqlen=config.seqlen,
-        seed=config.seed,
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    seqlen, seed = config.seqlen, config.seed
+    shown = calibration_tokens(
+        tokenizer, config.calibration, samples=config.samples, seqlen=seqlen, seed=seed
     )
+    if not config.heal:
+        return Texts(shown, None)
+    most = samples_for(config.heal, seqlen)
+    healing = calibration_tokens(
+        tokenizer, config.calibration, samples=most, seqlen=seqlen, seed=seed, or_fewer=True
+    )
+    batch = max(1, _BATCH_TOKENS // seqlen)
+    return Texts(shown, healing[: len(healing) // batch * batch or len(healing)])
 
 
 def open_blocks(
@@ -90,12 +105,7 @@ def open_blocks(
 
 
 def calibrate(
-    blocks: Blocks,
-    plan: Plan,
-    config: SketchConfig,
-    tokens: Tensor,
-    folder: Path,
-    progress: Progress,
+    blocks: Blocks, plan: Plan, config: SketchConfig, folder: Path, progress: Progress
 ) -> CalibratedModules:
     """Sketches every module of a plan on a text; goes on with what `folder` holds.
 
@@ -104,82 +114,30 @@ def calibrate(
     from .sketching import Streams
 
     done = CalibratedModules(folder)
+    inside = [_inside(blocks, number, plan) for number in range(len(blocks))]
+    modules = [{n: plan.metadata.modules[n] for n in names.values()} for names in inside]
+    missing = [number for number in range(len(blocks)) if not done.has(modules[number])]
     streams = Streams(blocks.inputs, list(blocks.inputs))
     blocks.inputs = []
-    for number in range(len(blocks)):
-        prefix = blocks.path_of(number) + "."
-        names = {
-            path.removeprefix(prefix): name
-            for name, path in plan.paths.items()
-            if path.startswith(prefix)
-        }
-        modules = {name: plan.metadata.modules[name] for name in names.values()}
-        if done.has(modules):
+    for number, names in enumerate(inside):
+        if number in missing:
+            done.write(number, _sketch(blocks, number, names, plan, config, streams, progress))
+            continue
+        if missing and number < missing[-1]:  # a later block needs what comes out of this one
             _replay(blocks, number, names, plan, done, streams)
-            for name, module in modules.items():
-                progress.advance(module.weights, name)
-        else:
-            found = _sketch(blocks, number, names, plan, config, streams, progress)
-            done.write(number, found)
-    if config.heal and done.healing is None:
-        _heal(blocks, plan, config, tokens, done, streams, progress)
+        for name, module in modules[number].items():
+            progress.advance(module.weights, name)
     return done
 
 
-def _heal(
-    blocks: Blocks,
-    plan: Plan,
-    config: SketchConfig,
-    tokens: Tensor,
-    done: CalibratedModules,
-    streams: Streams,
-    progress: Progress,
-) -> None:
-    """Tunes the tables of all modules together, and keeps them as they will be stored."""
-    import torch
-
-    from spallm_convert.linear import SketchedLinear
-
-    from .healing import heal
-
-    names = {path: name for name, path in plan.paths.items()}
-    hash_seed = plan.metadata.hash_seed if plan.metadata.mapping == "hash" else None
-
-    def sketched(path: str, dense: torch.nn.Linear) -> SketchedLinear | None:
-        if path not in names:
-            return None
-        module, shape = done.read(names[path]), plan.metadata.modules[names[path]]
-        layer = SketchedLinear(
-            shape, bias=dense.bias, table_dtype=torch.float32, hash_seed=hash_seed
-        )
-        layer.weight.data = torch.from_numpy(module.index_map)
-        layer.weight_table.data = torch.from_numpy(module.wide_table(shape, plan.metadata))
-        return layer.to(dense.weight.device)
-
-    healed = heal(
-        blocks,
-        sketched,
-        tokens,
-        streams.dense,
-        steps=config.heal,
-        seed=config.seed,
-        say=progress.say,
-    )
-    rows = {
-        names[path]: _stored(names[path], table.cpu().numpy(), plan, done)
-        for path, table in healed.tables.items()
+def _inside(blocks: Blocks, number: int, plan: Plan) -> dict[str, str]:
+    """The modules of a block: their names in the checkpoint by those in the block."""
+    prefix = blocks.path_of(number) + "."
+    return {
+        path.removeprefix(prefix): name
+        for name, path in plan.paths.items()
+        if path.startswith(prefix)
     }
-    done.write_healed(rows, {"kl_before": healed.before, "kl_after": healed.after})
-
-
-def _stored(
-    name: str, table: np.ndarray[Any, Any], plan: Plan, done: CalibratedModules
-) -> SketchedRows:
-    """A module with another table, as it goes to disk, and its error."""
-    module, tensor = plan.metadata.modules[name], plan.weights[name]
-    codes = done.read(name).codes(module, plan.metadata)
-    weights = to_float32(read_bytes(tensor, 0, tensor.nbytes), tensor.dtype).reshape(tensor.shape)
-    return store_rows(weights, table, lambda _: codes, module, plan.metadata)
 
 
 def _sketch(

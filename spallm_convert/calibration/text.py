@@ -72,9 +72,11 @@ def english_text() -> str:
 
 
 def calibration_tokens(
-    tokenizer: Any, source: str, *, samples: int, seqlen: int, seed: int
+    tokenizer: Any, source: str, *, samples: int, seqlen: int, seed: int, or_fewer: bool = False
 ) -> torch.Tensor:
     """Windows of a source's text, drawn at random: int64 [samples, seqlen], on the CPU.
+
+    or_fewer: of a text that is too short for so many, take as many as it has, but one at least.
 
     Documents are tokenised without special tokens and joined, with the tokenizer's end-of-text
     token between them where it has one. Every placement of `samples` windows that do not overlap
@@ -101,6 +103,8 @@ def calibration_tokens(
     generator = np.random.default_rng(seed)
     pieces = list(_pieces(read_documents(source)))
     tokens = _pool(tokenizer, pieces, _POOL * samples * length, generator)
+    if or_fewer:
+        samples = max(1, min(samples, len(tokens) // length))
     spare = len(tokens) - samples * length
     if spare < 0:
         raise SourceError(

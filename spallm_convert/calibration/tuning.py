@@ -1,0 +1,90 @@
+"""Sketch tables trained for a while: the optimizer, its schedule, and the best state so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spallm_convert.linear import SketchedLinear
+from spallm_convert.quantizer import train_tables_only
+
+#: AdamW's, for entries of root mean square 1: a table's rate is in proportion to its entries, so
+#: that models with small weights and with large ones take steps of the same consequence. It falls
+#: linearly to zero after a tenth of the steps.
+LEARNING_RATE = 1.5e-3
+_BETAS = (0.9, 0.95)  # a few hundred steps: 0.999 would remember the first of them to the end
+
+#: One of so many pieces of the text is not trained on and tells what is gained.
+HELD_OUT = 8
+
+
+class TableTuner:
+    """Trains the tables of a module's sketched layers, which are to be in float32.
+
+    loss: on what is held out, as the tables are now. A short text is soon learned by heart, so the
+    state that is best on what is held out counts, be it the first one.
+    """
+
+    def __init__(self, module: nn.Module, steps: int, loss: float) -> None:
+        train_tables_only(module)
+        layers = {n: m for n, m in module.named_modules() if isinstance(m, SketchedLinear)}
+        self._tables = {name: layer.weight_table for name, layer in layers.items()}
+        rates = (LEARNING_RATE * _root_mean_square(table) for table in self._tables.values())
+        self._optimizer = torch.optim.AdamW(
+            [{"params": [t], "lr": r} for t, r in zip(self._tables.values(), rates, strict=True)],
+            betas=_BETAS,
+            weight_decay=0.0,
+        )
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: rate_factor(step, steps)
+        )
+        self.least, self._best = loss, self._copies()
+
+    def step(self, loss: Tensor) -> None:
+        """One step down a loss."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self._tables.values(), 1.0)
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+
+    def offer(self, loss: float) -> None:
+        """The loss as the tables are now; keeps them if it is the least so far."""
+        if loss < self.least:
+            self.least, self._best = loss, self._copies()
+
+    @torch.no_grad()
+    def put_best(self) -> dict[str, Tensor]:
+        """Puts the best tables back and gives them: float32 [out_features, groups, 2^bits]."""
+        for name, table in self._tables.items():
+            table.copy_(self._best[name])
+        return self._best
+
+    def _copies(self) -> dict[str, Tensor]:
+        return {name: table.detach().clone() for name, table in self._tables.items()}
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Share of the learning rate in a step: up over a tenth of the steps, then down to zero."""
+    warm_up = max(1, steps // 10)
+    return min((step + 1) / warm_up, max(0.0, (steps - step) / max(1, steps - warm_up)))
+
+
+def parted(count: int) -> tuple[list[int], list[int]]:
+    """Which of so many pieces are trained on, and which are held out; the only one is both."""
+    held_out = list(range(0, count, HELD_OUT))
+    return [n for n in range(count) if n % HELD_OUT] or held_out, held_out
+
+
+def at_random(pieces: list[int], seed: int) -> Iterator[int]:
+    """Pieces in random order, each once before any comes again."""
+    generator = np.random.default_rng(seed)
+    while True:
+        yield from (pieces[n] for n in generator.permutation(len(pieces)).tolist())
+
+
+def _root_mean_square(table: Tensor) -> float:
+    return table.detach().square().mean().sqrt().item()
