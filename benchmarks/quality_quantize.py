@@ -42,10 +42,12 @@ Singles = npt.NDArray[np.float32]
 
 class Quantized(NamedTuple):
     """stored_bits: of all layers, on disk; weights: float32 [out_features, in_features], by path in
-    the model, to be gone through once."""
+    the model, to be gone through once; continues: the kind of a run whose results this one went on
+    with."""
 
     stored_bits: int
     weights: Iterable[tuple[str, Tensor]]
+    continues: str | None = None
 
 
 @dataclass(frozen=True)
@@ -200,10 +202,11 @@ def _sketch_calibrated(method: Method, subject: Subject) -> Quantized:
 
 def _sketch_healed(method: Method, subject: Subject) -> Quantized:
     """Goes on with the blocks of a calibrated run; makes its own if there are none."""
-    folder = subject.scratch / "calibrated"
-    if _kept(method, subject).exists():
-        shutil.copytree(_kept(method, subject), folder)
-    return _calibrated(method, subject, folder, heal_steps=HEAL_STEPS)
+    folder, kept = subject.scratch / "calibrated", _kept(method, subject)
+    if kept.exists():
+        shutil.copytree(kept, folder)
+    found = _calibrated(method, subject, folder, heal_steps=HEAL_STEPS)
+    return found._replace(continues="sketch-calibrated" if kept.exists() else None)
 
 
 def _kept(method: Method, subject: Subject) -> Path:

@@ -104,6 +104,7 @@ def quantized_model(job: Job, shown: str) -> tuple[Any, dict[str, Any]]:
         "conversion_seconds": seconds,
         "conversion_cpu_seconds": busy,
         "conversion_peak_bytes": peak,
+        "continues": found.continues,
     }
 
 

@@ -48,11 +48,22 @@ def table(runs: list[dict[str, Any]]) -> str:
                 f"{row['model_bytes'] / 1e6:.1f}",
                 f"{row['perplexity']:.2f}" if row["perplexity"] < 1e4 else "over 10,000",
                 f"{row['nats_per_token'] - dense:.3f}",
-                f"{row['conversion_cpu_seconds']:.0f}",
+                f"{_cpu_seconds(row, runs):.0f}",
                 f"{row['conversion_peak_bytes'] / 1e9:.2f}",
             )
         )
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def _cpu_seconds(row: dict[str, Any], runs: list[dict[str, Any]]) -> float:
+    """Of a conversion, from the dense model on: with the run that this one continues."""
+    alike = ("bits", "groups_per_row")
+    before = [
+        other["conversion_cpu_seconds"]
+        for other in runs
+        if other["kind"] == row.get("continues") and all(other[k] == row[k] for k in alike)
+    ]
+    return float(row["conversion_cpu_seconds"]) + sum(before)
 
 
 if __name__ == "__main__":

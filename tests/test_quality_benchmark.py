@@ -61,6 +61,7 @@ def run(tmp_path, model, text, *options):
     import quality
 
     common = ("--model", model, "--text", text, "--output", tmp_path / "quality.json")
+    common += ("--cache", tmp_path / "cache")
     arguments = [str(option) for option in (*common, *FEW, *options)]
     return CliRunner().invoke(quality.main, arguments)
 
@@ -82,6 +83,7 @@ def test_a_run_in_a_process_of_its_own(tmp_path, model, text):
         [
             *(sys.executable, ROOT / "benchmarks/quality.py", *FEW, "--method", "dense"),
             *("--model", model, "--text", text, "--output", output),
+            *("--cache", tmp_path / "cache"),
         ],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))},
         capture_output=True,
@@ -227,6 +229,27 @@ def test_leanquants_tables_are_weighted_by_the_factor_of_the_inverse():
     mass[order] = factor**-3.0
     expected, _ = kmeans(weights, (mass / mass.max()).astype(np.float32)[None], 1, 4)
     np.testing.assert_allclose(table, expected, rtol=2e-3, atol=1e-3)
+
+
+def test_healed_sketches_go_on_with_calibrated_ones(tmp_path, model, text, in_process, monkeypatch):
+    import quality_quantize
+    import quality_table
+    from spallm_convert.calibration import calibrate
+
+    monkeypatch.setattr(quality_quantize, "HEAL_STEPS", 2)
+    names = [f"sketch-{kind}-3bit-gpr1" for kind in ("calibrated", "healed")]
+    assert run(tmp_path, model, text, *methods(names[0])).exit_code == 0
+    monkeypatch.setattr(calibrate, "_sketch", None)  # not to be called again
+    result = run(tmp_path, model, text, *methods(names[1], "dense"))
+    assert result.exit_code == 0, result.output
+    calibrated, healed = (rows(tmp_path)[name] for name in names)
+    assert (calibrated["continues"], healed["continues"]) == (None, "sketch-calibrated")
+    assert calibrated["bits_per_weight"] == healed["bits_per_weight"]
+    assert calibrated["perplexity"] != healed["perplexity"]
+    calibrated["conversion_cpu_seconds"], healed["conversion_cpu_seconds"] = 100, 40
+    table = quality_table.table([rows(tmp_path)["dense"], calibrated, healed])
+    seconds = {line.split(" | ")[0]: line.split(" | ")[5] for line in table.splitlines()[2:]}
+    assert [seconds[f"| {name}"] for name in names] == ["100", "140"]
 
 
 def test_leanquant_sees_the_inputs_behind_quantized_layers(model, text, tmp_path):
