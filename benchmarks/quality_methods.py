@@ -23,19 +23,25 @@ PEERS = {
     "autoround": ("auto_round",),
 }
 #: Kinds of methods that are shown text.
-CALIBRATED = ("gptq", "autoround", "leanquant", "sketch-calibrated", "sketch-healed")
+CALIBRATED = (
+    *("gptq", "autoround", "leanquant"),
+    *("sketch-calibrated", "sketch-healed", "sketch-allocated"),
+)
+#: Bits per weight to allocate, in all: those of uniform 3 bits, and between the widths.
+TARGETS = (2.5, 3.27, 3.75)
 #: Steps of healing, of 1,024 tokens each.
 HEAL_STEPS = 300
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """kind: which quantizer, see `quality_quantize.KINDS`; bits: of a code; groups: tables per row
-    of a sketch."""
+    """kind: which quantizer, see `quality_quantize.KINDS`; bits: of a code, the least of the target
+    where they are allocated; groups: tables per row of a sketch; target: bits per weight."""
 
     kind: str
     bits: int
     groups: int = 1
+    target: float | None = None
 
 
 def _methods() -> dict[str, Method]:
@@ -54,6 +60,10 @@ def _methods() -> dict[str, Method]:
             for groups in (1, 4):
                 name = f"{kind}-{bits}bit-gpr{groups}"
                 found[name] = Method(kind=kind, bits=bits, groups=groups)
+    for target in TARGETS:
+        found[f"sketch-allocated-{target:g}bit"] = Method(
+            kind="sketch-allocated", bits=int(target), target=target
+        )
     return found
 
 

@@ -26,6 +26,7 @@ STYLES = {
     ("sketch", 4): ("tab:blue", "h", "sketch, GPR 4"),
     ("sketch-calibrated", 1): ("tab:red", "o", "sketch, calibrated, GPR 1"),
     ("sketch-calibrated", 4): ("tab:red", "h", "sketch, calibrated, GPR 4"),
+    ("sketch-allocated", 1): ("tab:pink", "*", "sketch, calibrated, bits by layer"),
     ("sketch-healed", 1): ("black", "o", "sketch, healed, GPR 1"),
     ("sketch-healed", 4): ("black", "h", "sketch, healed, GPR 4"),
 }

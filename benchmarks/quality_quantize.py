@@ -209,6 +209,17 @@ def _sketch_healed(method: Method, subject: Subject) -> Quantized:
     return found._replace(continues="sketch-calibrated" if kept.exists() else None)
 
 
+def _sketch_allocated(method: Method, subject: Subject) -> Quantized:
+    usual = SketchConfig()
+    config = replace(
+        subject.calibrated_config(method),
+        bits=usual.bits,
+        groups_per_row=usual.groups_per_row,
+        target_bits=method.target,
+    )
+    return _converted(subject, config)
+
+
 def _kept(method: Method, subject: Subject) -> Path:
     return subject.kept / f"{method.bits}bit-gpr{method.groups}"
 
@@ -263,4 +274,5 @@ KINDS: dict[str, Callable[[Method, Subject], Quantized]] = {
     "sketch": _sketch,
     "sketch-calibrated": _sketch_calibrated,
     "sketch-healed": _sketch_healed,
+    "sketch-allocated": _sketch_allocated,
 }

@@ -44,8 +44,8 @@ class SketchConfig:
         depend on the weights alone. samples, seqlen: how much of it, so many times so many tokens.
     without: of STEPS, what calibration leaves out; with "hash", whose codes are not chosen, only
         "correction" and "least-squares".
-    heal: steps of tuning all tables together, so that the model predicts what the dense one
-        predicts on the text; 0 for none.
+    heal: steps of tuning all tables, so that the model predicts what the dense one predicts on a
+        larger draw of the text; 0 for none.
     fallback: sketch without calibration a model that cannot be gone through block by block.
     target_bits: bits per sketched weight, tables included, in place of `bits`: calibration chooses
         each layer's bits and groups such that the predicted loss is least.

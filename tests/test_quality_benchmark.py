@@ -105,7 +105,7 @@ def header(model):
 def test_methods_of_all_kinds_are_measured_and_not_measured_again(
     tmp_path, in_process, model, text
 ):
-    names = (*OWN, "sketch-calibrated-3bit-gpr4")
+    names = (*OWN, "sketch-calibrated-3bit-gpr4", "sketch-allocated-3.75bit")
     result = run(tmp_path, model, text, *methods(*names[:4]))
     assert result.exit_code == 0, result.output
     result = run(tmp_path, model, text, *methods(*names))
@@ -115,7 +115,9 @@ def test_methods_of_all_kinds_are_measured_and_not_measured_again(
     assert [name for name, row in found.items() if row["calibrated"]] == [
         "leanquant-3bit",
         "sketch-calibrated-3bit-gpr4",
+        "sketch-allocated-3.75bit",
     ]
+    assert 3 < found["sketch-allocated-3.75bit"]["bits_per_weight"] <= 3.75
     assert all(row["quantized_weights"] == WEIGHTS for row in found.values())
     assert len({row["perplexity"] for row in found.values()}) == len(names)
     sizes = {name: row["bits_per_weight"] * WEIGHTS for name, row in found.items()}

@@ -93,7 +93,7 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
     metavar="STEPS",
     type=click.IntRange(min=0),
     default=_DEFAULTS.heal,
-    help="Then tune all tables until the model predicts on the text what the dense one does.",
+    help="Then tune all tables to predict what the dense model does, in so many steps.",
 )
 @click.option(
     "--fallback",
