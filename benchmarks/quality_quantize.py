@@ -235,7 +235,7 @@ def _calibrated(method: Method, subject: Subject, folder: Path, *, heal_steps: i
         blocks = open_blocks(subject.checkpoint, plan, shown)
         modules = calibrate(blocks, plan, config, folder, progress)
         if for_healing is not None:
-            blocks = open_blocks(subject.checkpoint, plan, for_healing)
+            blocks = open_blocks(subject.checkpoint, plan, for_healing, to_heal=True)
             heal(blocks, plan, config, for_healing, modules, progress.say)
     specs = plan.metadata.tensors()
 

@@ -191,10 +191,9 @@ def _calibrated(
     plan with the bits that were chosen, and notes for the report on that, or on why not."""
     folder = staging.scratch(_CALIBRATED, worth_keeping=True)
 
-    def opened(tokens: Tensor) -> Blocks:
-        return open_blocks(
-            checkpoint, plan, tokens, device=place, trust_remote_code=trust_remote_code
-        )
+    def opened(tokens: Tensor, *, to_heal: bool = False) -> Blocks:
+        how: Any = {"device": place, "trust_remote_code": trust_remote_code, "to_heal": to_heal}
+        return open_blocks(checkpoint, plan, tokens, **how)
 
     try:
         blocks = opened(texts.calibration)
@@ -213,7 +212,8 @@ def _calibrated(
     if texts.healing is not None and sketches.healing is None:
         from .calibration.healing import heal
 
-        heal(opened(texts.healing), plan, config, texts.healing, sketches, progress.say)
+        blocks = opened(texts.healing, to_heal=True)
+        heal(blocks, plan, config, texts.healing, sketches, progress.say)
     return plan, sketches, notes
 
 

@@ -151,6 +151,20 @@ def test_healed_models_are_nearer_still(text, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "healed")
 
 
+def test_healing_goes_through_blocks_that_are_left_dense(source, text, tmp_path):
+    config = options(text, heal=2, ignore=("model.layers.1.*",))
+    healing = convert(source, tmp_path / "out", config).document["healing"]
+    assert 0 < healing["kl_after"] <= healing["kl_before"]
+
+
+def test_a_text_too_short_to_heal_on(source, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("word1 " * 50)
+    with pytest.raises(SourceError, match="healing takes at least 2 samples of 32 tokens"):
+        convert(source, tmp_path / "out", options(text, samples=1, heal=2))
+    assert not (tmp_path / "out").exists()
+
+
 def divergence(source, folder, text):
     """KL(dense || sketched) on text like that of calibration, nats per token."""
     words = text.read_text().split()[-1024:]

@@ -1,6 +1,6 @@
 """Calibrated sketching of a whole model: block after block, each kept on disk when it is done.
 
-A later run finds the blocks that are there and lets the text through those before the first that is
+A later run finds the blocks that are there and lets the text through those before the last that is
 not, which costs two runs of each instead of the sketching. At any time one block, twice, is in
 memory, with the hidden states of the text and the sums over the inputs of one layer.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spallm_convert.config import SketchConfig
-from spallm_convert.errors import CalibrationError, OptionError
+from spallm_convert.errors import CalibrationError, OptionError, SourceError
 from spallm_convert.plan import Plan
 from spallm_convert.skeleton import build_empty
 from spallm_convert.source import DenseCheckpoint, Source
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Tokens that go through a block at once.
 _BATCH_TOKENS = 4096
+#: For healing there are at least so many batches, if there are as many samples.
+_HEALING_BATCHES = 8
 
 
 class Texts(NamedTuple):
@@ -42,8 +44,9 @@ class Texts(NamedTuple):
 def draw_texts(source: Source, config: SketchConfig, *, trust_remote_code: bool) -> Texts:
     """Both texts of a conversion, from `config.calibration` by the source's tokenizer.
 
-    For healing it is as much as there is and its steps would use; whole batches, if it is enough
-    for one, since the samples that run at once divide their number.
+    For healing it is as much as there is and its steps would use; of many samples as many as make
+    whole batches, since those that run at once divide their number. Raises SourceError for a text
+    that is too short.
     """
     from spallm_convert.opening import load_tokenizer
 
@@ -62,8 +65,15 @@ def draw_texts(source: Source, config: SketchConfig, *, trust_remote_code: bool)
     healing = calibration_tokens(
         tokenizer, config.calibration, samples=most, seqlen=seqlen, seed=seed, or_fewer=True
     )
+    if len(healing) < 2:
+        raise SourceError(
+            f"text {config.calibration!r} is too short: healing takes at least 2 samples of "
+            f"{seqlen} tokens, to train on and to leave out"
+        )
     batch = max(1, _BATCH_TOKENS // seqlen)
-    return Texts(shown, healing[: len(healing) // batch * batch or len(healing)])
+    if len(healing) >= _HEALING_BATCHES * batch:
+        healing = healing[: len(healing) // batch * batch]
+    return Texts(shown, healing)
 
 
 def open_blocks(
@@ -73,8 +83,11 @@ def open_blocks(
     *,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    to_heal: bool = False,
 ) -> Blocks:
     """The blocks of a model, to be gone through with a text on a device.
+
+    to_heal: in more batches, so that some can be left out.
 
     Raises CalibrationError when that cannot be done, or the model is no causal language model;
     OptionError for samples that are longer than the model takes.
@@ -99,7 +112,8 @@ def open_blocks(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and 0 < positions < seqlen:
         raise OptionError(f"seqlen {seqlen} is more than the {positions} positions of the model")
-    batch = max(n for n in range(1, samples + 1) if samples % n == 0 and _fits(n, seqlen))
+    most = samples // min(samples, _HEALING_BATCHES) if to_heal else samples
+    batch = max(n for n in range(1, most + 1) if samples % n == 0 and _fits(n, seqlen))
     paths = plan.paths.values()
     return Blocks(model, checkpoint.tensors, paths, tokens, batch=batch, device=device)
 

@@ -7,6 +7,7 @@ both models.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,12 +17,13 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from spallm_convert.devices import fast_products
-from spallm_convert.linear import SketchedLinear
+from spallm_convert.errors import CalibrationError
 
 from .blocks import Blocks
 from .tuning import TableTuner, at_random, parted
 
-#: Tokens of a step: their logits are in memory twice, in the precision that the model computes in.
+#: Tokens of a step, one sample at least: their logits are in memory three times, in the precision
+#: that the model computes in.
 STEP_TOKENS = 1024
 #: Times that the divergence is measured.
 _CHECKS = 10
@@ -30,8 +32,8 @@ _AT_ONCE = 128
 
 
 class Distilled(NamedTuple):
-    """tables: float32 [out_features, groups, 2^bits] by path in the model; before, after: nats per
-    token of KL(dense || sketched) on samples that were not trained on."""
+    """tables: float32 [out_features, groups, 2^bits] by path in the model, as they are stored;
+    before, after: nats per token of KL(dense || sketched) on samples that were not trained on."""
 
     tables: dict[str, Tensor]
     before: float
@@ -46,6 +48,7 @@ def distill(
     final: list[Tensor],
     *,
     steps: int,
+    dtype: torch.dtype,
     seed: int,
     say: Callable[[str], None],
 ) -> Distilled:
@@ -53,29 +56,40 @@ def distill(
 
     model: assembled by `blocks`, its sketched layers with float32 tables; better: tables to begin
     with, by path; tokens: int64 [samples, seqlen], the text; final: hidden states of the dense
-    model after its last block, by batch. Deterministic for a seed; no global random state is used.
+    model after its last block, by batch; dtype: that tables are stored in. Deterministic for a
+    seed; no global random state is used. Raises CalibrationError for predictions that are not
+    finite.
     """
-    states = torch.cat(final)
-    trained, held_out = parted(len(tokens))
-    size = max(1, STEP_TOKENS // tokens.shape[1])
+    size = len(final[0])
+    trained, held_out = (
+        [batch * size + place for batch in batches for place in range(size)]
+        for batches in parted(len(final))
+    )
 
     def loss(samples: list[int]) -> Tensor:
-        return _divergence(blocks, model, tokens[samples], states[samples])
+        states = torch.stack([final[sample // size][sample % size] for sample in samples])
+        return _divergence(blocks, model, tokens[samples], states)
 
     @torch.no_grad()
     def measured() -> float:
         return sum(loss([sample]).item() for sample in held_out) / len(held_out)
 
     before = measured()
-    tuner = TableTuner(model, steps, before)
-    _put(model, better)
+    if not math.isfinite(before):
+        raise CalibrationError(
+            f"{type(model).__name__}: its predictions on the text of healing are not all finite"
+        )
+    tuner = TableTuner(model, steps, before, dtype)
+    tuner.put(better)
     tuner.offer(measured())
     samples, begin = at_random(trained, seed), time.monotonic()
+    at_once = max(1, STEP_TOKENS // tokens.shape[1])
     for step in range(1, steps + 1):
-        tuner.step(loss([next(samples) for _ in range(size)]))
+        tuner.step(loss([next(samples) for _ in range(at_once)]))
         if step % -(-steps // _CHECKS) == 0 or step == steps:
-            now = measured()
-            tuner.offer(now)
+            with tuner.as_stored():
+                now = measured()
+                tuner.offer(now)
             left = (time.monotonic() - begin) / step * (steps - step)
             say(f"healing: step {step} of {steps}, {now:.4f} nats apart, {left:.0f} s left")
     return Distilled(tuner.put_best(), before, tuner.least)
@@ -89,13 +103,15 @@ class Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, found: Tensor, expected: Tensor) -> Tensor:
         total = found.new_zeros((), dtype=torch.float32)
-        gradient = torch.empty_like(found)
+        gradient = torch.empty_like(found) if ctx.needs_input_grad[0] else None
         for start in range(0, len(found), _AT_ONCE):
             rows = slice(start, start + _AT_ONCE)
             q, p = (log_softmax(logits[rows].float(), -1) for logits in (found, expected))
             weights = p.exp()
-            total += (weights * (p - q)).sum()
-            gradient[rows] = q.exp() - weights
+            # Where a model rules a token out both are -inf, and their difference is none.
+            total += torch.where(weights > 0, weights * (p - q), 0).sum()
+            if gradient is not None:
+                gradient[rows] = q.exp() - weights
         ctx.save_for_backward(gradient)
         return total
 
@@ -114,11 +130,3 @@ def _divergence(blocks: Blocks, model: Any, ids: Tensor, hidden: Tensor) -> Tens
     flat = found.flatten(0, 1), expected.flatten(0, 1)
     total: Tensor = Divergence.apply(*flat)  # type: ignore[no-untyped-call]
     return total / ids.numel()
-
-
-@torch.no_grad()
-def _put(model: Any, tables: dict[str, Tensor]) -> None:
-    for path, table in tables.items():
-        layer = model.get_submodule(path)
-        assert isinstance(layer, SketchedLinear)
-        layer.weight_table.copy_(table)

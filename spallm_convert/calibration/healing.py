@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,11 @@ from spallm_convert.config import SketchConfig
 from spallm_convert.devices import peak_memory
 from spallm_convert.linear import SketchedLinear
 from spallm_convert.plan import Plan
-from spallm_convert.sketch import SketchedRows, store_rows
+from spallm_convert.sketch import store_rows
 from spallm_formats import read_bytes, to_float32
 
 from .blocks import Blocks
-from .distillation import STEP_TOKENS, distill
+from .distillation import STEP_TOKENS, Distilled, distill
 from .reconstruction import reconstruct
 from .sketching import Streams
 from .store import CalibratedModules
@@ -35,9 +35,10 @@ MOST_TOKENS = 1 << 17
 
 
 def samples_for(steps: int, seqlen: int) -> int:
-    """Samples of the text that healing would use, if there are so many."""
+    """Samples of the text that healing would use, if there are so many; at least two."""
     trained = steps * max(1, STEP_TOKENS // seqlen)
-    return min(math.ceil(trained * HELD_OUT / (HELD_OUT - 1)), max(1, MOST_TOKENS // seqlen))
+    most = max(2, MOST_TOKENS // seqlen)
+    return min(math.ceil(trained * HELD_OUT / (HELD_OUT - 1)), most)
 
 
 def heal(
@@ -50,11 +51,39 @@ def heal(
 ) -> None:
     """Tunes the tables of all modules and keeps them in `done`, as they will be stored.
 
-    blocks: opened with `tokens`, int64 [samples, seqlen]. Deterministic for the seed of `config`;
-    no global random state is used.
+    blocks: opened with `tokens`, int64 [samples, seqlen], in two batches or more. Deterministic for
+    the seed of `config`, if the model's gradients are; no global random state is used. Raises
+    CalibrationError for a model whose outputs on the text are not finite.
     """
     begin = time.monotonic()
+    distilled = _tuned(blocks, plan, config, tokens, done, say)
     names = {path: name for name, path in plan.paths.items()}
+    tables = {
+        names[path]: _stored(names[path], table.cpu().numpy(), plan, done)
+        for path, table in distilled.tables.items()
+    }
+    done.write_healed(tables, {"kl_before": distilled.before, "kl_after": distilled.after})
+    memory = peak_memory(blocks.device)
+    say(
+        f"healed: {distilled.before:.4f} -> {distilled.after:.4f} nats per token from the dense "
+        f"model, {time.monotonic() - begin:.0f} s"
+        + ("" if memory is None else f", peak memory so far {memory / 1e9:.1f} GB")
+    )
+
+
+def _tuned(
+    blocks: Blocks,
+    plan: Plan,
+    config: SketchConfig,
+    tokens: Tensor,
+    done: CalibratedModules,
+    say: Callable[[str], None],
+) -> Distilled:
+    names = {path: name for name, path in plan.paths.items()}
+    how: dict[str, Any] = {
+        "dtype": getattr(torch, plan.metadata.table_dtype),
+        "seed": config.seed,
+    }
 
     def sketched(path: str, dense: nn.Linear) -> SketchedLinear | None:
         return _layer(names[path], dense, plan, done) if path in names else None
@@ -63,38 +92,15 @@ def heal(
     blocks.inputs = []
     tables: dict[str, Tensor] = {}
     for number in range(len(blocks)):
-        prefix = blocks.path_of(number) + "."
-        block = blocks.load(number)
-        inside = {path.removeprefix(prefix): path for path in names if path.startswith(prefix)}
-        layers: dict[str, Any] = {
-            inner: sketched(path, block.get_submodule(inner))  # type: ignore[arg-type]
-            for inner, path in inside.items()
-        }
-        found, before, after = reconstruct(blocks, number, layers, streams, seed=config.seed)
-        tables |= {inside[inner]: table for inner, table in found.items()}
-        block_of = f"healing: block {number + 1} of {len(blocks)}"
-        say(f"{block_of}, error of its outputs {before:.5f} -> {after:.5f}")
-    distilled = distill(
-        blocks,
-        blocks.assemble(sketched),
-        tables,
-        tokens,
-        streams.dense,
-        steps=config.heal,
-        seed=config.seed,
-        say=say,
-    )
-    rows = {
-        names[path]: _stored(names[path], table.cpu().numpy(), plan, done)
-        for path, table in distilled.tables.items()
-    }
-    done.write_healed(rows, {"kl_before": distilled.before, "kl_after": distilled.after})
-    memory = peak_memory(blocks.device)
-    say(
-        f"healed: {distilled.before:.4f} -> {distilled.after:.4f} nats per token from the dense "
-        f"model, {time.monotonic() - begin:.0f} s"
-        + ("" if memory is None else f", peak memory {memory / 1e9:.1f} GB")
-    )
+        found, before, after = reconstruct(blocks, number, sketched, streams, **how)
+        tables |= found
+        say(
+            f"healing: block {number + 1} of {len(blocks)}, relative squared error of its outputs "
+            f"{before:.5f} -> {after:.5f}"
+        )
+    streams.sketched.clear()
+    model = blocks.assemble(sketched)
+    return distill(blocks, model, tables, tokens, streams.dense, steps=config.heal, say=say, **how)
 
 
 def _layer(name: str, dense: nn.Linear, plan: Plan, done: CalibratedModules) -> SketchedLinear:
@@ -109,9 +115,10 @@ def _layer(name: str, dense: nn.Linear, plan: Plan, done: CalibratedModules) -> 
 
 def _stored(
     name: str, table: np.ndarray[Any, Any], plan: Plan, done: CalibratedModules
-) -> SketchedRows:
-    """A module with another table, as it goes to disk, and its error."""
+) -> tuple[np.ndarray[Any, Any], Sequence[float]]:
+    """A table of a module as it goes to disk, and the module's squared error and norm with it."""
     module, tensor = plan.metadata.modules[name], plan.weights[name]
     codes = done.read(name).codes(module, plan.metadata)
     weights = to_float32(read_bytes(tensor, 0, tensor.nbytes), tensor.dtype).reshape(tensor.shape)
-    return store_rows(weights, table, lambda _: codes, module, plan.metadata)
+    rows = store_rows(weights, table, lambda _: codes, module, plan.metadata)
+    return rows.table, rows.sums.sum(axis=0).tolist()

@@ -8,36 +8,55 @@ times the norm of the others, and the next block normalizes all of them alike.
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from spallm_convert.devices import fast_products
+from spallm_convert.errors import CalibrationError
 from spallm_convert.linear import SketchedLinear
 
 from .blocks import Blocks
 from .sketching import Streams
 from .tuning import TableTuner, at_random, parted
 
+#: Gives the sketched layer for a path in the model and its dense layer; None to leave that.
+Replace = Callable[[str, nn.Linear], SketchedLinear | None]
+
+
+class Reconstructed(NamedTuple):
+    """tables: float32 [out_features, groups, 2^bits] by path in the model, as they are stored;
+    before, after: mean relative squared error of outputs on batches that were not trained on."""
+
+    tables: dict[str, Tensor]
+    before: float
+    after: float
+
 
 def reconstruct(
     blocks: Blocks,
     number: int,
-    sketches: dict[str, SketchedLinear],
+    replace: Replace,
     streams: Streams,
     *,
+    dtype: torch.dtype,
     seed: int,
-) -> tuple[dict[str, Tensor], float, float]:
-    """Goes through the text once, a batch a step; lets the streams through the block.
+) -> Reconstructed:
+    """Tunes a block, going through the text once, a batch a step; lets the streams through it.
 
-    sketches: by the names of the layers in the block, with float32 tables. Returns tables by those
-    names, and the mean relative squared error of outputs, before and after, on batches left out.
+    replace: its layers have float32 tables; dtype: that these are stored in. Raises
+    CalibrationError for outputs that are not finite.
     """
     block = blocks.load(number)
     sketched = copy.deepcopy(block)
-    for name, layer in sketches.items():
-        sketched.set_submodule(name, layer)
-    inputs, targets = streams.sketched, _outputs(blocks, number, block, streams.dense)
+    path = blocks.path_of(number)
+    layers = _replace_layers(sketched, path, replace)
+    _let_through(blocks, number, block, streams.dense)
+    targets, inputs = streams.dense, streams.sketched
     trained, held_out = parted(len(targets))
 
     def error(batch: int) -> Tensor:
@@ -49,30 +68,40 @@ def reconstruct(
     def measured() -> float:
         return sum(error(batch).item() for batch in held_out) / len(held_out)
 
-    before = measured()
-    if before > 0:
-        tuner = TableTuner(sketched, len(trained), before)
-        for batch, _ in zip(at_random(trained, seed), trained, strict=False):
+    before = after = measured()
+    if not math.isfinite(before):
+        raise CalibrationError(f"{path}: its outputs on the text of healing are not all finite")
+    tables = {name: layer.weight_table.detach() for name, layer in layers.items()}
+    if tables and before > 0:
+        tuner = TableTuner(sketched, len(trained), before, dtype)
+        for batch in islice(at_random(trained, seed), len(trained)):
             tuner.step(error(batch) / before)
-        tuner.offer(measured())
+        with tuner.as_stored():
+            tuner.offer(measured())
         tables, after = tuner.put_best(), tuner.least
-    else:
-        tables, after = {name: layer.weight_table.data for name, layer in sketches.items()}, before
-    streams.dense[:] = targets
-    streams.sketched[:] = _outputs(blocks, number, sketched, inputs)
+    _let_through(blocks, number, sketched, streams.sketched)
     blocks.unload(number)
-    return tables, before, after
+    return Reconstructed({f"{path}.{n}": table for n, table in tables.items()}, before, after)
+
+
+def _replace_layers(block: nn.Module, path: str, replace: Replace) -> dict[str, SketchedLinear]:
+    """Puts sketched layers into a block, and gives them by their names in it."""
+    layers = {}
+    for name, layer in list(block.named_modules()):
+        if isinstance(layer, nn.Linear):
+            other = replace(f"{path}.{name}", layer)
+            if other is not None:
+                block.set_submodule(name, other)
+                layers[name] = other
+    return layers
 
 
 @torch.no_grad()
-def _outputs(blocks: Blocks, number: int, block: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
-    """Float32 on the CPU, by batch."""
-    found = []
-    for hidden in inputs:
+def _let_through(blocks: Blocks, number: int, block: nn.Module, stream: list[Tensor]) -> None:
+    """Hidden states, by batch, after a block in the place of those before it; in float32."""
+    for index, hidden in enumerate(stream):
         with fast_products(blocks.device):
-            output = blocks.run(number, block, hidden)
-        found.append(output.float().cpu())
-    return found
+            stream[index] = blocks.run(number, block, hidden).float().cpu()
 
 
 def _relative_error(found: Tensor, target: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from spallm_convert.sketch import SketchedRows
 from spallm_formats import (
     INDEX_MAP_SUFFIX,
     TABLE_DTYPES,
@@ -110,12 +109,14 @@ class CalibratedModules:
         path = _write(self._folder, f"{_BLOCK}-{number:05d}", data)
         self._homes |= dict.fromkeys(modules, path)
 
-    def write_healed(self, rows: dict[str, SketchedRows], healing: dict[str, float]) -> None:
-        """Keeps other tables for all modules."""
+    def write_healed(
+        self, tables: dict[str, tuple[Any, Sequence[float]]], healing: dict[str, float]
+    ) -> None:
+        """Keeps other tables for all modules, with their squared errors and norms."""
         from safetensors.numpy import save
 
-        tensors = {name + TABLE_SUFFIX: healed.table for name, healed in rows.items()}
-        sums = {name: healed.sums.sum(axis=0).tolist() for name, healed in rows.items()}
+        tensors = {name + TABLE_SUFFIX: table for name, (table, _) in tables.items()}
+        sums = {name: sums for name, (_, sums) in tables.items()}
         metadata = {_SUMS: json.dumps(sums), _HEALING: json.dumps(healing)}
         self._healed = _write(self._folder, _HEALED, save(tensors, metadata=metadata))
         self.healing = healing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,7 +18,7 @@ from spallm_convert.quantizer import train_tables_only
 LEARNING_RATE = 1.5e-3
 _BETAS = (0.9, 0.95)  # a few hundred steps: 0.999 would remember the first of them to the end
 
-#: One of so many pieces of the text is not trained on and tells what is gained.
+#: One of so many batches of the text is not trained on and tells what is gained.
 HELD_OUT = 8
 
 
@@ -25,10 +26,11 @@ class TableTuner:
     """Trains the tables of a module's sketched layers, which are to be in float32.
 
     loss: on what is held out, as the tables are now. A short text is soon learned by heart, so the
-    state that is best on what is held out counts, be it the first one.
+    state that is best on what is held out counts, be it the first one. dtype: that tables are
+    stored in.
     """
 
-    def __init__(self, module: nn.Module, steps: int, loss: float) -> None:
+    def __init__(self, module: nn.Module, steps: int, loss: float, dtype: torch.dtype) -> None:
         train_tables_only(module)
         layers = {n: m for n, m in module.named_modules() if isinstance(m, SketchedLinear)}
         self._tables = {name: layer.weight_table for name, layer in layers.items()}
@@ -41,15 +43,26 @@ class TableTuner:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: rate_factor(step, steps)
         )
+        self._dtype = dtype
         self.least, self._best = loss, self._copies()
 
     def step(self, loss: Tensor) -> None:
-        """One step down a loss."""
+        """One step down a loss; none if no table had to do with it, as of experts not chosen."""
+        if not loss.requires_grad:
+            return
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._tables.values(), 1.0)
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad()
+
+    @contextlib.contextmanager
+    def as_stored(self) -> Iterator[None]:
+        """Has tables rounded to their stored dtype in here, to be measured and offered."""
+        wide = self._copies()
+        self.put({name: table.to(self._dtype).float() for name, table in wide.items()})
+        yield
+        self.put(wide)
 
     def offer(self, loss: float) -> None:
         """The loss as the tables are now; keeps them if it is the least so far."""
@@ -57,10 +70,14 @@ class TableTuner:
             self.least, self._best = loss, self._copies()
 
     @torch.no_grad()
+    def put(self, tables: dict[str, Tensor]) -> None:
+        """Gives the layers other tables, by their names in the module."""
+        for name, table in tables.items():
+            self._tables[name].copy_(table)
+
     def put_best(self) -> dict[str, Tensor]:
         """Puts the best tables back and gives them: float32 [out_features, groups, 2^bits]."""
-        for name, table in self._tables.items():
-            table.copy_(self._best[name])
+        self.put(self._best)
         return self._best
 
     def _copies(self) -> dict[str, Tensor]:
@@ -73,10 +90,10 @@ def rate_factor(step: int, steps: int) -> float:
     return min((step + 1) / warm_up, max(0.0, (steps - step) / max(1, steps - warm_up)))
 
 
-def parted(count: int) -> tuple[list[int], list[int]]:
-    """Which of so many pieces are trained on, and which are held out; the only one is both."""
-    held_out = list(range(0, count, HELD_OUT))
-    return [n for n in range(count) if n % HELD_OUT] or held_out, held_out
+def parted(batches: int) -> tuple[list[int], list[int]]:
+    """Which of at least two batches are trained on, and which are held out."""
+    assert batches > 1
+    return [n for n in range(batches) if n % HELD_OUT], list(range(0, batches, HELD_OUT))
 
 
 def at_random(pieces: list[int], seed: int) -> Iterator[int]:
