@@ -46,7 +46,7 @@ def sensitivities(
     that the text does not reach.
 
     tokens: int64 [samples, seqlen], the calibration text. Deterministic for a seed; no global
-    random state is used. Raises CalibrationError for gradients that are not finite.
+    random state is used. Raises CalibrationError for predictions and gradients that are not finite.
     """
     count = max(1, TOKENS // blocks.inputs[0].shape[:2].numel())
     entered = [blocks.inputs[:count]]
@@ -94,6 +94,10 @@ def _by_final(
             for ids, states in zip(torch.split(batch, 1), torch.split(hidden, 1), strict=True):
                 states.requires_grad_()
                 logits = blocks.logits(ids, states).float().flatten(0, 1)
+                if not bool(logits.isfinite().all()):
+                    raise CalibrationError(
+                        "the dense model's predictions on the calibration text are not all finite"
+                    )
                 labels = draw_labels(logits.detach(), generator).to(logits.device)
                 loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
                 gradients += torch.autograd.grad(loss, states)
