@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,11 +27,12 @@ from spallm_convert.calibration import allocation, prediction
 from spallm_convert.calibration.allocation import solve
 from spallm_convert.calibration.choices import Choice, choices, stored_bits
 from spallm_convert.calibration.prediction import draw_rows, fused, predict
+from spallm_convert.calibration.store import CalibratedModules
 from spallm_convert.cli import main
 from spallm_convert.conversion import plan_conversion
 from spallm_convert.plan import make_plan
 from spallm_convert.source import find_here
-from spallm_formats import SketchedModule
+from spallm_formats import SketchedCheckpoint, SketchedModule
 
 
 def cases(count):
@@ -259,7 +261,7 @@ def test_it_is_resumed_with_the_same_bits(converted, source, text, tmp_path):
     assert not out.exists()  # nothing was done that could be kept
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, options(text), progress=_StopAt(modules=1))
-    assert [path.name for path in out.rglob("allocation.json")]
+    assert [path.name for path in out.rglob("allocation-*.json")]
     progress = _StopAt()
     convert(source, out, options(text), resume=True, progress=progress)
     assert progress.said == []
@@ -389,7 +391,30 @@ def test_the_command_line(source, text, tmp_path, capsys, monkeypatch):
     assert "not known in advance" in captured.err
 
 
-def test_an_allocation_is_kept_as_it_is(tmp_path):
+def test_an_allocation_is_kept_as_it_is_or_not_at_all(tmp_path):
     made = allocation.Allocation({"a": Choice(2, 4)}, {"chosen": 1 / 3, "2": 0.1})
-    made.write(tmp_path / "allocation.json")
-    assert allocation.Allocation.read(tmp_path / "allocation.json") == made
+    assert allocation.Allocation.read(tmp_path) is None
+    made.write(tmp_path)
+    assert allocation.Allocation.read(tmp_path) == made
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text().replace("0.1", "0.2"))
+    assert allocation.Allocation.read(tmp_path) is None
+
+
+def test_a_damaged_allocation_is_made_anew(converted, source, text, tmp_path):
+    """Blocks of bits that it did not choose are taken for missing."""
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, options(text), progress=_StopAt(modules=8))
+    (file,) = out.rglob("allocation-*.json")
+    file.write_bytes(file.read_bytes()[:-9])
+    (block,) = out.rglob("block-*.safetensors")
+    store = CalibratedModules(block.parent)
+    modules = SketchedCheckpoint.open(converted[0]).metadata.modules
+    first = {name: module for name, module in modules.items() if "layers.0." in name}
+    assert store.has(first)
+    name = next(iter(first))
+    for change in ({"bits": first[name].bits ^ 1}, {"groups_per_row": 4}):
+        assert not store.has(first | {name: replace(first[name], **change)})
+    convert(source, out, options(text), resume=True)
+    assert contents(out) == contents(converted[0])

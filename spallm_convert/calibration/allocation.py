@@ -21,9 +21,9 @@ import numpy as np
 
 from spallm_convert.config import BITS, SketchConfig
 from spallm_formats import load_json, to_json
-from spallm_formats.durable import write_atomic
 
 from .choices import Choice, stored_bits, uniform
+from .store import sound_files, write_sound
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .blocks import Blocks
     from .prediction import FusedSet
 
-_FILE = "allocation.json"
+_NAME = "allocation"
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,15 @@ class Allocation:
     choices: dict[str, Choice]
     predicted_loss: dict[str, float]
 
-    def write(self, path: Path) -> None:
-        write_atomic(path, to_json(asdict(self)))
+    def write(self, folder: Path) -> None:
+        write_sound(folder, _NAME, to_json(asdict(self)), ".json")
 
     @classmethod
-    def read(cls, path: Path) -> Allocation:
-        """The reverse of `write`."""
+    def read(cls, folder: Path) -> Allocation | None:
+        """The reverse of `write`; None where nothing is, or it is damaged."""
+        path = next(sound_files(folder, _NAME, ".json"), None)
+        if path is None:
+            return None
         kept = load_json(path.read_bytes(), path.name)
         choices = {name: Choice(*choice) for name, choice in kept["choices"].items()}
         return cls(choices, kept["predicted_loss"])
@@ -73,14 +76,14 @@ def allocate(
     from .prediction import predict
     from .sensitivity import sensitivities
 
-    path = folder / _FILE
-    if not path.exists():
-        costs = sensitivities(
-            blocks, tokens, plan.paths.values(), seed=config.seed, say=progress.say
-        )
-        sets = predict(blocks, plan, config, costs, say=progress.say)
-        choose(sets, plan, config).write(path)
-    return Allocation.read(path)
+    kept = Allocation.read(folder)
+    if kept is not None:
+        return kept
+    costs = sensitivities(blocks, tokens, plan.paths.values(), seed=config.seed, say=progress.say)
+    sets = predict(blocks, plan, config, costs, say=progress.say)
+    chosen = choose(sets, plan, config)
+    chosen.write(folder)
+    return chosen
 
 
 def choose(sets: Sequence[FusedSet], plan: Plan, config: SketchConfig) -> Allocation:

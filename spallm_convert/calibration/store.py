@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from spallm_formats import (
     TABLE_SUFFIX,
     SketchedModule,
     SketchMetadata,
+    read_header,
     sha256,
     to_float32,
     unpack,
@@ -59,6 +60,14 @@ class CalibratedModule:
         return to_float32(self.table.tobytes(), stored).reshape(module.table_shape)
 
 
+class _Kept(NamedTuple):
+    """Where a module is, [out_features, groups, 2^bits] of its table, and its sums."""
+
+    path: Path
+    table_shape: tuple[int, ...]
+    sums: Sequence[float]
+
+
 class CalibratedModules:
     """The sketched modules of a model, in files of one block each below a folder.
 
@@ -67,30 +76,37 @@ class CalibratedModules:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._homes: dict[str, Path] = {}
-        for path in _sound_files(folder, _BLOCK):
-            self._homes |= dict.fromkeys(_read_metadata(path)[_SUMS], path)
-        self._healed = next(_sound_files(folder, _HEALED), None)
+        self._kept: dict[str, _Kept] = {}
+        for path in sound_files(folder, _BLOCK):
+            shapes = {name: tensor.shape for name, tensor in read_header(path).items()}
+            for name, sums in _read_metadata(path)[_SUMS].items():
+                self._kept[name] = _Kept(path, shapes[name + TABLE_SUFFIX], sums)
+        self._healed = next(sound_files(folder, _HEALED), None)
         self.healing: dict[str, float] | None = None
+        self._healed_sums: dict[str, list[float]] = {}
         if self._healed is not None:
-            self.healing = _read_metadata(self._healed)[_HEALING]
+            metadata = _read_metadata(self._healed)
+            self.healing, self._healed_sums = metadata[_HEALING], metadata[_SUMS]
 
     def has(self, modules: dict[str, SketchedModule]) -> bool:
-        return modules.keys() <= self._homes.keys()
+        """Whether all of them are there, with the bits and groups that they have."""
+        return all(
+            name in self._kept and self._kept[name].table_shape == module.table_shape
+            for name, module in modules.items()
+        )
 
     def read(self, name: str) -> CalibratedModule:
         """A module by its name in the checkpoint."""
         from safetensors import safe_open
 
-        path = self._homes[name]
+        path, _, sums = self._kept[name]
         with safe_open(path, framework="numpy") as file:
             index_map = file.get_tensor(name + INDEX_MAP_SUFFIX)
             table = file.get_tensor(name + TABLE_SUFFIX)
-        sums = _read_metadata(path)[_SUMS][name]
         if self._healed is not None:
             with safe_open(self._healed, framework="numpy") as file:
                 table = file.get_tensor(name + TABLE_SUFFIX)
-            sums[:2] = _read_metadata(self._healed)[_SUMS][name]
+            sums = [*self._healed_sums[name], *sums[2:]]
         return CalibratedModule(index_map, table, sums)
 
     def write(self, number: int, modules: dict[str, CalibratedModule]) -> None:
@@ -106,8 +122,9 @@ class CalibratedModules:
             self._healed.unlink()
             self._healed = self.healing = None
         data = save(tensors, metadata={_SUMS: json.dumps(sums)})
-        path = _write(self._folder, f"{_BLOCK}-{number:05d}", data)
-        self._homes |= dict.fromkeys(modules, path)
+        path = write_sound(self._folder, f"{_BLOCK}-{number:05d}", data)
+        for name, module in modules.items():
+            self._kept[name] = _Kept(path, module.table.shape, module.sums)
 
     def write_healed(
         self, tables: dict[str, tuple[Any, Sequence[float]]], healing: dict[str, float]
@@ -118,19 +135,22 @@ class CalibratedModules:
         tensors = {name + TABLE_SUFFIX: table for name, (table, _) in tables.items()}
         sums = {name: sums for name, (_, sums) in tables.items()}
         metadata = {_SUMS: json.dumps(sums), _HEALING: json.dumps(healing)}
-        self._healed = _write(self._folder, _HEALED, save(tensors, metadata=metadata))
-        self.healing = healing
+        self._healed = write_sound(self._folder, _HEALED, save(tensors, metadata=metadata))
+        self.healing, self._healed_sums = healing, sums
 
 
-def _write(folder: Path, name: str, data: bytes) -> Path:
-    path = folder / f"{name}-{hashlib.sha256(data).hexdigest()}.safetensors"
+def write_sound(folder: Path, name: str, data: bytes, suffix: str = ".safetensors") -> Path:
+    """Writes a file with its digest in its name, in the place of others of that name."""
+    path = folder / f"{name}-{hashlib.sha256(data).hexdigest()}{suffix}"
     write_atomic(path, data)
+    for older in set(folder.glob(f"{name}-*{suffix}")) - {path}:
+        older.unlink()
     return path
 
 
-def _sound_files(folder: Path, name: str) -> Iterator[Path]:
-    """Files of `_write` whose names begin like that, and whose contents are what was written."""
-    for path in sorted(folder.glob(f"{name}-*.safetensors")):
+def sound_files(folder: Path, name: str, suffix: str = ".safetensors") -> Iterator[Path]:
+    """Files of `write_sound` whose names begin like that, and that hold what was written."""
+    for path in sorted(folder.glob(f"{name}-*{suffix}")):
         if path.stem.endswith(f"-{sha256(path)}"):
             yield path
 
