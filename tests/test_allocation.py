@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import json
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -24,8 +25,8 @@ from spallm_convert import (
     load_sketched,
 )
 from spallm_convert.calibration import allocation, prediction
-from spallm_convert.calibration.allocation import solve
-from spallm_convert.calibration.choices import Choice, choices, stored_bits
+from spallm_convert.calibration.allocation import fit_into, solve
+from spallm_convert.calibration.choices import Choice, budget_for, choices, stored_bits
 from spallm_convert.calibration.prediction import draw_rows, fused, predict
 from spallm_convert.calibration.store import CalibratedModules
 from spallm_convert.cli import main
@@ -61,6 +62,40 @@ def test_no_allocation_is_better(capfd):
     with pytest.raises(ValueError, match="the least size is 5, the budget 4"):
         solve([[2, 4], [3, 9]], [[1, 0], [1, 0]], 4)
     assert total([[2, 4], [3, 9]], solve([[2, 4], [3, 9]], [[0, 0], [0, 0]], 5)) == 5
+
+
+def test_what_the_solver_leaves_over_the_budget_is_taken_back():
+    for sizes, losses, budget in cases(100):
+        largest = [of_set.index(max(of_set)) for of_set in sizes]
+        chosen = fit_into(budget, largest, sizes, losses)
+        assert total(sizes, chosen) <= budget
+        assert fit_into(budget, chosen, sizes, losses) == chosen
+        least = sum(map(min, sizes))
+        assert total(sizes, fit_into(least, largest, sizes, losses)) == least
+    # 4 bits too much: those that cost least, however many they save beyond that.
+    sizes, losses = [[2, 6], [2, 10], [2, 6]], [[5, 1], [4, 1], [6, 1]]
+    assert fit_into(18, [1, 1, 1], sizes, losses) == [1, 0, 1]
+
+
+def test_the_least_size_is_a_target_that_can_be_met():
+    """As it is divided, and as it is named when it is refused."""
+    rng = np.random.default_rng(1)
+    for sizes, losses, _ in cases(100):
+        weights = int(rng.integers(1, 10**6))
+        least, most = (sum(map(end, sizes)) for end in (min, max))
+        assert budget_for(sizes, weights, least / weights) == least
+        assert budget_for(sizes, weights, most / weights) == most
+        assert total(sizes, solve(sizes, losses, least)) == least
+        if most - least > weights / 100:
+            with pytest.raises(OptionError) as refused:
+                budget_for(sizes, weights, 0.999 * least / weights)
+            low, high = map(float, re.findall(r"[\d.]+", str(refused.value))[-2:])
+            assert least <= budget_for(sizes, weights, low) < least + weights / 500
+            assert most >= budget_for(sizes, weights, high) > most - weights / 500
+    for seed in range(8):
+        sizes, losses = llama_like(120, seed)
+        least = sum(map(min, sizes))
+        assert total(sizes, solve(sizes, losses, least)) == least
 
 
 def llama_like(sets, seed):
@@ -334,7 +369,7 @@ def test_predictions_do_not_depend_on_what_is_summed_at_once(source, text):
 def test_targets_that_cannot_be_met(source, text, tmp_path):
     for target in (1.5, 9):
         with pytest.raises(
-            OptionError, match=rf"target_bits {target} cannot be met.* 2\.444 to 5\.778 bits"
+            OptionError, match=rf"target_bits {target} cannot be met.* 2\.445 to 5\.777 bits"
         ):
             convert(source, tmp_path / "out", options(text, target_bits=target))
     assert not (tmp_path / "out").exists()

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spallm_convert.config import BITS, SketchConfig
+from spallm_convert.errors import CalibrationError
 from spallm_formats import load_json, to_json
 
-from .choices import Choice, stored_bits, uniform
+from .choices import Choice, budget_for, stored_bits, uniform
 from .store import sound_files, write_sound
 
 if TYPE_CHECKING:
@@ -87,7 +88,10 @@ def allocate(
 
 
 def choose(sets: Sequence[FusedSet], plan: Plan, config: SketchConfig) -> Allocation:
-    """The best choices within `config.target_bits` for predicted losses."""
+    """The best choices within `config.target_bits` for predicted losses.
+
+    Raises OptionError when no choices meet it.
+    """
     assert config.target_bits is not None
     modules = plan.metadata.modules
     shared = [fused.shared() for fused in sets]
@@ -95,7 +99,7 @@ def choose(sets: Sequence[FusedSet], plan: Plan, config: SketchConfig) -> Alloca
         [sum(stored_bits(modules[n], choice, config) for n in fused.losses) for choice in options]
         for fused, options in zip(sets, shared, strict=True)
     ]
-    budget = math.floor(config.target_bits * plan.sketched_weights)
+    budget = budget_for(sizes, plan.sketched_weights, config.target_bits)
     chosen = solve(sizes, [list(options.values()) for options in shared], budget)
     choices = {
         name: list(options)[number]
@@ -119,7 +123,7 @@ def solve(
     """Which of its choices each set takes: the least sum of losses with sizes of at most `budget`.
 
     sizes, losses: of every set, as long as it has choices. Raises ValueError when the smallest
-    choices do not fit.
+    choices do not fit, CalibrationError when HiGHS finds nothing.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
@@ -144,11 +148,33 @@ def solve(
             options={"mip_rel_gap": 0},
         )
     if result.x is None:
-        raise RuntimeError(f"HiGHS found no allocation: {result.message}")
+        raise CalibrationError(f"HiGHS found no allocation for target_bits: {result.message}")
     places = itertools.pairwise(ends)
     chosen = [int(np.argmax(result.x[first:end])) for first, end in places]
-    assert sum(of_set[n] for of_set, n in zip(sizes, chosen, strict=True)) <= budget
-    return chosen
+    return fit_into(budget, chosen, sizes, losses)
+
+
+def fit_into(
+    budget: int,
+    chosen: Sequence[int],
+    sizes: Sequence[Sequence[int]],
+    losses: Sequence[Sequence[float]],
+) -> list[int]:
+    """Choices made smaller until they fit, as little as HiGHS's tolerance was over the budget.
+
+    Each time a set changes to the choice that costs the least loss for what it is too much by. The
+    smallest choices have to fit.
+    """
+    found = list(chosen)
+    while (over := sum(of_set[n] for of_set, n in zip(sizes, found, strict=True)) - budget) > 0:
+        _, number, other = min(
+            ((losses[number][other] - losses[number][now]) / min(over, saved), number, other)
+            for number, now in enumerate(found)
+            for other, size in enumerate(sizes[number])
+            if (saved := sizes[number][now] - size) > 0
+        )
+        found[number] = other
+    return found
 
 
 @contextlib.contextmanager

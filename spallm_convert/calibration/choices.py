@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -59,13 +60,29 @@ def check_target(modules: Mapping[str, SketchedModule], config: SketchConfig) ->
         [stored_bits(module, choice, config) for choice in choices(module, config)]
         for module in modules.values()
     ]
-    weights = sum(module.weights for module in modules.values())
-    least, most = (sum(map(end, sizes)) / weights for end in (min, max))
-    if not least <= config.target_bits <= most:
-        raise OptionError(
-            f"target_bits {config.target_bits:g} cannot be met: with its tables this model takes "
-            f"{least:.3f} to {most:.3f} bits per sketched weight"
+    budget_for(sizes, sum(module.weights for module in modules.values()), config.target_bits)
+
+
+def budget_for(sizes: Sequence[Sequence[int]], weights: int, target: float) -> int:
+    """The most bits that are no more than a target per weight.
+
+    sizes: in bits, of all choices of every module, or of every set of them. Raises OptionError for
+    a target that none of them meet; those that it names can be typed back.
+    """
+    least, most = (sum(map(end, sizes)) for end in (min, max))
+    budget = math.floor(target * weights) + 1
+    while budget / weights > target:  # compared as a target was divided: it may be the least size
+        budget -= 1
+    if not least <= budget <= most:
+        accepted = (
+            math.ceil(1000 * least / weights) / 1000,
+            math.floor(1000 * most / weights) / 1000,
         )
+        raise OptionError(
+            f"target_bits {target:g} cannot be met: with its tables this model takes "
+            f"{accepted[0]:.3f} to {accepted[1]:.3f} bits per sketched weight"
+        )
+    return budget
 
 
 def _several(module: SketchedModule, bits: int, config: SketchConfig) -> list[Choice]:
