@@ -3,8 +3,10 @@
 import ctypes
 import itertools
 import json
+import os
 import random
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -62,6 +64,20 @@ def test_no_allocation_is_better(capfd):
     with pytest.raises(ValueError, match="the least size is 5, the budget 4"):
         solve([[2, 4], [3, 9]], [[1, 0], [1, 0]], 4)
     assert total([[2, 4], [3, 9]], solve([[2, 4], [3, 9]], [[0, 0], [0, 0]], 5)) == 5
+
+
+def test_it_is_solved_without_anywhere_to_print_to(monkeypatch):
+    case = [[2, 4], [3, 9]], [[1, 0], [1, 0]], 7
+    solve(*case)  # imports what it needs
+    monkeypatch.setattr(sys, "stdout", None)
+    assert solve(*case) == [1, 0]
+    kept = os.dup(1)
+    os.close(1)
+    try:
+        assert solve(*case) == [1, 0]
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def test_what_the_solver_leaves_over_the_budget_is_taken_back():

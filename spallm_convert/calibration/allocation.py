@@ -181,13 +181,17 @@ def fit_into(
 def _silent_stdout() -> Iterator[None]:
     """Throws away what C code prints: HiGHS 1.12 has a line of debugging left in, which a caller
     that reads JSON from stdout would find there. Only where C's buffers can be reached."""
-    if os.name != "posix":
+    try:
+        kept = os.dup(1) if os.name == "posix" else None
+    except OSError:  # it is closed
+        kept = None
+    if kept is None:
         yield
         return
     flush = ctypes.CDLL(None).fflush
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
     flush(None)
-    kept = os.dup(1)
     try:
         with Path(os.devnull).open("wb") as nothing:
             os.dup2(nothing.fileno(), 1)
