@@ -375,6 +375,14 @@ def test_predictions_are_near_what_sketching_loses(source, text):
             assert some[name][choice] == pytest.approx(value, rel=0.15)
 
 
+def test_damping_is_for_fitting_alone(source, text):
+    """Codes and tables are worse with much of it; the loss of their outputs is what it is."""
+    usual, much = predicted(source, text), predicted(source, text, DAMPING=100.0)
+    for name, values in usual.items():
+        for choice, value in values.items():
+            assert 0.9 < much[name][choice] / value < 5
+
+
 def test_predictions_do_not_depend_on_what_is_summed_at_once(source, text):
     whole = predicted(source, text)
     assert predicted(source, text, _AT_ONCE=0) == whole

@@ -85,12 +85,13 @@ def predict(
             for stage in some:
                 first = stage.names[0]
                 check_sums(prefix + first, sums[first])
-                hessian = numerics.prepare_hessian(sums.pop(first), DAMPING)
+                hessian = sums.pop(first)
+                damped = numerics.prepare_hessian(hessian, DAMPING)
                 for inner in stage.names:
                     weights = _weights(block, inner, prefix)
                     shares = sensitivities[prefix + inner] / (2 * tokens)
                     losses[inner] = _losses(
-                        numerics, weights, hessian, shares, modules[inner], config
+                        numerics, weights, hessian, damped, shares, modules[inner], config
                     )
         for together in fused([stage.names for stage in stages]):
             found.append(FusedSet({names[inner]: losses[inner] for inner in together}))
@@ -137,22 +138,25 @@ def draw_rows(
 def _losses(
     numerics: Numerics,
     weights: Tensor,
-    hessian: Any,
+    hessian: Tensor,
+    damped: Any,
     shares: Doubles,
     module: SketchedModule,
     config: SketchConfig,
 ) -> Losses:
-    """The loss of a whole layer by choice; shares: [out_features], cost per loss of its rows."""
-    damped = torch.as_tensor(hessian.full)
+    """The loss of a whole layer by choice; shares: [out_features], cost per loss of its rows.
+
+    hessian: float64 [n, n], X^T X; damped: the same made ready for `numerics`, to be fitted with.
+    """
     wide = weights.double()
-    spreads = (wide - wide.mean(1, keepdim=True)).square() @ damped.diagonal()
+    spreads = (wide - wide.mean(1, keepdim=True)).square() @ hessian.diagonal()
     rows, factors = draw_rows(shares, spreads.cpu().numpy(), SAMPLE_ROWS)
     sample = weights[torch.from_numpy(rows).to(weights.device)]
     how = fit_options(config.without)
     found = {}
     for choice in choices(module, config):
-        table, codes, _ = numerics.fit(sample, hessian, choice.groups, 1 << choice.bits, **how)
-        lost = numerics.quadratic_loss(sample, numerics.look_up(table, codes), damped)
+        table, codes, _ = numerics.fit(sample, damped, choice.groups, 1 << choice.bits, **how)
+        lost = numerics.quadratic_loss(sample, numerics.look_up(table, codes), hessian)
         found[choice] = float(factors @ lost.cpu().numpy())
     return found
 
