@@ -33,6 +33,7 @@ _TOTALS = (
     "ratio",
     "relative_error",
 )
+_NUMBERS = {"predicted_loss": {"chosen"}, "healing": {"kl_before", "kl_after"}}  # if there at all
 _OUTPUTS = {"relative_output_error"}  # of modules that were calibrated
 _MODULE = ("name", "shape", "bits", "groups_per_row", "bits_per_weight", "relative_error")
 
@@ -45,7 +46,8 @@ class Report:
     ratio and relative_error; `modules` one object per sketched module. Both have
     relative_output_error, on the calibration text, if the conversion was calibrated. With
     `target_bits` the document has predicted_loss: nats per token of KL(dense || sketched) as
-    "chosen", and for "2", "3" and "4" bits throughout.
+    "chosen", and for "2", "3" and "4" bits throughout; if it was healed, healing: the same
+    divergence as measured on samples left out, "kl_before" and "kl_after".
     """
 
     document: dict[str, Any]
@@ -116,6 +118,9 @@ def _is_report(document: Any) -> bool:
         return False
     return (
         all(isinstance(document["totals"].get(key), int | float) for key in _TOTALS)
+        and all(
+            _has_numbers(document[key], names) for key, names in _NUMBERS.items() if key in document
+        )
         and isinstance(document["source"].get("model"), str)
         and all(_is_inside(name) for name in document["files"])
         and all(
@@ -126,6 +131,15 @@ def _is_report(document: Any) -> bool:
             isinstance(m, dict) and {*_MODULE, *(_OUTPUTS & document["totals"].keys())} <= set(m)
             for m in document["modules"]
         )
+    )
+
+
+def _has_numbers(value: Any, names: set[str]) -> bool:
+    """Whether a value is an object of numbers, these among them."""
+    return (
+        isinstance(value, dict)
+        and names <= value.keys()
+        and all(isinstance(number, int | float) for number in value.values())
     )
 
 

@@ -219,6 +219,32 @@ def test_unknown_key_in_a_sketched_config(fails, source, tmp_path, capsys):
     assert "unknown key 'act_order'" in fails(1, "inspect", tmp_path / "sketched")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"healing": None},
+        {"healing": {"kl_before": 1.0}},
+        {"healing": {"kl_before": 1.0, "kl_after": "0.5"}},
+        {"predicted_loss": 1.0},
+        {"predicted_loss": {"2": 1.0}},
+        {"predicted_loss": {"chosen": 1.0, "2": []}},
+    ],
+)
+def test_reports_that_are_not_as_they_should_be(tiny_llama, tmp_path, capsys, change):
+    from spallm_convert import convert
+
+    convert(tiny_llama.folder, tmp_path / "out")
+    path = tmp_path / "out/conversion.json"
+    report = json.loads(path.read_text())
+    sound = {"healing": {"kl_before": 1, "kl_after": 0.5}, "predicted_loss": {"chosen": 0.1}}
+    for more, code in ((sound, 0), (change, 1)):
+        path.write_text(json.dumps(report | more))
+        with pytest.raises(SystemExit) as stopped:
+            main(["inspect", str(tmp_path / "out")])
+        assert (stopped.value.code or 0) == code
+    assert "conversion.json: is no report of a conversion" in capsys.readouterr().err
+
+
 def test_disk_too_small_is_known_beforehand(fails, source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
