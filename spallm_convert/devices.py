@@ -90,7 +90,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     import torch
 
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != CPU:
         return False
     from llvmlite.binding import get_host_cpu_features

@@ -21,7 +21,7 @@ from spallm_convert import (
 from spallm_convert.calibration import allocation, numerics
 from spallm_convert.calibration.blocks import Blocks
 from spallm_convert.cli import main
-from spallm_convert.devices import find_device, full_float32
+from spallm_convert.devices import find_device, full_float32, has_fast_bfloat16
 from spallm_formats import unpack
 from spallm_kernels import batched
 
@@ -158,6 +158,14 @@ def test_devices_that_are_there(monkeypatch):
     assert message in str(caught.value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert find_device("auto") == torch.device("cpu")
+
+
+def test_bfloat16_is_asked_of_the_device_itself(monkeypatch):
+    capabilities = [(7, 5), (8, 0)]
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capabilities[device.index]
+    )
+    assert [has_fast_bfloat16(torch.device("cuda", number)) for number in (0, 1)] == [False, True]
 
 
 def test_without_calibration_there_is_nothing_for_a_device(source, tmp_path, monkeypatch):
