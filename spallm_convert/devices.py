@@ -42,12 +42,11 @@ def find_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What computes: the model of a GPU, whichever of several it is, or the kind of another device,
-    and how it multiplies."""
+    """What computes: the model of a GPU, whichever of several it is, or the kind of another
+    device."""
     import torch
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name}, bfloat16" if has_fast_bfloat16(device) else name
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @contextlib.contextmanager

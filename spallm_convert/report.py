@@ -13,7 +13,7 @@ from spallm_formats import FORMAT_VERSION, FormatError, load_json
 
 from . import __version__
 from .config import SketchConfig
-from .devices import device_name
+from .devices import device_name, has_fast_bfloat16
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ def identity(
     texts: what a model is shown: what is in a file may change, and so may a tokenizer.
     device: where it is calibrated. GPUs sum in orders of their own, so each model of them counts
     as another device, as another version of torch does; among as many of one model none does.
+    Healing multiplies in bfloat16 where that is fast, which counts too.
     """
     import numba
     import numpy
@@ -178,6 +179,8 @@ def identity(
         drawn = {"calibration_tokens": _digest(texts.calibration), "device": device_name(device)}
         if texts.healing is not None:
             drawn["healing_tokens"] = _digest(texts.healing)
+            if has_fast_bfloat16(device):
+                drawn["device"] += ", bfloat16"
         versions["torch"] = torch.__version__
     if config.target_bits is not None:
         import scipy

@@ -20,8 +20,10 @@ from spallm_convert import (
 )
 from spallm_convert.calibration import allocation, numerics
 from spallm_convert.calibration.blocks import Blocks
+from spallm_convert.calibration.calibrate import Texts
 from spallm_convert.cli import main
 from spallm_convert.devices import find_device, full_float32, has_fast_bfloat16
+from spallm_convert.report import identity
 from spallm_formats import unpack
 from spallm_kernels import batched
 
@@ -66,7 +68,7 @@ def test_a_device_gives_the_sketches_of_the_cpu(source, text, tmp_path, device, 
         expected = convert(source, tmp_path / "cpu", config, device="cpu")
     assert ran == []
     assert found.document["device"] == DEVICE.type
-    assert expected.document["device"].startswith("cpu")
+    assert expected.document["device"] == "cpu"
     for total in ("relative_error", "relative_output_error"):
         assert found.totals[total] == pytest.approx(expected.totals[total], rel=0.01)
     ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("device", "cpu"))
@@ -166,6 +168,18 @@ def test_bfloat16_is_asked_of_the_device_itself(monkeypatch):
         torch.cuda, "get_device_capability", lambda device: capabilities[device.index]
     )
     assert [has_fast_bfloat16(torch.device("cuda", number)) for number in (0, 1)] == [False, True]
+
+
+def test_how_a_device_multiplies_counts_for_healing_alone(monkeypatch):
+    tokens, cpu = torch.zeros(1, 2, dtype=torch.int64), torch.device("cpu")
+    config = SketchConfig(calibration="text")
+    for fast, name in ((True, "cpu, bfloat16"), (False, "cpu")):
+        monkeypatch.setattr(
+            "spallm_convert.report.has_fast_bfloat16", lambda device, fast=fast: fast
+        )
+        for healing, expected in ((tokens, name), (None, "cpu")):
+            same = identity(config, {}, Texts(tokens, healing), cpu)
+            assert same["device"] == expected
 
 
 def test_without_calibration_there_is_nothing_for_a_device(source, tmp_path, monkeypatch):
