@@ -38,7 +38,7 @@ from spallm_formats import (
 
 from .calibration.allocation import allocate
 from .calibration.calibrate import Texts, calibrate, draw_texts, open_blocks
-from .calibration.store import CalibratedModules
+from .calibration.store import CalibratedModules, kept_bytes
 from .card import CARD_FILE, model_card
 from .config import SketchConfig
 from .devices import AUTO_DEVICE, CPU, clear_memory_errors, find_device, full_float32
@@ -207,7 +207,8 @@ def _calibrated(
         allocation = allocate(blocks, plan, config, texts.calibration, folder, progress)
         plan = reallocate(plan, allocation.choices, checkpoint, config)
         notes["predicted_loss"] = allocation.predicted_loss
-    _check_space(staging, plan, sum(s.nbytes for s in plan.metadata.tensors().values()))
+    blocks_bytes = sum(spec.nbytes for spec in plan.metadata.tensors().values())
+    _check_space(staging, plan, max(0, blocks_bytes - kept_bytes(folder)))
     sketches = calibrate(blocks, plan, config, folder, progress)
     if texts.healing is not None and sketches.healing is None:
         from .calibration.healing import heal

@@ -1,15 +1,17 @@
 """A calibrated conversion that was killed, or whose work was damaged, ends in the same bytes."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from helpers.calibration import StopAt, contents, save_source, save_text
-from spallm_convert import FormatError, SketchConfig, convert, load_sketched
+from spallm_convert import FormatError, SketchConfig, SpallmError, convert, load_sketched
 from spallm_formats.staging import PARTIAL_FOLDER
 
 SCRIPT = Path(__file__).parent / "helpers" / "killed_conversion.py"
@@ -66,6 +68,22 @@ def test_blocks_that_are_whole_are_not_sketched_again(source, text, tmp_path, mo
     monkeypatch.setattr(sketching, "sketch_block", spied)
     convert(source, tmp_path / "out", options(text), device="cpu", resume=True)
     assert sketched == [1]
+
+
+def test_blocks_that_are_there_need_no_more_space(source, text, tmp_path, monkeypatch):
+    whole = convert(source, tmp_path / "whole", options(text), device="cpu")
+    (block,) = stopped(source, tmp_path / "out", options(text), 10)
+    usage = shutil.disk_usage(tmp_path)
+    # For all shards and the other block, which is as large.
+    free = whole.totals["sketched_bytes"] + block.stat().st_size
+    for less, outcome in (
+        (20000, pytest.raises(SpallmError, match="more bytes")),
+        (0, nullcontext()),
+    ):
+        left = usage._replace(free=free - less)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, left=left: left)
+        with outcome:
+            convert(source, tmp_path / "out", options(text), device="cpu", resume=True)
 
 
 @pytest.mark.parametrize("mapping", ["cluster", "hash"])

@@ -139,6 +139,11 @@ class CalibratedModules:
         self.healing, self._healed_sums = healing, sums
 
 
+def kept_bytes(folder: Path) -> int:
+    """What the blocks below a folder take."""
+    return sum(path.stat().st_size for path in folder.glob(f"{_BLOCK}-*.safetensors"))
+
+
 def write_sound(folder: Path, name: str, data: bytes, suffix: str = ".safetensors") -> Path:
     """Writes a file with its digest in its name, in the place of others of that name."""
     path = folder / f"{name}-{hashlib.sha256(data).hexdigest()}{suffix}"
