@@ -30,6 +30,9 @@ from typing import Any
 
 import click
 
+import spallm_convert
+import spallm_formats
+import spallm_kernels
 from common import RESULTS, machine, versions, write_results
 from dense import dense_folder, digest
 from quality_methods import METHODS, PEERS
@@ -86,8 +89,14 @@ def _header(options: Row, dense: Path) -> Row:
 
 
 def _identity(document: Row) -> str:
-    """Of what may be kept for another run: made with the same settings and versions."""
-    same = json.dumps([document["settings"], document["versions"]], sort_keys=True)
+    """Of what may be kept for another run: made with the same settings, versions and sources."""
+    sources = {
+        f"{package.__name__}/{path.relative_to(folder)}": sha256(path)
+        for package in (spallm_convert, spallm_formats, spallm_kernels)
+        for folder in map(Path, package.__path__)
+        for path in folder.rglob("*.py")
+    }
+    same = json.dumps([document["settings"], document["versions"], sources], sort_keys=True)
     return hashlib.sha256(same.encode()).hexdigest()[:16]
 
 

@@ -30,6 +30,7 @@ from quality_methods import (
 from spallm_convert import SketchConfig, convert
 from spallm_convert.calibration.calibrate import calibrate, draw_texts, open_blocks
 from spallm_convert.calibration.healing import heal
+from spallm_convert.devices import full_float32
 from spallm_convert.opening import load_tokenizer
 from spallm_convert.plan import Plan, make_plan
 from spallm_convert.source import DenseCheckpoint, locate
@@ -38,6 +39,9 @@ from spallm_formats import SketchedCheckpoint, read_bytes, to_float32, unpack
 from spallm_kernels import hash_codes, look_up
 
 Singles = npt.NDArray[np.float32]
+
+#: A file among the blocks that a calibrated run leaves, once all of them are there.
+_COMPLETE = "complete"
 
 
 class Quantized(NamedTuple):
@@ -103,8 +107,9 @@ def open_subject(
 
 
 def quantize(method: Method, subject: Subject) -> Quantized:
-    """Carries out a method."""
-    return KINDS[method.kind](method, subject)
+    """Carries out a method, in full float32 as `convert` does."""
+    with full_float32():
+        return KINDS[method.kind](method, subject)
 
 
 def _dense(method: Method, subject: Subject) -> Quantized:
@@ -197,16 +202,19 @@ def _sketch_calibrated(method: Method, subject: Subject) -> Quantized:
     """As `convert` does it, but that the blocks stay, for a run that heals them."""
     folder = _kept(method, subject)
     shutil.rmtree(folder, ignore_errors=True)
-    return _calibrated(method, subject, folder, heal_steps=0)
+    found = _calibrated(method, subject, folder, heal_steps=0)
+    (folder / _COMPLETE).touch()
+    return found
 
 
 def _sketch_healed(method: Method, subject: Subject) -> Quantized:
-    """Goes on with the blocks of a calibrated run; makes its own if there are none."""
+    """Goes on with the blocks of a calibrated run; makes its own unless all of them are there."""
     folder, kept = subject.scratch / "calibrated", _kept(method, subject)
-    if kept.exists():
+    continues = (kept / _COMPLETE).exists()
+    if continues:
         shutil.copytree(kept, folder)
     found = _calibrated(method, subject, folder, heal_steps=HEAL_STEPS)
-    return found._replace(continues="sketch-calibrated" if kept.exists() else None)
+    return found._replace(continues="sketch-calibrated" if continues else None)
 
 
 def _sketch_allocated(method: Method, subject: Subject) -> Quantized:

@@ -41,6 +41,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     (dense,) = (row["nats_per_token"] for row in runs if row["kind"] == "dense")
     rows = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 1))]
     for row in sorted(runs, key=lambda row: (-row["bits"], row["nats_per_token"])):
+        parts = [row, *_continued(row, runs)]  # of a conversion, from the dense model on
         rows.append(
             (
                 row["method"],
@@ -48,22 +49,23 @@ def table(runs: list[dict[str, Any]]) -> str:
                 f"{row['model_bytes'] / 1e6:.1f}",
                 f"{row['perplexity']:.2f}" if row["perplexity"] < 1e4 else "over 10,000",
                 f"{row['nats_per_token'] - dense:.3f}",
-                f"{_cpu_seconds(row, runs):.0f}",
-                f"{row['conversion_peak_bytes'] / 1e9:.2f}",
+                f"{sum(part['conversion_cpu_seconds'] for part in parts):.0f}",
+                f"{max(part['conversion_peak_bytes'] for part in parts) / 1e9:.2f}",
             )
         )
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
-def _cpu_seconds(row: dict[str, Any], runs: list[dict[str, Any]]) -> float:
-    """Of a conversion, from the dense model on: with the run that this one continues."""
-    alike = ("bits", "groups_per_row")
-    before = [
-        other["conversion_cpu_seconds"]
-        for other in runs
-        if other["kind"] == row.get("continues") and all(other[k] == row[k] for k in alike)
-    ]
-    return float(row["conversion_cpu_seconds"]) + sum(before)
+def _continued(row: dict[str, Any], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The run whose results this one went on with, if it did. Raises PlotError without its row."""
+    kind = row.get("continues")
+    if kind is None:
+        return []
+    alike = {"kind": kind} | {key: row[key] for key in ("bits", "groups_per_row")}
+    found = [other for other in runs if all(other[key] == alike[key] for key in alike)]
+    if not found:
+        raise PlotError(f"{row['method']} continues a run of {kind} that is not in the file")
+    return found
 
 
 if __name__ == "__main__":

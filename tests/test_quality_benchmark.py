@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from helpers.tiny_models import save_tiny_llama
 from helpers.tiny_tokenizer import tiny_tokenizer
+from spallm_formats import sha256
 
 ROOT = Path(__file__).parent.parent
 WORDS = "the river runs to the sea and the rain comes back to the hills. "
@@ -236,6 +237,7 @@ def test_leanquants_tables_are_weighted_by_the_factor_of_the_inverse():
 def test_healed_sketches_go_on_with_calibrated_ones(tmp_path, model, text, in_process, monkeypatch):
     import quality_quantize
     import quality_table
+    from drawing import PlotError
     from spallm_convert.calibration import calibrate
 
     monkeypatch.setattr(quality_quantize, "HEAL_STEPS", 2)
@@ -248,10 +250,48 @@ def test_healed_sketches_go_on_with_calibrated_ones(tmp_path, model, text, in_pr
     assert (calibrated["continues"], healed["continues"]) == (None, "sketch-calibrated")
     assert calibrated["bits_per_weight"] == healed["bits_per_weight"]
     assert calibrated["perplexity"] != healed["perplexity"]
-    calibrated["conversion_cpu_seconds"], healed["conversion_cpu_seconds"] = 100, 40
-    table = quality_table.table([rows(tmp_path)["dense"], calibrated, healed])
-    seconds = {line.split(" | ")[0]: line.split(" | ")[5] for line in table.splitlines()[2:]}
-    assert [seconds[f"| {name}"] for name in names] == ["100", "140"]
+    calibrated |= {"conversion_cpu_seconds": 100, "conversion_peak_bytes": 3e9}
+    healed |= {"conversion_cpu_seconds": 40, "conversion_peak_bytes": 2e9}
+    dense = rows(tmp_path)["dense"]
+    lines = quality_table.table([dense, calibrated, healed]).splitlines()
+    costs = {line.split(" | ")[0]: line.split(" | ")[5:] for line in lines[2:]}
+    assert [costs[f"| {name}"] for name in names] == [["100", "3.00 |"], ["140", "3.00 |"]]
+    with pytest.raises(PlotError, match="healed-3bit-gpr1 continues a run of sketch-calibrated"):
+        quality_table.table([dense, healed])
+
+
+def test_blocks_of_a_run_that_was_stopped_are_not_gone_on_with(model, text, tmp_path, monkeypatch):
+    import quality_quantize
+    from quality_methods import METHODS
+
+    monkeypatch.setattr(quality_quantize, "HEAL_STEPS", 2)
+    drawn = {"samples": 4, "seqlen": 16, "seed": 0}
+    kept = tmp_path / "kept"
+    subject = quality_quantize.open_subject(model, tmp_path, kept, text, **drawn)
+    with monkeypatch.context() as patched:
+        patched.setattr(quality_quantize.ConversionProgress, "advance", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            quality_quantize.quantize(METHODS["sketch-calibrated-3bit-gpr1"], subject)
+    assert kept.exists()
+    healed = quality_quantize.quantize(METHODS["sketch-healed-3bit-gpr1"], subject)
+    assert healed.continues is None
+
+
+def _interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_what_is_kept_is_of_the_same_sources(monkeypatch):
+    import quality
+
+    document = {"settings": {}, "versions": {}}
+    before = quality._identity(document)
+    assert quality._identity(document) == before
+    changed = list((ROOT / "kernels").rglob("hessian.py"))
+    monkeypatch.setattr(
+        quality, "sha256", lambda path: "other" if path in changed else sha256(path)
+    )
+    assert quality._identity(document) != before
 
 
 def test_leanquant_sees_the_inputs_behind_quantized_layers(model, text, tmp_path):
