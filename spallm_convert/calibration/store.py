@@ -83,7 +83,7 @@ class CalibratedModules:
                 self._kept[name] = _Kept(path, shapes[name + TABLE_SUFFIX], sums)
         self._healed = next(sound_files(folder, _HEALED), None)
         self.healing: dict[str, float] | None = None
-        self._healed_sums: dict[str, list[float]] = {}
+        self._healed_sums: dict[str, Sequence[float]] = {}
         if self._healed is not None:
             metadata = _read_metadata(self._healed)
             self.healing, self._healed_sums = metadata[_HEALING], metadata[_SUMS]
