@@ -23,6 +23,7 @@ import torch  # noqa: E402
 # Read when kernels are defined. Tests that compile instead do so in a process of their own.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+from helpers.calibration import save_source, save_text  # noqa: E402
 from helpers.tiny_models import TinyModel, save_tiny_llama  # noqa: E402
 
 
@@ -43,3 +44,15 @@ def tiny_llama(tmp_path_factory) -> TinyModel:
 def sharded_llama(tmp_path_factory) -> TinyModel:
     """Several shards."""
     return save_tiny_llama(tmp_path_factory.mktemp("sharded-llama"), max_shard_size="60KB")
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """A model to calibrate, with a tokenizer."""
+    return save_source(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """To calibrate it on."""
+    return save_text(tmp_path_factory.mktemp("text") / "text.txt")

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from helpers.blocks import open_blocks
+from helpers.calibration import StopAt, contents, save_text
 from helpers.tiny_models import save_tiny_llama
 from helpers.training import word_tokenizer
 from spallm_convert import (
@@ -209,19 +210,12 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    generator = random.Random(0)
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(f"word{generator.randrange(126)}" for _ in range(5000)))
-    return path
+    return save_text(tmp_path_factory.mktemp("text") / "text.txt", words=5000)
 
 
 def options(text, **changes):
     given = {"target_bits": 4.25, "samples": 8, "seqlen": 32, "calibration": str(text)}
     return SketchConfig(**given | changes)
-
-
-def contents(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -285,35 +279,15 @@ def test_what_is_said_about_mixed_bits(converted, capsys):
     assert f"{predicted['chosen']:.4f} nats per token ({predicted['2']:.4f} at 2 bits, " in shown
 
 
-class _StopAt:
-    """Stops a conversion when so many lines are said or modules are done."""
-
-    def __init__(self, *, lines=10**6, modules=10**6):
-        self.said, self.lines, self.modules = [], lines, modules
-
-    def start(self, weights):
-        pass
-
-    def advance(self, weights, tensor):
-        self.modules -= 1
-        if self.modules == 0:
-            raise KeyboardInterrupt
-
-    def say(self, line):
-        self.said.append(line)
-        if len(self.said) == self.lines:
-            raise KeyboardInterrupt
-
-
 def test_it_is_resumed_with_the_same_bits(converted, source, text, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        convert(source, out, options(text), progress=_StopAt(lines=3))
+        convert(source, out, options(text), progress=StopAt(lines=3))
     assert not out.exists()  # nothing was done that could be kept
     with pytest.raises(KeyboardInterrupt):
-        convert(source, out, options(text), progress=_StopAt(modules=1))
+        convert(source, out, options(text), progress=StopAt(modules=1))
     assert [path.name for path in out.rglob("allocation-*.json")]
-    progress = _StopAt()
+    progress = StopAt()
     convert(source, out, options(text), resume=True, progress=progress)
     assert progress.said == []
     assert contents(out) == contents(converted[0])
@@ -464,7 +438,7 @@ def test_a_damaged_allocation_is_made_anew(converted, source, text, tmp_path):
     """Blocks of bits that it did not choose are taken for missing."""
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        convert(source, out, options(text), progress=_StopAt(modules=8))
+        convert(source, out, options(text), progress=StopAt(modules=8))
     (file,) = out.rglob("allocation-*.json")
     file.write_bytes(file.read_bytes()[:-9])
     (block,) = out.rglob("block-*.safetensors")

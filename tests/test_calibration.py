@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from helpers.blocks import open_blocks
+from helpers.calibration import StopAt, contents, save_text
 from helpers.tiny_models import save_tiny_llama
 from helpers.training import word_tokenizer
 from spallm_convert import (
@@ -78,10 +79,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    generator = random.Random(0)
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(f"word{generator.randrange(126)}" for _ in range(20000)))
-    return path
+    return save_text(tmp_path_factory.mktemp("text") / "text.txt", words=20000)
 
 
 def options(text, **changes):
@@ -97,10 +95,6 @@ def logits_error(source, folder, *, seed=1):
     with torch.no_grad():
         expected, found = dense(tokens).logits, sketched(tokens).logits
     return ((found - expected).norm() / expected.norm()).item()
-
-
-def contents(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_calibrated_models_are_nearer_to_the_dense_one(source, text, tmp_path):
@@ -141,12 +135,8 @@ def test_healed_models_are_nearer_still(text, tmp_path, monkeypatch):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.endswith(".weight_table")}
 
-    class StopWhenHealing(_StopAt):
-        def say(self, line):
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "out", config, progress=StopWhenHealing(1000))
+        convert(source, tmp_path / "out", config, progress=StopAt(lines=1))
     convert(source, tmp_path / "out", config, resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "healed")
 
@@ -219,40 +209,24 @@ def test_same_bytes_every_time_and_no_global_state_is_touched(source, text, tmp_
     assert contents(tmp_path / "first")[weights] != contents(tmp_path / "other")[weights]
 
 
-class _StopAt:
-    """Stops a conversion when so many modules are done."""
-
-    def __init__(self, count):
-        self.left = count
-
-    def start(self, weights):
-        self.total = weights
-
-    def advance(self, weights, tensor):
-        self.total -= weights
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("count", [3, 9, 14])
 def test_stopped_and_resumed_it_ends_in_the_same_bytes(source, text, tmp_path, count):
     convert(source, tmp_path / "whole", options(text))
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "out", options(text), progress=_StopAt(count))
+        convert(source, tmp_path / "out", options(text), progress=StopAt(count))
     kept = list((tmp_path / "out").rglob("block-*.safetensors"))
     assert len(kept) == (count > 7)
-    progress = _StopAt(100)
+    progress = StopAt()
     resume = bool(kept)
     convert(source, tmp_path / "out", options(text), resume=resume, progress=progress)
-    assert progress.total == 0
+    assert progress.weights == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_text_that_changed_is_not_gone_on_with(source, text, tmp_path):
     copy = Path(shutil.copy(text, tmp_path / "text.txt"))
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "out", options(copy), progress=_StopAt(9))
+        convert(source, tmp_path / "out", options(copy), progress=StopAt(9))
     kept = contents(tmp_path / "out")
     assert any(name.startswith("block-") for name in kept)
     before = copy.read_text()
@@ -301,17 +275,12 @@ def test_encoders_are_refused_unless_falling_back_is_allowed(text, tmp_path):
     refused(
         CalibrationError, "is no causal language model", tmp_path / "bert", output, options(text)
     )
-    said = []
-
-    class Listen(_StopAt):
-        def say(self, line):
-            said.append(line)
-
+    progress = StopAt()
     allowed = options(text, fallback=True)
-    report = convert(tmp_path / "bert", output, allowed, progress=Listen(10**6))
+    report = convert(tmp_path / "bert", output, allowed, progress=progress)
     assert "relative_output_error" not in report.totals
     assert "is no causal language model" in report.document["not_calibrated"]
-    assert said == ["not calibrated: " + report.document["not_calibrated"]]
+    assert progress.said == ["not calibrated: " + report.document["not_calibrated"]]
     convert(tmp_path / "bert", tmp_path / "plain", SketchConfig(bits=3, groups_per_row=2))
     weights = "model.safetensors"
     assert contents(output)[weights] == contents(tmp_path / "plain")[weights]

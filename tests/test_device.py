@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.calibration import StopAt, contents, save_source, save_text
+from helpers.calibration import StopAt, contents, options
 from helpers.pretend_device import DEVICE, PretendDevice
 from spallm_convert import (
     OptionError,
@@ -26,21 +26,6 @@ from spallm_convert.devices import find_device, full_float32, has_fast_bfloat16
 from spallm_convert.report import identity
 from spallm_formats import unpack
 from spallm_kernels import batched
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return save_source(tmp_path_factory.mktemp("source") / "model")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return save_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-def options(text, **changes):
-    given = {"bits": 2, "groups_per_row": 2, "samples": 16, "seqlen": 32, "calibration": str(text)}
-    return SketchConfig(**given | {"table_dtype": "float32"} | changes)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import StaticCache
 
 import spallm_kernels
-from helpers.calibration import contents, save_source, save_text
+from helpers.calibration import contents, options
 from helpers.hessians import correlated_hessian, weight_rows
 from helpers.sketches import TOLERANCE, relative_error
 from spallm_convert import SketchConfig, convert, load_sketched
@@ -201,21 +201,6 @@ def test_a_layer_is_sketched_as_on_the_cpu(bits):
     assert first.losses[0][1] == pytest.approx(expected.losses[0][1], rel=1e-4)
     assert first.losses[-1][1] == pytest.approx(lost, rel=1e-6)
     assert lost == pytest.approx(expected.losses[-1][1], rel=0.01)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return save_source(tmp_path_factory.mktemp("source") / "model")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return save_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-def options(text, **changes):
-    given = {"bits": 2, "groups_per_row": 2, "samples": 16, "seqlen": 32, "calibration": str(text)}
-    return SketchConfig(**given | {"table_dtype": "float32"} | changes)
 
 
 @pytest.mark.parametrize("mapping", ["cluster", "hash"])

@@ -5,22 +5,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.calibration import save_source, save_text
 from helpers.hessians import correlated_hessian, weight_rows
 from spallm_convert import OptionError, SketchConfig, convert, load_sketched
 from spallm_convert.calibration.layers import DAMPING, prepare_inputs, sketch_layer
 from spallm_formats import SketchedModule, SketchMetadata
 from spallm_kernels import hash_codes, look_up
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return save_source(tmp_path_factory.mktemp("source") / "model")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return save_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def sketched(rows, columns, groups, bits, *, seed=3, without=(), weights=None):

@@ -1,10 +1,12 @@
-"""What a calibrated conversion needs: a small model with a tokenizer, a text, and a way to stop."""
+"""What a calibrated conversion needs: a small model with a tokenizer, a text, options, and a way to
+stop."""
 
 import random
 from pathlib import Path
 
 from helpers.tiny_models import save_tiny_llama
 from helpers.training import word_tokenizer
+from spallm_convert import SketchConfig
 
 
 def save_source(folder: Path) -> Path:
@@ -15,11 +17,17 @@ def save_source(folder: Path) -> Path:
     return folder
 
 
-def save_text(path: Path) -> Path:
-    """4,000 words at random, of those that the tokenizer has."""
+def save_text(path: Path, words: int = 4000) -> Path:
+    """Words at random, of those that the tokenizer has."""
     generator = random.Random(0)
-    path.write_text(" ".join(f"word{generator.randrange(126)}" for _ in range(4000)))
+    path.write_text(" ".join(f"word{generator.randrange(126)}" for _ in range(words)))
     return path
+
+
+def options(text: Path, **changes: object) -> SketchConfig:
+    """Two bits, two groups, float32 tables, unless they are changed."""
+    given = {"bits": 2, "groups_per_row": 2, "samples": 16, "seqlen": 32, "calibration": str(text)}
+    return SketchConfig(**given | {"table_dtype": "float32"} | changes)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -28,20 +36,25 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class StopAt:
-    """Stops a conversion when so many modules are done; a block of `save_source` has seven."""
+    """Stops a conversion when so many modules are done or lines are said, and lists both; a block
+    of `save_source` has seven modules. weights: those that are left."""
 
-    def __init__(self, count: int) -> None:
-        self.left = count
+    def __init__(self, modules: int = 10**6, *, lines: int = 10**6) -> None:
+        self.modules, self.lines = modules, lines
+        self.weights = 0
         self.done: list[str] = []
+        self.said: list[str] = []
 
     def start(self, weights: int) -> None:
-        pass
+        self.weights = weights
 
     def say(self, line: str) -> None:
-        pass
+        self.said.append(line)
+        if len(self.said) == self.lines:
+            raise KeyboardInterrupt
 
     def advance(self, weights: int, tensor: str) -> None:
+        self.weights -= weights
         self.done.append(tensor)
-        self.left -= 1
-        if self.left == 0:
+        if len(self.done) == self.modules:
             raise KeyboardInterrupt
