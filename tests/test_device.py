@@ -148,6 +148,7 @@ def test_devices_that_are_there(monkeypatch):
 
 
 def test_bfloat16_is_asked_of_the_device_itself(monkeypatch):
+    assert isinstance(has_fast_bfloat16(torch.device("cpu")), bool)
     capabilities = [(7, 5), (8, 0)]
     monkeypatch.setattr(
         torch.cuda, "get_device_capability", lambda device: capabilities[device.index]
