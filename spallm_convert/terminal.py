@@ -79,7 +79,7 @@ class _WorkProgress:
         self._bar.update(self._task, advance=amount, description=description)
         tenth = 10 * self._done // self._total
         if not self._hidden and not stderr.is_terminal and tenth > 10 * before // self._total:
-            stderr.print(f"{10 * tenth}% of {line}")
+            stderr.print(f"{10 * tenth}% of {line}", soft_wrap=True)
 
 
 class ConversionProgress(_WorkProgress):
@@ -98,7 +98,7 @@ class ConversionProgress(_WorkProgress):
     def say(self, line: str) -> None:
         self._bar.update(self._task, description=line)
         if not self._hidden and not stderr.is_terminal:
-            stderr.print(line)
+            stderr.print(line, soft_wrap=True)
 
 
 class EvaluationProgress(_WorkProgress):

@@ -225,14 +225,6 @@ def test_products_are_in_bfloat16_where_that_is_fast(fast, monkeypatch):
     assert total.dtype == torch.float32
 
 
-def test_what_multiplies_is_named(monkeypatch):
-    cpu = torch.device("cpu")
-    assert isinstance(devices.has_fast_bfloat16(cpu), bool)
-    for fast, name in ((True, "cpu, bfloat16"), (False, "cpu")):
-        monkeypatch.setattr(devices, "has_fast_bfloat16", lambda device, fast=fast: fast)
-        assert devices.device_name(cpu) == name
-
-
 def test_peak_memory_is_in_bytes():
     # torch alone takes a hundred megabytes; no machine for tests has a terabyte.
     assert 10**8 < devices.peak_memory(torch.device("cpu")) < 10**12
