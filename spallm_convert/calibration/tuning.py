@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from spallm_convert.linear import SketchedLinear
 from spallm_convert.quantizer import train_tables_only
 
-#: AdamW's, for entries of root mean square 1: a table's rate is in proportion to its entries, so
-#: that models with small weights and with large ones take steps of the same consequence. It falls
-#: linearly to zero after a tenth of the steps.
-LEARNING_RATE = 1.5e-3
+#: AdamW's, of the distance between a table's entries, root mean square / entries. What is to be
+#: gained is in proportion to that distance, and so may be what noisy steps lose: models with small
+#: and with large weights, 2 bits and 4 take steps of the same consequence. The rate falls linearly
+#: to zero after a tenth of the steps.
+LEARNING_RATE = 1.2e-2
 _BETAS = (0.9, 0.95)  # a few hundred steps: 0.999 would remember the first of them to the end
 
 #: One of so many batches of the text is not trained on and tells what is gained.
@@ -34,7 +35,7 @@ class TableTuner:
         train_tables_only(module)
         layers = {n: m for n, m in module.named_modules() if isinstance(m, SketchedLinear)}
         self._tables = {name: layer.weight_table for name, layer in layers.items()}
-        rates = (LEARNING_RATE * _root_mean_square(table) for table in self._tables.values())
+        rates = (LEARNING_RATE * _distance(table) for table in self._tables.values())
         self._optimizer = torch.optim.AdamW(
             [{"params": [t], "lr": r} for t, r in zip(self._tables.values(), rates, strict=True)],
             betas=_BETAS,
@@ -103,5 +104,6 @@ def at_random(pieces: list[int], seed: int) -> Iterator[int]:
         yield from (pieces[n] for n in generator.permutation(len(pieces)).tolist())
 
 
-def _root_mean_square(table: Tensor) -> float:
-    return table.detach().square().mean().sqrt().item()
+def _distance(table: Tensor) -> float:
+    """About that between entries."""
+    return table.detach().square().mean().sqrt().item() / table.shape[-1]
