@@ -1,38 +1,24 @@
-"""`convert`: carries out a plan, streaming the source block by block of rows.
+"""`convert`: carries out a plan, shard by shard.
 
-Memory does not depend on the size of the model: at any time there is one block of one tensor. A
-shard that is whole is never written twice, so a killed conversion goes on where it was.
+A shard that is whole is never written twice, so a killed conversion goes on where it was.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from spallm_formats import (
     CONFIG_FILE,
     INDEX_FILE,
-    INDEX_MAP_SUFFIX,
-    ITEM_BYTES,
-    TABLE_SUFFIX,
-    Shard,
-    ShardFile,
     Staging,
-    StoredTensor,
     check_output_folder,
     index_json,
     is_unfinished,
-    read_bytes,
     remove_leftovers,
-    to_float32,
     to_json,
 )
 
@@ -41,12 +27,19 @@ from .calibration.calibrate import Texts, calibrate, draw_texts, open_blocks
 from .calibration.store import CalibratedModules, kept_bytes
 from .card import CARD_FILE, model_card
 from .config import SketchConfig
-from .devices import AUTO_DEVICE, CPU, clear_memory_errors, find_device, full_float32
-from .errors import CalibrationError, FormatError, OptionError, SourceError, SpallmError
+from .devices import (
+    AUTO_DEVICE,
+    CPU,
+    clear_memory_errors,
+    cpu_threads,
+    find_device,
+    full_float32,
+)
+from .errors import CalibrationError, FormatError, OptionError, SpallmError
 from .plan import Plan, make_plan, reallocate
 from .progress import Progress, Silent
 from .report import REPORT_FILE, Report, identity, make_report
-from .sketch import sketch_rows
+from .shards import write_shard
 from .source import DenseCheckpoint, Source, find_here, locate
 
 if TYPE_CHECKING:
@@ -56,10 +49,6 @@ if TYPE_CHECKING:
     from .calibration.blocks import Blocks
 
 _CALIBRATED = "calibrated"
-
-#: Weights sketched, and bytes copied, at a time: large enough to keep all cores busy.
-BLOCK_WEIGHTS = 1 << 23
-_BLOCK_BYTES = 1 << 26
 
 
 def convert(
@@ -111,7 +100,7 @@ def convert(
     if resume and is_whole and older and older.has_identity(same):
         remove_leftovers(folder)
         return older
-    with _threads(threads), Staging(folder, same, resume=resume, overwrite=overwrite) as staging:
+    with cpu_threads(threads), Staging(folder, same, resume=resume, overwrite=overwrite) as staging:
         if staging.is_published:
             staging.finish_publishing()
         else:
@@ -231,7 +220,7 @@ def _carry_out(
     for shard in plan.shards:
         record = staging.record(shard)
         if record is None:
-            record = _write_shard(staging, shard, plan, sketches, progress)
+            record = write_shard(staging, shard, plan, sketches, progress)
         elif sketches is None:
             for name in record["modules"]:
                 progress.advance(plan.metadata.modules[name].weights, name)
@@ -272,91 +261,6 @@ def _older_report(folder: Path) -> Report | None:
         return None
 
 
-def _write_shard(
-    staging: Staging,
-    shard: Shard,
-    plan: Plan,
-    sketches: CalibratedModules | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    record: dict[str, Any] = {"modules": {}}
-    with staging.write_shard(shard, record) as file:
-        for name in shard.tensors:
-            if name in plan.kept:
-                _copy(plan.kept[name], file)
-            elif name.endswith(TABLE_SUFFIX):
-                module = name.removesuffix(TABLE_SUFFIX)
-                record["modules"][module] = (
-                    _store(module, sketches, file)
-                    if sketches
-                    else _sketch(module, plan, file, progress)
-                )
-    return record
-
-
-def _copy(tensor: StoredTensor, file: ShardFile) -> None:
-    for start in range(0, tensor.nbytes, _BLOCK_BYTES):
-        file.write(
-            tensor.name, start, _read(tensor, start, min(start + _BLOCK_BYTES, tensor.nbytes))
-        )
-
-
-def _store(name: str, sketches: CalibratedModules, file: ShardFile) -> Sequence[float]:
-    """Writes a module that has been sketched before; returns its sums."""
-    module = sketches.read(name)
-    if module.index_map.size:
-        file.write(name + INDEX_MAP_SUFFIX, 0, module.index_map)
-    file.write(name + TABLE_SUFFIX, 0, module.table)
-    return module.sums
-
-
-def _sketch(name: str, plan: Plan, file: ShardFile, progress: Progress) -> tuple[float, float]:
-    """Sketches one module; returns its squared error and squared norm."""
-    module, tensor = plan.metadata.modules[name], plan.weights[name]
-    row_bytes = module.in_features * ITEM_BYTES[tensor.dtype]
-    step = max(1, BLOCK_WEIGHTS // module.in_features)
-    sums = []
-    for first in range(0, module.out_features, step):
-        rows = min(step, module.out_features - first)
-        raw = _read(tensor, first * row_bytes, (first + rows) * row_bytes)
-        weights = to_float32(raw, tensor.dtype).reshape(rows, module.in_features)
-        _check_finite(weights, tensor, first)
-        try:
-            sketched = sketch_rows(weights, module, plan.metadata, first)
-        except OverflowError as error:
-            raise SourceError(
-                f"{tensor.file.name}: tensor {tensor.name!r} has {error}; use --table-dtype float32"
-            ) from error
-        index_map, table = sketched.index_map, sketched.table
-        if index_map.size:
-            file.write(name + INDEX_MAP_SUFFIX, first * index_map.shape[1], index_map)
-        file.write(name + TABLE_SUFFIX, first * table[0].nbytes, table)
-        sums.append(sketched.sums)
-        progress.advance(weights.size, name)
-    errors, norms = np.concatenate(sums).T
-    return math.fsum(errors), math.fsum(norms)  # exactly rounded, so blocks do not matter
-
-
-def _read(tensor: StoredTensor, start: int, stop: int) -> bytearray:
-    try:
-        return read_bytes(tensor, start, stop)
-    except SpallmError as error:
-        raise SourceError(f"{error} (the source changed while it was read)") from error
-
-
-def _check_finite(
-    weights: np.ndarray[Any, np.dtype[np.float32]], tensor: StoredTensor, first: int
-) -> None:
-    finite = np.isfinite(weights)
-    if not finite.all():
-        row, column = np.argwhere(~finite)[0]
-        raise SourceError(
-            f"{tensor.file.name}: tensor {tensor.name!r} holds {weights[row, column]} at row "
-            f"{first + row}, column {column}; only finite weights can be sketched "
-            f"(--ignore {tensor.name.removesuffix('.weight')} leaves the layer dense)"
-        )
-
-
 def _check_space(staging: Staging, plan: Plan, more: int = 0) -> None:
     needed = more + sum(shard.nbytes for shard in plan.shards if not staging.has(shard))
     free = shutil.disk_usage(staging.folder).free
@@ -365,23 +269,3 @@ def _check_space(staging: Staging, plan: Plan, more: int = 0) -> None:
             f"{staging.folder} needs {needed:,} more bytes for the sketched model, its disk has "
             f"{free:,} free"
         )
-
-
-@contextlib.contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    """Runs numba's loops, and torch's, on that many threads inside the block; None: on all."""
-    import numba
-    import torch
-
-    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    if threads is not None and not 1 <= threads <= most:
-        raise OptionError(f"threads must be 1 to {most} on this machine, found {threads}")
-    before = numba.get_num_threads(), torch.get_num_threads()
-    numba.set_num_threads(threads or most)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        numba.set_num_threads(before[0])
-        torch.set_num_threads(before[1])

@@ -1,4 +1,4 @@
-"""Where torch computes: the device that a user names, and products in full float32 there."""
+"""What computes: the device that a user names, its precision, memory and threads."""
 
 from __future__ import annotations
 
@@ -120,3 +120,23 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@contextlib.contextmanager
+def cpu_threads(threads: int | None) -> Iterator[None]:
+    """Runs numba's loops, and torch's, on that many threads inside the block; None: on all."""
+    import numba
+    import torch
+
+    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    if threads is not None and not 1 <= threads <= most:
+        raise OptionError(f"threads must be 1 to {most} on this machine, found {threads}")
+    before = numba.get_num_threads(), torch.get_num_threads()
+    numba.set_num_threads(threads or most)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before[0])
+        torch.set_num_threads(before[1])
