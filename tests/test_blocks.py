@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers.blocks import open_blocks
+from helpers.blocks import open_blocks, run_through
 from spallm_convert import CalibrationError, SketchConfig
 from spallm_convert.calibration.blocks import Blocks
 from spallm_convert.plan import make_plan
@@ -101,11 +101,8 @@ def test_the_assembled_model_is_the_dense_one(architecture, tied, tmp_path):
         assert "embed_out.weight" in load_file(folder / "model.safetensors")
     tokens = torch.randint(2, 128, (2, 16))
     blocks = open_blocks(folder, tokens)
-    hidden = blocks.inputs[0]
+    hidden = run_through(blocks)
     with torch.no_grad():
-        for number in range(len(blocks)):
-            hidden = blocks.run(number, blocks.load(number), hidden)
-            blocks.unload(number)
         model = blocks.assemble(lambda path, layer: None)
         expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
         assert torch.equal(model(tokens).logits, expected)

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from helpers.blocks import open_blocks
+from helpers.blocks import open_blocks, run_through
 from helpers.tiny_models import save_tiny_llama
 from spallm_convert import CalibrationError
 from spallm_convert.calibration import sensitivity
@@ -63,11 +63,8 @@ def test_blocks_can_be_gone_through_afterwards(folder):
     names = layers_of(AutoModelForCausalLM.from_pretrained(folder))
     sensitivities(blocks, TOKENS, names, seed=0, say=lambda line: None)
     assert all(p.is_meta for p in blocks._model.parameters())
-    hidden = blocks.inputs[0]
+    hidden = run_through(blocks)
     with torch.no_grad():
-        for number in range(len(blocks)):
-            hidden = blocks.run(number, blocks.load(number), hidden)
-            blocks.unload(number)
         model = blocks.assemble(lambda path, layer: None)
         expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS[:2])
     assert torch.equal(model(TOKENS[:2]).logits, expected.logits)

@@ -1,5 +1,7 @@
 """Blocks of a dense checkpoint, opened as calibration does it."""
 
+import torch
+
 from spallm_convert.calibration.blocks import Blocks
 from spallm_convert.skeleton import build_empty, read_skeleton
 from spallm_convert.source import find_here
@@ -10,3 +12,13 @@ def open_blocks(folder, tokens, batch=2):
     linears = read_skeleton(checkpoint.folder, checkpoint.config).linears
     model = build_empty(checkpoint.folder, checkpoint.config)
     return Blocks(model, checkpoint.tensors, linears, tokens, batch=batch)
+
+
+@torch.no_grad()
+def run_through(blocks):
+    """The first batch's hidden states after the last block."""
+    hidden = blocks.inputs[0]
+    for number in range(len(blocks)):
+        hidden = blocks.run(number, blocks.load(number), hidden)
+        blocks.unload(number)
+    return hidden
