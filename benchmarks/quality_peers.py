@@ -73,7 +73,8 @@ def gptq(model: Any, tokenizer: Any, tokens: Tensor, bits: int, seed: int) -> No
 
 
 def autoround(model: Any, tokenizer: Any, tokens: Tensor, bits: int, seed: int) -> None:
-    """AutoRound at its defaults (200 steps per block) in float32, integers with a zero, in groups.
+    """AutoRound at its defaults (200 steps per block, bfloat16 where the CPU has it), integers with
+    a zero, in groups.
 
     tokens: int64 [samples, seqlen].
     """
@@ -93,5 +94,4 @@ def autoround(model: Any, tokenizer: Any, tokens: Tensor, bits: int, seed: int) 
         device_map="cpu",
         low_cpu_mem_usage=False,
         enable_torch_compile=False,
-        amp=False,
     ).quantize()
