@@ -33,6 +33,7 @@ from spallm_convert import SketchConfig, convert
 from spallm_convert.calibration import layers
 from spallm_convert.terminal import quiet_libraries
 from spallm_kernels import batched
+from spallm_kernels.batched import calibrated
 
 _PACKAGES = ("numpy", "numba", "torch", "transformers", "scikit-learn", "spallm-convert")
 
@@ -69,7 +70,7 @@ def convert_by_loops(model: Path, output: Path, config: SketchConfig, workers: W
     """`convert`, with torch's loops over columns and scikit-learn's k-means."""
     with (
         mock.patch.object(layers, "choose_numerics", return_value=batched),
-        mock.patch.object(batched, "kmeans", cluster_by_scikit_learn(workers)),
+        mock.patch.object(calibrated, "kmeans", cluster_by_scikit_learn(workers)),
     ):
         return convert(model, output, config, device="cpu")
 

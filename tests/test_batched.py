@@ -9,6 +9,7 @@ import torch
 import spallm_kernels
 from helpers.hessians import correlated_hessian, sorted_tables, weight_rows
 from spallm_kernels import batched
+from spallm_kernels.batched import quadratic
 
 SHAPES = [(5, 12, 1, 2), (17, 40, 2, 3), (65, 300, 4, 4), (33, 136, 2, 2)]
 
@@ -79,7 +80,7 @@ def test_compensate_matches(shape):
 @pytest.mark.parametrize("sweeps", [0, 1, 4])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_descend_matches(shape, sweeps, monkeypatch):
-    monkeypatch.setattr(batched, "_SCRATCH", 7 * shape[1])  # losses of seven rows at a time
+    monkeypatch.setattr(quadratic, "SCRATCH", 7 * shape[1])  # losses of seven rows at a time
     arrays, tensors = layer(*shape)
     expected = spallm_kernels.descend(*arrays, sweeps)
     found = batched.descend(*tensors, sweeps)
@@ -91,11 +92,11 @@ def test_descend_matches(shape, sweeps, monkeypatch):
     assert torch.equal(tensors[2], torch.from_numpy(arrays[2])), "the start must stay as it was"
 
 
-@pytest.mark.parametrize("scratch", [1, batched._SCRATCH])
+@pytest.mark.parametrize("scratch", [1, quadratic.SCRATCH])
 @pytest.mark.parametrize("rank", [3, None])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_least_squares_matches(shape, rank, scratch, monkeypatch):
-    monkeypatch.setattr(batched, "_SCRATCH", scratch)  # 1: one row at a time
+    monkeypatch.setattr(quadratic, "SCRATCH", scratch)  # 1: one row at a time
     arrays, tensors = layer(*shape, rank=rank)
     expected = spallm_kernels.least_squares(*arrays)
     table, codes = batched.least_squares(*tensors)

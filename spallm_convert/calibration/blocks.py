@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,22 +18,13 @@ from torch import Tensor, nn
 
 from spallm_convert.errors import CalibrationError, SpallmError, one_line
 from spallm_convert.skeleton import by_model_name
-from spallm_formats import StoredTensor, read_bytes
+from spallm_formats import StoredTensor
+
+from .calls import Call
+from .weights import Weights, forget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a block is called with: arguments, and the keyword of the hidden states among them,
-    None where they come first."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    keyword: str | None
 
 
 class Blocks:
@@ -64,8 +54,8 @@ class Blocks:
         self.path = find_blocks(model, linears)
         nn.Module.eval(model)
         self._model = model
-        self._tensors = by_model_name(model, tensors)
         self._dtype, self._device = dtype, torch.device(device)
+        self._weights = Weights(by_model_name(model, tensors), dtype, self._device)
         listed = dict(model.get_submodule(self.path).named_children())
         self._paths = [f"{self.path}.{name}" for name in listed]
         self._modules = list(listed.values())
@@ -84,13 +74,13 @@ class Blocks:
 
     def load(self, number: int) -> nn.Module:
         """A block with its dense weights, to be given back by `unload`."""
-        self._fill(self._modules[number], self._paths[number])
+        self._weights.fill(self._modules[number], self._paths[number])
         return self._modules[number]
 
     def unload(self, number: int) -> None:
         """Forgets the weights of a block."""
         for module in self._modules[number].modules():
-            _forget(module)
+            forget(module)
 
     def run(self, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """Hidden states [batch, seqlen, hidden] after a block, of `dtype` on `device`."""
@@ -134,7 +124,7 @@ class Blocks:
             self._forget_surroundings()
             if (head := self._head()) is not None:
                 for module in head.modules():
-                    _forget(module)
+                    forget(module)
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """What norm and head make of hidden states after the last block, [batch, seqlen, vocab].
@@ -156,17 +146,17 @@ class Blocks:
         return self._paths[number]
 
     @torch.no_grad()
-    def _enter(self, batches: tuple[Tensor, ...]) -> tuple[list[_Call], list[Tensor]]:
+    def _enter(self, batches: tuple[Tensor, ...]) -> tuple[list[Call], list[Tensor]]:
         """How every block is called, and what enters the first, by batch."""
         (first,), hidden = self._record(batches[0], 1)
         self._as_tuple = isinstance(self._invoke(self.load(0), first, hidden), tuple)
         self.unload(0)
-        calls: list[_Call] = []
+        calls: list[Call] = []
         inputs = []
         for tokens in batches:
             found, hidden = self._record(tokens, len(self))
             calls = calls or found
-            if not all(map(_same, found, calls)):
+            if not all(map(Call.same_as, found, calls)):
                 raise CalibrationError(
                     f"{type(self._model).__name__} calls its blocks with more that depends on the "
                     f"text than hidden states, so they cannot be run one by one"
@@ -174,13 +164,13 @@ class Blocks:
             inputs.append(hidden.cpu())
         return calls, inputs
 
-    def _record(self, tokens: Tensor, count: int) -> tuple[list[_Call], Tensor]:
+    def _record(self, tokens: Tensor, count: int) -> tuple[list[Call], Tensor]:
         """How the first `count` blocks are called, and the hidden states that enter them."""
-        calls: list[_Call] = []
+        calls: list[Call] = []
         entered: list[Tensor] = []
 
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            call, hidden = _taken_apart(args, kwargs)
+            call, hidden = Call.taken_apart(args, kwargs)
             calls.append(call)
             entered.append(hidden)
             if len(calls) == count:
@@ -216,8 +206,11 @@ class Blocks:
         """Reads the output layer too, after which nothing may be missing but blocks: a weight on
         the meta device would be multiplied by as if it were there."""
         head = self._head()
-        if head is not None and self._fill(head, self._path_of_head()):
-            self._model.tie_weights()
+        if head is not None:
+            path = self._path_of_head()
+            self._weights.fill(head, path)
+            if self._weights.missing(head, path):
+                self._model.tie_weights()
         around = (
             (n, p) for n, p in self._model.named_parameters() if not n.startswith(self.path + ".")
         )
@@ -232,12 +225,9 @@ class Blocks:
         paths: dict[nn.Module, str] = {m: path for path, m in self._model.named_modules()}
         return paths[head] if head else ""
 
-    def _invoke(self, block: nn.Module, call: _Call, hidden: Tensor) -> Any:
-        hidden = hidden.to(self._device, self._dtype)
+    def _invoke(self, block: nn.Module, call: Call, hidden: Tensor) -> Any:
         with self._clear_errors():
-            if call.keyword is None:
-                return block(hidden, *call.args, **call.kwargs)
-            return block(*call.args, **call.kwargs, **{call.keyword: hidden})
+            return call.repeat(block, hidden.to(self._device, self._dtype))
 
     @contextlib.contextmanager
     def _clear_errors(self) -> Iterator[None]:
@@ -256,23 +246,11 @@ class Blocks:
     def _check_stored(self) -> None:
         """Refuses, before anything is run, a block with weights that the checkpoint lacks."""
         for path, block in zip(self._paths, self._modules, strict=True):
-            missing = [
-                f"{path}.{name}"
-                for name, value in block.named_parameters()
-                if self._stored(f"{path}.{name}", value) is None
-            ]
-            if missing:
+            if missing := self._weights.missing(block, path):
                 raise CalibrationError(
                     f"{path}: the checkpoint has no tensor for {', '.join(missing[:3])}, so the "
                     f"block cannot be run"
                 )
-
-    def _stored(self, name: str, value: Tensor) -> StoredTensor | None:
-        """The tensor of the checkpoint for a parameter or buffer of the model."""
-        tensor = self._tensors.get(name)
-        if tensor is None or tensor.shape != tuple(value.shape) or tensor.dtype not in _DTYPES:
-            return None
-        return tensor
 
     def _fill_surroundings(self) -> None:
         """Reads what is neither in a block nor the output layer, whose result nobody looks at."""
@@ -282,7 +260,7 @@ class Blocks:
         self._around = [m for m in self._model.modules() if id(m) not in inside]
         for path, module in self._model.named_modules():
             if id(module) not in inside:
-                self._fill_own(module, path)
+                self._weights.fill_own(module, path)
         for module in self._model.modules():  # those in blocks too: they are never read again
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self._device))
@@ -290,30 +268,7 @@ class Blocks:
     def _forget_surroundings(self) -> None:
         """Until the model is assembled nobody needs them, and an embedding can be large."""
         for module in self._around:
-            _forget(module)
-
-    def _fill(self, module: nn.Module, path: str) -> list[str]:
-        """Reads all weights below a module; returns names that the checkpoint does not have."""
-        missing = []
-        for below, inner in module.named_modules():
-            missing += self._fill_own(inner, f"{path}.{below}" if below else path)
-        return missing
-
-    def _fill_own(self, module: nn.Module, path: str) -> list[str]:
-        missing = []
-        for name, value in [*module.named_parameters(recurse=False), *_saved_buffers(module)]:
-            tensor = self._stored(f"{path}.{name}" if path else name, value)
-            if tensor is not None:
-                read = self._read(tensor)
-                setattr(module, name, _parameter(read) if name in module._parameters else read)
-            elif name in module._parameters:
-                missing.append(f"{path}.{name}")
-        return missing
-
-    def _read(self, tensor: StoredTensor) -> Tensor:
-        raw = read_bytes(tensor, 0, tensor.nbytes)
-        flat = torch.frombuffer(raw, dtype=_DTYPES[tensor.dtype])
-        return flat.view(tensor.shape).to(self._device, self._dtype)
+            forget(module)
 
 
 def find_blocks(model: nn.Module, linears: Iterable[str]) -> str:
@@ -335,43 +290,3 @@ def find_blocks(model: nn.Module, linears: Iterable[str]) -> str:
 
 class Enough(Exception):  # noqa: N818  nothing went wrong
     """Ends a run of which all is known that is wanted."""
-
-
-def _taken_apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Call, Tensor]:
-    """A call of a block without its hidden states, and these."""
-    if args:
-        return _Call(args[1:], kwargs, None), args[0]
-    rest = dict(kwargs)
-    if "hidden_states" not in rest:
-        raise CalibrationError(f"blocks are called without hidden states, with {', '.join(rest)}")
-    hidden = rest.pop("hidden_states")
-    return _Call((), rest, "hidden_states"), hidden
-
-
-def _same(found: Any, expected: Any) -> bool:
-    """Whether two values are the same, whatever tensors they are made of."""
-    if isinstance(found, Tensor):
-        return isinstance(expected, Tensor) and torch.equal(found, expected)
-    if isinstance(found, _Call):
-        return _same((found.args, found.kwargs), (expected.args, expected.kwargs))
-    if isinstance(found, tuple | list):
-        return len(found) == len(expected) and all(map(_same, found, expected))
-    if isinstance(found, dict):
-        return found.keys() == expected.keys() and all(_same(found[k], expected[k]) for k in found)
-    return type(found) is type(expected)
-
-
-def _saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Buffers that a checkpoint holds, some of which are trained."""
-    hidden = module._non_persistent_buffers_set
-    return [(n, b) for n, b in module.named_buffers(recurse=False) if n not in hidden]
-
-
-def _forget(module: nn.Module) -> None:
-    """Frees a module's own parameters; its buffers are small, and some are never stored."""
-    for name, parameter in module.named_parameters(recurse=False):
-        setattr(module, name, _parameter(parameter.to("meta")))
-
-
-def _parameter(value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value, requires_grad=False)

@@ -1,0 +1,68 @@
+"""Weights of a checkpoint, read into modules that were built without any, and forgotten again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from spallm_formats import StoredTensor, read_bytes
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class Weights:
+    """The tensors of a checkpoint by the names that the model has for them.
+
+    They are read in `dtype`, to `device`.
+    """
+
+    def __init__(
+        self, tensors: dict[str, StoredTensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._tensors, self._dtype, self._device = tensors, dtype, device
+
+    def missing(self, module: nn.Module, path: str) -> list[str]:
+        """Parameters of the module at a path that the checkpoint lacks, or stores otherwise."""
+        named = ((f"{path}.{name}", value) for name, value in module.named_parameters())
+        return [name for name, value in named if self._stored(name, value) is None]
+
+    def fill(self, module: nn.Module, path: str) -> None:
+        """Reads all weights below the module at a path; one that is missing stays as it is."""
+        for below, inner in module.named_modules():
+            self.fill_own(inner, f"{path}.{below}" if below else path)
+
+    def fill_own(self, module: nn.Module, path: str) -> None:
+        """Reads a module's own weights, not those of the modules in it."""
+        for name, value in [*module.named_parameters(recurse=False), *_saved_buffers(module)]:
+            tensor = self._stored(f"{path}.{name}" if path else name, value)
+            if tensor is not None:
+                read = self._read(tensor)
+                setattr(module, name, _parameter(read) if name in module._parameters else read)
+
+    def _stored(self, name: str, value: Tensor) -> StoredTensor | None:
+        """The tensor of the checkpoint for a parameter or buffer of the model."""
+        tensor = self._tensors.get(name)
+        if tensor is None or tensor.shape != tuple(value.shape) or tensor.dtype not in _DTYPES:
+            return None
+        return tensor
+
+    def _read(self, tensor: StoredTensor) -> Tensor:
+        raw = read_bytes(tensor, 0, tensor.nbytes)
+        flat = torch.frombuffer(raw, dtype=_DTYPES[tensor.dtype])
+        return flat.view(tensor.shape).to(self._device, self._dtype)
+
+
+def forget(module: nn.Module) -> None:
+    """Frees a module's own parameters; its buffers are small, and some are never stored."""
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(module, name, _parameter(parameter.to("meta")))
+
+
+def _saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that a checkpoint holds, some of which are trained."""
+    hidden = module._non_persistent_buffers_set
+    return [(n, b) for n, b in module.named_buffers(recurse=False) if n not in hidden]
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
