@@ -56,3 +56,18 @@ def source(tmp_path_factory) -> Path:
 def text(tmp_path_factory) -> Path:
     """To calibrate it on."""
     return save_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes a file, text or bytes, and returns its path as a string."""
+
+    def file(name, content):
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.write_text(content, encoding="utf-8")
+        return str(path)
+
+    return file

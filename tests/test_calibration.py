@@ -28,7 +28,7 @@ from spallm_convert import (
 )
 from spallm_convert.calibration import numerics, tuning
 from spallm_convert.calibration.sketching import Streams, sketch_block
-from spallm_convert.calibration.text import calibration_tokens
+from spallm_convert.calibration.windows import CalibrationText
 from spallm_convert.cli import main
 from spallm_convert.demo import demo_model
 from spallm_convert.gguf import dequantized
@@ -320,9 +320,8 @@ def test_the_command_line_calibrates(source, text, tmp_path, capsys):
 @pytest.mark.parametrize("bits", [4, 2])
 def test_no_step_raises_the_loss_of_a_real_layer(bits, smollm2, tmp_path, monkeypatch):
     checkpoint = find_here(str(smollm2)).open(smollm2)
-    tokens = calibration_tokens(
-        load_tokenizer(find_here(str(smollm2))), "builtin", samples=8, seqlen=128, seed=0
-    )
+    tokenizer = load_tokenizer(find_here(str(smollm2)))
+    tokens = CalibrationText(tokenizer, "builtin").draw(samples=8, seqlen=128, seed=0)
     blocks = open_blocks(smollm2, tokens, batch=8)
     plan = make_plan(checkpoint, SketchConfig(bits=bits, groups_per_row=1))
     prefix = blocks.path_of(0) + "."

@@ -301,7 +301,7 @@ def test_leanquant_sees_the_inputs_behind_quantized_layers(model, text, tmp_path
     from quality_leanquant import quantize_layer
     from quality_methods import METHODS
     from quality_quantize import open_subject, quantize
-    from spallm_convert.calibration.text import calibration_tokens
+    from spallm_convert.calibration.windows import CalibrationText
     from spallm_kernels import look_up
 
     drawn = {"samples": 4, "seqlen": 16, "seed": 0}
@@ -315,7 +315,7 @@ def test_leanquant_sees_the_inputs_behind_quantized_layers(model, text, tmp_path
     layer = dense.model.layers[1].self_attn.k_proj
     seen = []
     layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, 64)))
-    tokens = calibration_tokens(tiny_tokenizer(), str(text), **drawn)
+    tokens = CalibrationText(tiny_tokenizer(), str(text)).draw(**drawn)
     with torch.no_grad():
         dense(tokens)
     inputs = seen[0].double().numpy()

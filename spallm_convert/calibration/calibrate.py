@@ -51,20 +51,17 @@ def draw_texts(source: Source, config: SketchConfig, *, trust_remote_code: bool)
     from spallm_convert.opening import load_tokenizer
 
     from .healing import samples_for
-    from .text import calibration_tokens
+    from .windows import CalibrationText
 
     assert config.calibration is not None
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    text = CalibrationText(tokenizer, config.calibration)
     seqlen, seed = config.seqlen, config.seed
-    shown = calibration_tokens(
-        tokenizer, config.calibration, samples=config.samples, seqlen=seqlen, seed=seed
-    )
+    shown = text.draw(samples=config.samples, seqlen=seqlen, seed=seed)
     if not config.heal:
         return Texts(shown, None)
     most = samples_for(config.heal, seqlen)
-    healing = calibration_tokens(
-        tokenizer, config.calibration, samples=most, seqlen=seqlen, seed=seed, or_fewer=True
-    )
+    healing = text.draw(samples=most, seqlen=seqlen, seed=seed, or_fewer=True)
     if len(healing) < 2:
         raise SourceError(
             f"text {config.calibration!r} is too short: healing takes at least 2 samples of "

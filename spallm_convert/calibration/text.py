@@ -1,8 +1,6 @@
-"""Text to calibrate or to measure with: read from where the user has it, cut into windows.
+"""Text to calibrate or to measure with, read from where the user has it.
 
-A source is `builtin`, a file (plain text, or JSON records), or a dataset on the Hub. Reading is
-cheap beside tokenising, so files are read whole, but only as much is tokenised as a fair draw
-needs.
+A source is `builtin`, a file (plain text, or JSON records), or a dataset on the Hub.
 """
 
 from __future__ import annotations
@@ -12,14 +10,9 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from spallm_convert.errors import OptionError, SourceError, SpallmError, one_line
-
-if TYPE_CHECKING:
-    import torch
+from spallm_convert.errors import SourceError, SpallmError, one_line
 
 BUILTIN = "builtin"
 ACCEPTED = f"{BUILTIN!r}, a text, .json or .jsonl file, or a dataset ORG/NAME[[:CONFIG]:SPLIT]"
@@ -30,12 +23,6 @@ _RECORD_KEYS = "'text', 'messages' or 'instruction' (with 'input' and 'output')"
 
 #: Of a dataset on the Hub this much is read: some 16 M tokens, sixty times a usual calibration set.
 _HUB_CHARACTERS = 1 << 26
-#: Long documents are tokenised in pieces of this many characters, some 16 k tokens, ...
-_PIECE = 1 << 16
-#: ... so many pieces at a time, ...
-_BATCH = 64
-#: ... until there are this many times the tokens that are drawn.
-_POOL = 4
 
 
 def read_documents(source: str) -> list[str]:
@@ -69,102 +56,6 @@ def english_text() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def calibration_tokens(
-    tokenizer: Any, source: str, *, samples: int, seqlen: int, seed: int, or_fewer: bool = False
-) -> torch.Tensor:
-    """Windows of a source's text, drawn at random: int64 [samples, seqlen], on the CPU.
-
-    or_fewer: of a text that is too short for so many, take as many as it has, but one at least.
-
-    Documents are tokenised without special tokens and joined, with the tokenizer's end-of-text
-    token between them where it has one. Every placement of `samples` windows that do not overlap
-    is equally likely; they come in the order of the text. Where the tokenizer puts a
-    beginning-of-text token before what it encodes, every window starts with it (and has seqlen - 1
-    tokens of text), since that is what the model sees in use: models that know such a token treat
-    the first place of a sequence unlike all others.
-
-    Of more text than four times what is drawn, pieces of at most 64 Ki characters are chosen at
-    random, tokenised, and put back into their order. Same tokenizer, source, numbers and version
-    of NumPy give the same windows; the generator is seeded with `seed`, no global one is touched.
-    Raises OptionError for numbers that cannot be used, SourceError for a text that cannot be read
-    or is too short.
-    """
-    import torch
-
-    if samples < 1 or seqlen < 2 or seed < 0:
-        raise OptionError(
-            f"calibration takes at least 1 sample of at least 2 tokens and a seed of at least 0, "
-            f"found samples={samples}, seqlen={seqlen}, seed={seed}"
-        )
-    prefix = _beginning(tokenizer)
-    length = seqlen - len(prefix)
-    generator = np.random.default_rng(seed)
-    pieces = list(_pieces(read_documents(source)))
-    tokens = _pool(tokenizer, pieces, _POOL * samples * length, generator)
-    if or_fewer:
-        samples = max(1, min(samples, len(tokens) // length))
-    spare = len(tokens) - samples * length
-    if spare < 0:
-        raise SourceError(
-            f"text {source!r} is too short: it has {len(tokens):,} tokens, {samples * length:,} "
-            f"are needed for {samples} samples of {length}"
-        )
-    # Choosing among spare + samples places, and widening each to a window, is choosing among all
-    # placements of windows that do not overlap.
-    places = np.sort(generator.choice(spare + samples, samples, replace=False))
-    starts = places + np.arange(samples) * (length - 1)
-    windows = tokens[starts[:, None] + np.arange(length)]
-    first = np.tile(np.array(prefix, np.int64), (samples, 1))
-    return torch.from_numpy(np.concatenate([first, windows], axis=1))
-
-
-def _beginning(tokenizer: Any) -> list[int]:
-    """The beginning-of-text token, where the tokenizer puts one before what it encodes."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-
-
-def _pieces(documents: list[str]) -> Iterator[tuple[int, str]]:
-    """The documents cut into pieces at ends of lines or words: pairs of (document, piece)."""
-    for number, text in enumerate(documents):
-        start = 0
-        while start < len(text):
-            end = start + _PIECE
-            if end < len(text):
-                # Before white space, as most tokenizers join a space with the word after it.
-                cut = max(text.rfind(white, start + 1, end) for white in " \n")
-                end = cut if cut > start else end
-            yield number, text[start:end]
-            start = end
-
-
-def _pool(
-    tokenizer: Any, pieces: list[tuple[int, str]], enough: int, generator: np.random.Generator
-) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Tokens of pieces chosen at random until there are enough, int64 [n], in order of the text."""
-    chosen: dict[int, list[int]] = {}
-    total = 0
-    order = generator.permutation(len(pieces)).tolist()
-    for first in range(0, len(order), _BATCH):
-        batch = order[first : first + _BATCH]
-        texts = [pieces[i][1] for i in batch]
-        # verbose=False: no remark that this is longer than the model's context.
-        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        chosen.update(zip(batch, encoded, strict=True))
-        total += sum(map(len, encoded))
-        if total >= enough:
-            break
-    joined: list[int] = []
-    before: int | None = None
-    for i in sorted(chosen):
-        follows = before is None or (i == before + 1 and pieces[i][0] == pieces[before][0])
-        if not follows and tokenizer.eos_token_id is not None:
-            joined.append(tokenizer.eos_token_id)
-        joined += chosen[i]
-        before = i
-    return np.array(joined, np.int64)
 
 
 def _read_file(path: Path) -> list[str]:
