@@ -69,6 +69,23 @@ def test_json_is_the_report(run, tiny_llama, tmp_path):
     assert report["options"]["mapping"] == "hash"
 
 
+@pytest.mark.parametrize(
+    ("options", "advised"),
+    [
+        (["--bits", "3"], True),
+        (["--bits", "2", "--mapping", "hash"], True),
+        ([], False),
+        (["--bits", "3", "--calibration", "builtin"], False),
+        (["--bits", "3", "--json"], False),
+        (["--bits", "3", "-q"], False),
+    ],
+)
+def test_few_bits_without_calibration_get_advice(options, advised, tiny_llama, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tiny_llama.folder), "--dry-run", *options])
+    assert ("consider --calibration" in capsys.readouterr().err) == advised
+
+
 def test_quiet_is_quiet(run, tiny_llama, tmp_path):
     assert run(tiny_llama.folder, "-o", tmp_path / "out", "-q") == ""
 

@@ -193,6 +193,8 @@ def command(
 
         check_can_push(push_to_hub)
     quiet_libraries()
+    if not (quiet or as_json):
+        _advise(config)
     if dry_run:
         plan = plan_conversion(
             model, config, revision=revision, trust_remote_code=trust_remote_code, device=device
@@ -226,6 +228,18 @@ def command(
             again = f"spallm-convert push {output} {push_to_hub}"
             raise HubError(f"{error}; {output} is whole, so `{again}` is enough later") from error
         click.echo(f"pushed to {url}", err=as_json)
+
+
+def _advise(config: SketchConfig) -> None:
+    """Says what few bits ask for, before the time is spent (docs/quality.md has the figures)."""
+    from spallm_convert.terminal import stderr
+
+    if config.calibration is None and config.bits < _DEFAULTS.bits:
+        stderr.print(
+            f"{config.bits} bits lose much of a model that is sketched for its weights alone: "
+            f"consider --calibration builtin, or a text of your own, and --heal 300",
+            soft_wrap=True,
+        )
 
 
 def _is_given(option: str) -> bool:
