@@ -26,6 +26,7 @@ lint: .venv/.installed
 bench: .venv/.installed
 	.venv/bin/python benchmarks/clustering.py --bits 4 --bits 3 --bits 2
 	.venv/bin/python benchmarks/calibrated.py
+	.venv/bin/python benchmarks/calibrated_model.py
 	.venv/bin/python benchmarks/linear.py
 	.venv/bin/python benchmarks/memory.py
 

@@ -158,7 +158,7 @@ def carry_out(options: Row) -> list[str]:
     default=list(METHODS),
     show_default="all",
 )
-@click.option("--samples", type=click.IntRange(1), default=32, help="Of the calibration text.")
+@click.option("--samples", type=click.IntRange(1), default=128, help="Of the calibration text.")
 @click.option("--seqlen", type=click.IntRange(2), default=512, help="Tokens of a sample.")
 @click.option("--eval-tokens", type=click.IntRange(2), default=16384, help="To measure on.")
 @click.option("--window", type=click.IntRange(2), default=1024, help="Tokens seen at once.")
@@ -167,7 +167,7 @@ def carry_out(options: Row) -> list[str]:
     "--cache",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("~/.cache/spallm-convert/quality"),
-    help="Where the demo's model is kept.",
+    help="Where the demo's model is kept, and blocks of calibrated runs for those that go on.",
 )
 @click.option("--fresh", is_flag=True, help="Drop the runs that the file holds.")
 @click.option(

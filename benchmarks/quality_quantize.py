@@ -244,7 +244,7 @@ def _calibrated(method: Method, subject: Subject, folder: Path, *, heal_steps: i
         modules = calibrate(blocks, plan, config, folder, progress)
         if for_healing is not None:
             blocks = open_blocks(subject.checkpoint, plan, for_healing, to_heal=True)
-            heal(blocks, plan, config, for_healing, modules, progress.say)
+            heal(blocks, plan, config, for_healing, modules, progress)
     specs = plan.metadata.tensors()
 
     def dense(name: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from .errors import one_line
 from .report import Report
 
 CARD_FILE = "README.md"
@@ -84,12 +85,15 @@ def _front_matter(report: Report, is_decoder: bool) -> str:
 def _calibration(report: Report) -> str:
     """Rows of the table about calibration; none without it."""
     error, options = report.totals.get("relative_output_error"), report.document["options"]
+    if (reason := report.document.get("not_calibrated")) is not None:
+        return f"\n| calibration | none: {one_line(reason)} |"
     if error is None:
         return ""
+    when = ", before healing" if "healing" in report.document else ""
     return (
         f"\n| calibration | {options['calibration']}, {options['samples']} samples of "
         f"{options['seqlen']} tokens |"
-        f"\n| relative error of the layers' outputs on it | {error:.4f} |{_healing(report)}"
+        f"\n| relative error of the layers' outputs on it{when} | {error:.4f} |{_healing(report)}"
     )
 
 

@@ -37,7 +37,7 @@ class SketchConfig:
         layer's columns, or "auto".
     mapping: "cluster" (index map from exact 1-D k-means) or "hash" (computed, not stored).
     table_dtype: "bfloat16", "float16" or "float32" on disk.
-    seed: of the hash mapping and of the draw from the calibration text, 0 to 2^32 - 1.
+    seed: of the hash mapping and of all that calibration and healing draw, 0 to 2^32 - 1.
     ignore: patterns, as in a shell, of module paths to leave dense.
     max_shard_size: of the files written, as "5GB" or in bytes; units are powers of 1000.
     calibration: text to sketch for, as `calibration.text.read_documents` takes it; None: sketches

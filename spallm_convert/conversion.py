@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from spallm_formats import (
 
 from .calibration.allocation import allocate
 from .calibration.calibrate import Texts, calibrate, draw_texts, open_blocks
-from .calibration.store import CalibratedModules, kept_bytes
+from .calibration.store import CalibratedModules, calibrated_bytes, kept_bytes
 from .card import CARD_FILE, model_card
 from .config import SketchConfig
 from .devices import (
@@ -36,6 +37,7 @@ from .devices import (
     full_float32,
 )
 from .errors import CalibrationError, FormatError, OptionError, SpallmError
+from .paths import user_path
 from .plan import Plan, make_plan, reallocate
 from .progress import Progress, Silent
 from .report import REPORT_FILE, Report, identity, make_report
@@ -76,47 +78,32 @@ def convert(
     """
     config = config or SketchConfig()
     place = _find_place(device, config)
-    folder = Path(output).expanduser()
+    folder = user_path(output)
     if resume and overwrite:
         raise OptionError("resume and overwrite contradict each other")
-    is_whole = (folder / CONFIG_FILE).exists() and not is_unfinished(folder)
-    if not (resume and is_whole):
-        check_output_folder(folder, resume=resume, overwrite=overwrite)
-    source = locate(os.fspath(model), revision)
-    if folder.exists() and folder.resolve() == source.path:
-        raise OptionError(f"output {folder} is the source itself: choose another folder")
-
-    def planned(scratch: Path) -> tuple[DenseCheckpoint, Plan]:
-        checkpoint = source.open(scratch)
-        return checkpoint, make_plan(checkpoint, config, trust_remote_code=trust_remote_code)
-
-    # A plan costs nothing beside hashing the source, so what cannot work is refused first.
-    ready = None if source.is_gguf else planned(folder)
-    texts = None
-    if config.calibration is not None:
-        texts = draw_texts(source, config, trust_remote_code=trust_remote_code)
-    same = identity(config, source.identity(), texts, place)
-    older = _older_report(folder)
-    if resume and is_whole and older and older.has_identity(same):
-        remove_leftovers(folder)
-        return older
-    with cpu_threads(threads), Staging(folder, same, resume=resume, overwrite=overwrite) as staging:
-        if staging.is_published:
-            staging.finish_publishing()
-        else:
-            checkpoint, plan = ready or planned(staging.scratch("source"))
-            progress = progress or Silent()
-            progress.start(plan.sketched_weights)
-            sketches: CalibratedModules | None = None
-            notes: dict[str, Any] = {}
-            if texts is not None:
-                with clear_memory_errors(place), full_float32():
-                    plan, sketches, notes = _calibrated(
-                        *(staging, checkpoint, plan, config, texts, place, progress),
-                        trust_remote_code,
-                    )
-            report = _carry_out(staging, plan, same | notes, sketches, progress)
-            _publish(staging, source, checkpoint, plan, report, older)
+    with cpu_threads(threads):
+        is_whole = (folder / CONFIG_FILE).exists() and not is_unfinished(folder)
+        if not (resume and is_whole):
+            check_output_folder(folder, resume=resume, overwrite=overwrite)
+        source = locate(os.fspath(model), revision)
+        if folder.exists() and folder.resolve() == source.path:
+            raise OptionError(f"output {folder} is the source itself: choose another folder")
+        job = _Job(source, config, place, trust_remote_code, progress or Silent())
+        # A plan costs nothing beside hashing the source, so what cannot work is refused first.
+        ready = None if source.is_gguf else job.planned(folder)
+        texts = job.texts()
+        same = identity(config, source.identity(), texts, place)
+        older = _older_report(folder)
+        if resume and is_whole and older and older.has_identity(same):
+            remove_leftovers(folder)
+            return older
+        with Staging(folder, same, resume=resume, overwrite=overwrite) as staging:
+            if staging.is_published:
+                staging.finish_publishing()
+            else:
+                checkpoint, plan = ready or job.planned(staging.scratch("source"))
+                plan, report = _carry_out(job, staging, checkpoint, plan, texts, same)
+                _publish(staging, source, checkpoint, plan, report, older)
     written = Report.read(folder)
     assert written is not None
     return written
@@ -166,48 +153,88 @@ def _find_place(device: str, config: SketchConfig) -> torch.device:
     return place
 
 
-def _calibrated(
+@dataclass(frozen=True)
+class _Job:
+    """What is to be converted, and how; place: where calibration computes."""
+
+    source: Source
+    config: SketchConfig
+    place: torch.device
+    trust_remote_code: bool
+    progress: Progress
+
+    def planned(self, scratch: Path) -> tuple[DenseCheckpoint, Plan]:
+        checkpoint = self.source.open(scratch)
+        trust = self.trust_remote_code
+        return checkpoint, make_plan(checkpoint, self.config, trust_remote_code=trust)
+
+    def texts(self) -> Texts | None:
+        if self.config.calibration is None:
+            return None
+        return draw_texts(self.source, self.config, trust_remote_code=self.trust_remote_code)
+
+    def blocks(
+        self, checkpoint: DenseCheckpoint, plan: Plan, tokens: Tensor, *, to_heal: bool = False
+    ) -> Blocks:
+        return open_blocks(
+            checkpoint,
+            plan,
+            tokens,
+            device=self.place,
+            trust_remote_code=self.trust_remote_code,
+            to_heal=to_heal,
+        )
+
+
+def _carry_out(
+    job: _Job,
     staging: Staging,
     checkpoint: DenseCheckpoint,
     plan: Plan,
-    config: SketchConfig,
-    texts: Texts,
-    place: torch.device,
-    progress: Progress,
-    trust_remote_code: bool,
+    texts: Texts | None,
+    same: dict[str, Any],
+) -> tuple[Plan, Report]:
+    """Calibrates if there are texts, and writes the shards; the plan as it came to be."""
+    job.progress.start(plan.sketched_weights)
+    sketches: CalibratedModules | None = None
+    notes: dict[str, Any] = {}
+    if texts is not None:
+        with clear_memory_errors(job.place), full_float32():
+            plan, sketches, notes = _calibrated(job, staging, checkpoint, plan, texts)
+    return plan, _write_shards(staging, plan, same | notes, sketches, job.progress)
+
+
+def _calibrated(
+    job: _Job, staging: Staging, checkpoint: DenseCheckpoint, plan: Plan, texts: Texts
 ) -> tuple[Plan, CalibratedModules | None, dict[str, Any]]:
     """Every module sketched for the text; None for a model that is not fit, if that is fine. The
     plan with the bits that were chosen, and notes for the report on that, or on why not."""
     folder = staging.scratch(_CALIBRATED, worth_keeping=True)
-
-    def opened(tokens: Tensor, *, to_heal: bool = False) -> Blocks:
-        how: Any = {"device": place, "trust_remote_code": trust_remote_code, "to_heal": to_heal}
-        return open_blocks(checkpoint, plan, tokens, **how)
-
+    config, progress = job.config, job.progress
     try:
-        blocks = opened(texts.calibration)
+        blocks = job.blocks(checkpoint, plan, texts.calibration)
     except CalibrationError as error:
         if not config.fallback:
             raise
-        progress.say(f"not calibrated: {error}")
+        progress.remark(f"not calibrated: {error}")
         return plan, None, {"not_calibrated": str(error)}
     notes: dict[str, Any] = {}
     if config.target_bits is not None:
         allocation = allocate(blocks, plan, config, texts.calibration, folder, progress)
         plan = reallocate(plan, allocation.choices, checkpoint, config)
         notes["predicted_loss"] = allocation.predicted_loss
-    blocks_bytes = sum(spec.nbytes for spec in plan.metadata.tensors().values())
-    _check_space(staging, plan, max(0, blocks_bytes - kept_bytes(folder)))
+    needed = calibrated_bytes(plan.metadata, healed=texts.healing is not None)
+    _check_space(staging, plan, max(0, needed - kept_bytes(folder)))
     sketches = calibrate(blocks, plan, config, folder, progress)
     if texts.healing is not None and sketches.healing is None:
         from .calibration.healing import heal
 
-        blocks = opened(texts.healing, to_heal=True)
-        heal(blocks, plan, config, texts.healing, sketches, progress.say)
+        blocks = job.blocks(checkpoint, plan, texts.healing, to_heal=True)
+        heal(blocks, plan, config, texts.healing, sketches, progress)
     return plan, sketches, notes
 
 
-def _carry_out(
+def _write_shards(
     staging: Staging,
     plan: Plan,
     same: dict[str, Any],

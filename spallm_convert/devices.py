@@ -51,13 +51,21 @@ def device_name(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def clear_memory_errors(device: torch.device) -> Iterator[None]:
-    """What torch says where a GPU's memory is not enough, as an error of ours."""
-    import torch
-
+    """What torch says where memory is not enough, as an error of ours."""
+    remedy = "" if device.type == CPU else "; --device cpu needs none of it, and takes longer"
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise SpallmError(f"device {device}: {one_line(error)} (the CPU takes longer)") from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SpallmError(f"device {device}: {one_line(error)}{remedy}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch has failed for want of memory; for the CPU it has no error of its own."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextlib.contextmanager

@@ -24,9 +24,7 @@ def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str]) -> dict[str, dic
     try:
         wrapped = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
         answer = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), log_samples=False)
-    except (
-        Exception
-    ) as error:  # unknown tasks, datasets that cannot be had, and all else of its own
+    except Exception as error:  # unknown tasks, datasets that cannot be had, all else of its own
         reason = one_line(error)
         raise EvaluationError(
             f"lm-evaluation-harness, tasks {', '.join(tasks)}: {type(error).__name__}: {reason}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spallm_formats import SketchedCheckpoint, SketchMetadata
 
 from .errors import FormatError, SourceError
+from .paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ def load_sketched(
     from .tables import load_tables
 
     name = os.fspath(model)
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         SketchedCheckpoint.open(path)
         name = str(path)

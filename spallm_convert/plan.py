@@ -48,6 +48,16 @@ class Plan:
     def sketched_weights(self) -> int:
         return sum(module.weights for module in self.metadata.modules.values())
 
+    @property
+    def names(self) -> dict[str, str]:
+        """The sketched modules' names in the checkpoint, by their paths in the model."""
+        return {path: name for name, path in self.paths.items()}
+
+    def inside(self, path: str) -> dict[str, str]:
+        """Names in the checkpoint of the sketched modules below a path, by their names there."""
+        start = path + "."
+        return {p.removeprefix(start): n for p, n in self.names.items() if p.startswith(start)}
+
     def totals(self) -> dict[str, Any]:
         """Sizes before and after, in weights, bytes and bits per weight."""
         dense = sum(tensor.nbytes for tensor in self.weights.values())

@@ -15,7 +15,10 @@ class Progress(Protocol):
         """Called as weights of a tensor have been sketched, or found sketched already."""
 
     def say(self, line: str) -> None:
-        """Called with a line on work that is not counted in weights."""
+        """Called with a line on work that is not counted in weights, of interest for now."""
+
+    def remark(self, line: str) -> None:
+        """Called with a line that is to be read, and not to be overwritten by others."""
 
 
 class Silent:
@@ -26,4 +29,7 @@ class Silent:
         pass
 
     def say(self, line: str) -> None:
+        pass
+
+    def remark(self, line: str) -> None:
         pass

@@ -14,6 +14,7 @@ from spallm_formats import FORMAT_VERSION, FormatError, load_json
 from . import __version__
 from .config import SketchConfig
 from .devices import device_name, has_fast_bfloat16
+from .paths import user_path
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class Report:
 
     `totals` has sketched_weights, kept_weights, bits_per_weight, source_bytes, sketched_bytes,
     ratio and relative_error; `modules` one object per sketched module. Both have
-    relative_output_error, on the calibration text, if the conversion was calibrated. With
+    relative_output_error, on the calibration text and before any healing, if the conversion was
+    calibrated. With
     `target_bits` the document has predicted_loss: nats per token of KL(dense || sketched) as
     "chosen", and for "2", "3" and "4" bits throughout; if it was healed, healing: the same
     divergence as measured on samples left out, "kl_before" and "kl_after".
@@ -241,7 +243,7 @@ def _errors(sums: Sequence[float]) -> dict[str, float]:
 def _public(options: dict[str, Any]) -> dict[str, Any]:
     """Options as others may see them: of a file of the user's, its name."""
     text = options["calibration"]
-    if text is not None and Path(text).expanduser().is_file():
+    if text is not None and user_path(text).is_file():
         return options | {"calibration": Path(text).name}
     return options
 

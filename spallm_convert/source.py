@@ -24,6 +24,7 @@ from spallm_formats import (
 )
 
 from .errors import SourceError
+from .paths import user_path
 
 #: What belongs to a model besides its weights: tokenizer, chat template, generation, processor,
 #: custom code and licence files.
@@ -67,10 +68,6 @@ class Source:
     @property
     def is_gguf(self) -> bool:
         return self.path.suffix == ".gguf"
-
-    @property
-    def is_on_hub(self) -> bool:
-        return self.revision is not None
 
     def weight_files(self) -> list[Path]:
         """The files that hold the weights, in order."""
@@ -123,7 +120,7 @@ def locate(model: str, revision: str | None = None) -> Source:
 
 def find_here(model: str, revision: str | None = None) -> Source | None:
     """The model as a folder or GGUF file on this machine; None when it can only be a Hub id."""
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.suffix == ".gguf" and path.is_file():
         return Source(path.name, path.resolve())
     if path.is_dir():

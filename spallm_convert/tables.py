@@ -32,6 +32,7 @@ from spallm_formats.durable import flush_folder, write_atomic
 
 from .errors import FormatError, OptionError, SourceError
 from .linear import SketchedLinear
+from .paths import user_path
 
 if TYPE_CHECKING:
     import os
@@ -65,7 +66,7 @@ def save_tables(
     from safetensors.torch import save
 
     model = sketched_model(model)
-    target = Path(folder).expanduser()
+    target = user_path(folder)
     if (target / TABLES_METADATA_FILE).exists() and not overwrite:
         raise OptionError(f"{target} holds sketch tables already; overwrite=True replaces them")
     origin = getattr(model.config, "_name_or_path", None) or None
@@ -303,7 +304,7 @@ def _find(source: str | os.PathLike[str], revision: str | None) -> Path:
     """The folder of a tables-only checkpoint, downloaded where it is an id on the Hub."""
     from .hub import download_tables
 
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     if not folder.is_dir():
         if folder.exists() or str(source).startswith((".", "/", "~")):
             raise SourceError(f"no such folder: {source}")

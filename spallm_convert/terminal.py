@@ -97,8 +97,12 @@ class ConversionProgress(_WorkProgress):
 
     def say(self, line: str) -> None:
         self._bar.update(self._task, description=line)
-        if not self._hidden and not stderr.is_terminal:
-            stderr.print(line, soft_wrap=True)
+        if not stderr.is_terminal:
+            self.remark(line)
+
+    def remark(self, line: str) -> None:
+        if not self._hidden:
+            stderr.print(line, soft_wrap=True)  # on a terminal that is above the bar
 
 
 class EvaluationProgress(_WorkProgress):

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from helpers.blocks import open_blocks
-from helpers.calibration import StopAt, contents, save_text
+from helpers.calibration import StopAt, contents, divergence, save_text
 from helpers.tiny_models import save_tiny_llama
 from helpers.training import word_tokenizer
 from spallm_convert import (
@@ -54,7 +54,7 @@ def total(numbers, chosen):
     return sum(of_set[number] for of_set, number in zip(numbers, chosen, strict=True))
 
 
-def test_no_allocation_is_better(capfd):
+def test_no_allocation_is_better():
     for sizes, losses, budget in cases(100):
         chosen = solve(sizes, losses, budget)
         every = itertools.product(*(range(len(of_set)) for of_set in sizes))
@@ -162,16 +162,22 @@ def test_choices_are_sane_and_hold_the_uniform_ones():
 
 
 def test_what_engines_fuse():
+    def fused_alike(stages):
+        return fused(stages, {name: (64, 32) for names in stages for name in names})
+
     block = [["q", "k", "v"], ["o"], ["mlp.gate", "mlp.up"], ["mlp.down"]]
-    assert fused(block) == block
+    assert fused_alike(block) == block
     experts = [["q"], ["experts.0.gate", "experts.0.up"], ["experts.0.down"], ["experts.11.up"]]
-    assert sorted(fused(experts)) == [
+    assert sorted(fused_alike(experts)) == [
         ["experts.0.down"],
         ["experts.0.gate", "experts.0.up", "experts.11.up"],
         ["q"],
     ]
     late = [["e.0.up"], ["e.1.gate"], ["e.0.gate", "e.1.up"], ["w1"], ["w2"]]
-    assert sorted(fused(late)) == [["e.0.up", "e.1.gate", "e.0.gate", "e.1.up"], ["w1"], ["w2"]]
+    expected = [["e.0.up", "e.1.gate", "e.0.gate", "e.1.up"], ["w1"], ["w2"]]
+    assert sorted(fused_alike(late)) == expected
+    sequential = [["mlp.0"], ["mlp.2"]]
+    assert fused(sequential, {"mlp.0": (128, 32), "mlp.2": (32, 128)}) == sequential
 
 
 def test_drawn_rows_stand_for_all():
@@ -253,10 +259,11 @@ def test_bits_are_given_within_the_target_and_fused_layers_share(converted):
 
 def test_less_is_lost_than_at_the_uniform_size_next_below(converted, source, text, tmp_path):
     """At 4.25 bits a weight, not much over the 4.2 or so of three bits."""
-    _, report = converted
+    folder, report = converted
     plain = convert(source, tmp_path / "out", options(text, target_bits=None, bits=3))
     assert plain.totals["bits_per_weight"] == pytest.approx(4, abs=0.3)
     assert report.document["predicted_loss"]["chosen"] < report.document["predicted_loss"]["3"]
+    assert divergence(source, folder, text) < 0.9 * divergence(source, tmp_path / "out", text)
 
 
 def test_what_is_said_about_mixed_bits(converted, capsys):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from helpers.blocks import open_blocks
-from helpers.calibration import StopAt, contents, save_text
+from helpers.calibration import StopAt, contents, divergence, save_text
 from helpers.tiny_models import save_tiny_llama
 from helpers.training import word_tokenizer
 from spallm_convert import (
@@ -67,6 +67,32 @@ def test_experts_see_their_own_tokens(text, tmp_path, monkeypatch):
     experts = [f"model.layers.0.mlp.experts.{number}" for number in range(4)]
     assert all(0 < errors[name] < 0.5 for name in experts[:3])
     assert errors[experts[3]] == 0  # it has no outputs
+
+
+class HalfExpert(nn.Module):
+    """In the place of Llama's MLP: one expert, for the better half of the tokens, best first."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.router = nn.Linear(config.hidden_size, 1, bias=False)
+        self.expert = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        chosen = self.router(flat)[:, 0].argsort(descending=True)[: len(flat) // 2]
+        return (
+            torch.zeros_like(flat).index_add(0, chosen, self.expert(flat[chosen])).view_as(hidden)
+        )
+
+
+def test_experts_with_as_many_but_other_tokens_make_up_for_nothing(text, tmp_path, monkeypatch):
+    """Inputs in the dense and in the sketched model are as many, row by row of other tokens."""
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", HalfExpert)
+    folder = save_tiny_llama(tmp_path / "model").folder
+    word_tokenizer().save_pretrained(folder)
+    report = convert(folder, tmp_path / "out", options(text, bits=2))
+    errors = {m["name"]: m["relative_output_error"] for m in report.modules}
+    assert errors["model.layers.1.mlp.expert"] < 0.5
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +167,23 @@ def test_healed_models_are_nearer_still(text, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "healed")
 
 
-def test_healing_goes_through_blocks_that_are_left_dense(source, text, tmp_path):
-    config = options(text, heal=2, ignore=("model.layers.1.*",))
-    healing = convert(source, tmp_path / "out", config).document["healing"]
-    assert 0 < healing["kl_after"] <= healing["kl_before"]
+def test_healing_goes_through_blocks_that_are_left_dense(source, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "LEARNING_RATE", 0.1)
+    ignored = ("model.layers.1.*",)
+    convert(source, tmp_path / "calibrated", options(text, ignore=ignored))
+    config = options(text, heal=20, ignore=ignored)
+    healing = convert(source, tmp_path / "healed", config).document["healing"]
+    assert 0 < healing["kl_after"] < healing["kl_before"]
+    dense, calibrated, healed = (
+        load_file(folder / "model.safetensors")
+        for folder in (source, tmp_path / "calibrated", tmp_path / "healed")
+    )
+    changed = {name for name in healed if not torch.equal(healed[name], calibrated[name])}
+    assert changed
+    assert all(name.startswith("model.layers.0.") for name in changed)
+    untouched = [name for name in dense if name.startswith("model.layers.1.")]
+    assert "model.layers.1.mlp.down_proj.weight" in untouched
+    assert all(torch.equal(dense[name], healed[name]) for name in untouched)
 
 
 def test_a_text_too_short_to_heal_on(source, tmp_path):
@@ -153,17 +192,6 @@ def test_a_text_too_short_to_heal_on(source, tmp_path):
     with pytest.raises(SourceError, match="healing takes at least 2 samples of 32 tokens"):
         convert(source, tmp_path / "out", options(text, samples=1, heal=2))
     assert not (tmp_path / "out").exists()
-
-
-def divergence(source, folder, text):
-    """KL(dense || sketched) on text like that of calibration, nats per token."""
-    words = text.read_text().split()[-1024:]
-    tokens = torch.tensor([2 + int(word.removeprefix("word")) for word in words]).reshape(32, 32)
-    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    sketched = load_sketched(folder, dtype=torch.float32)
-    with torch.no_grad():
-        expected, found = (model(tokens).logits.log_softmax(-1) for model in (dense, sketched))
-    return (expected.exp() * (expected - found)).sum(-1).mean().item()
 
 
 STEPS_OF_FIT = {

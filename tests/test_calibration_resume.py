@@ -12,6 +12,7 @@ import pytest
 
 from helpers.calibration import StopAt, contents
 from spallm_convert import FormatError, SketchConfig, SpallmError, convert, load_sketched
+from spallm_convert.calibration import tuning
 from spallm_formats.staging import PARTIAL_FOLDER
 
 SCRIPT = Path(__file__).parent / "helpers" / "killed_conversion.py"
@@ -77,16 +78,19 @@ def test_blocks_that_are_there_need_no_more_space(source, text, tmp_path, monkey
 
 
 @pytest.mark.parametrize("mapping", ["cluster", "hash"])
-def test_healed_tables_go_with_their_blocks(source, text, tmp_path, mapping):
+def test_healed_tables_go_with_their_blocks(source, text, tmp_path, mapping, monkeypatch):
     """Healed tables are used again, unless they or a block are damaged: then they are made anew."""
-    config = options(text, heal=2, mapping=mapping)
-    convert(source, tmp_path / "whole", config, device="cpu")
+    monkeypatch.setattr(tuning, "LEARNING_RATE", 0.1)
+    config = options(text, heal=20, mapping=mapping, bits=2, table_dtype="float32")
+    whole = convert(source, tmp_path / "whole", config, device="cpu")
+    healing = whole.document["healing"]
+    assert healing["kl_after"] < healing["kl_before"]
     expected = contents(tmp_path / "whole")
 
-    for damaged in (None, "block-00000-", "healed-"):
+    for damaged in (None, "block-00000-", "block-00001-", "healed-"):
         output = tmp_path / f"out-{damaged}"
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("spallm_convert.conversion._carry_out", _interrupt)
+            patched.setattr("spallm_convert.conversion._write_shards", _interrupt)
             with pytest.raises(KeyboardInterrupt):
                 convert(source, output, config, device="cpu", progress=StopAt())
         (file,) = output.rglob(f"{damaged or 'healed-'}*.safetensors")

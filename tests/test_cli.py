@@ -1,5 +1,6 @@
 """The command line: what it prints, and that it answers at once."""
 
+import io
 import json
 import os
 import re
@@ -7,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
+from spallm_convert import terminal
 from spallm_convert.cli import main
 from spallm_convert.cli.convert import default_output
 
@@ -88,6 +91,20 @@ def test_few_bits_without_calibration_get_advice(options, advised, tiny_llama, c
 
 def test_quiet_is_quiet(run, tiny_llama, tmp_path):
     assert run(tiny_llama.folder, "-o", tmp_path / "out", "-q") == ""
+
+
+def test_remarks_stay_on_a_terminal_and_lines_do_not(monkeypatch):
+    shown = Console(file=io.StringIO(), force_terminal=True, width=40)
+    monkeypatch.setattr(terminal, "stderr", shown)
+    with terminal.ConversionProgress() as progress:
+        progress.start(10)
+        progress.say("a line for now")
+        progress.remark("a remark that is longer than the terminal is wide, to its very end")
+        progress.advance(10, "layer")
+    last = shown.file.getvalue()
+    assert "a remark that is longer than the terminal is wide, to its very end\n" in last.replace(
+        "\r", ""
+    )
 
 
 def test_verify_finds_one_flipped_bit(run, tiny_llama, tmp_path):

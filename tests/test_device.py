@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from helpers.calibration import StopAt, contents, options
 from helpers.pretend_device import DEVICE, PretendDevice
@@ -22,7 +23,12 @@ from spallm_convert.calibration import allocation, numerics
 from spallm_convert.calibration.blocks import Blocks
 from spallm_convert.calibration.calibrate import Texts
 from spallm_convert.cli import main
-from spallm_convert.devices import find_device, full_float32, has_fast_bfloat16
+from spallm_convert.devices import (
+    clear_memory_errors,
+    find_device,
+    full_float32,
+    has_fast_bfloat16,
+)
 from spallm_convert.report import identity
 from spallm_formats import unpack
 from spallm_kernels import batched
@@ -202,8 +208,27 @@ def test_a_devices_memory_that_is_not_enough(source, text, tmp_path, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
 
     monkeypatch.setattr(numerics, "prepare_hessian", fail)
-    with pytest.raises(SpallmError, match=r"device cpu: CUDA out of memory\. Tried to allocate"):
+    with pytest.raises(SpallmError, match=r"device cpu: .* Tried to allocate 3\.00 GiB\.$"):
         convert(source, tmp_path / "out", options(text), device="cpu")
+    with (
+        pytest.raises(SpallmError, match=r"3\.00 GiB\.; --device cpu needs none of it"),
+        clear_memory_errors(torch.device("cuda")),
+    ):
+        fail()
+
+
+def test_main_memory_that_is_not_enough_is_not_laid_to_the_model(
+    source, text, tmp_path, monkeypatch
+):
+    """Nor does the conversion fall back: the model would be less than it could be."""
+
+    def fail(*arguments, **how):
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", fail)
+    config = options(text, fallback=True)
+    with pytest.raises(SpallmError, match=r"device cpu: .*can't allocate memory"):
+        convert(source, tmp_path / "out", config, device="cpu")
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from spallm_convert.devices import is_out_of_memory
 from spallm_convert.errors import CalibrationError, SpallmError, one_line
 from spallm_convert.skeleton import by_model_name
 from spallm_formats import StoredTensor
@@ -234,9 +235,11 @@ class Blocks:
         """What a model's own code makes of being run like this, as an error of ours."""
         try:
             yield
-        except (Enough, SpallmError, torch.OutOfMemoryError):
+        except (Enough, SpallmError):
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise CalibrationError(
                 f"{type(self._model).__name__}: the blocks {self.path} cannot be run one by one "

@@ -125,9 +125,11 @@ def calibrate(
     from .sketching import Streams
 
     done = CalibratedModules(folder)
-    inside = [_inside(blocks, number, plan) for number in range(len(blocks))]
+    inside = [plan.inside(blocks.path_of(number)) for number in range(len(blocks))]
     modules = [{n: plan.metadata.modules[n] for n in names.values()} for names in inside]
     missing = [number for number in range(len(blocks)) if not done.has(modules[number])]
+    if missing:  # tables were healed for all of the blocks, and would let another text through
+        done.forget_healed()
     streams = Streams(blocks.inputs, list(blocks.inputs))
     blocks.inputs = []
     for number, names in enumerate(inside):
@@ -139,16 +141,6 @@ def calibrate(
         for name, module in modules[number].items():
             progress.advance(module.weights, name)
     return done
-
-
-def _inside(blocks: Blocks, number: int, plan: Plan) -> dict[str, str]:
-    """The modules of a block: their names in the checkpoint by those in the block."""
-    prefix = blocks.path_of(number) + "."
-    return {
-        path.removeprefix(prefix): name
-        for name, path in plan.paths.items()
-        if path.startswith(prefix)
-    }
 
 
 def _sketch(

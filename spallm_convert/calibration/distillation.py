@@ -55,9 +55,9 @@ def distill(
     """Tunes the tables of a whole model for some steps.
 
     model: assembled by `blocks`, its sketched layers with float32 tables; better: tables to begin
-    with, by path; tokens: int64 [samples, seqlen], the text; final: hidden states of the dense
-    model after its last block, by batch; dtype: that tables are stored in. Deterministic for a
-    seed; no global random state is used. Raises CalibrationError for predictions that are not
+    with, by path, emptied; tokens: int64 [samples, seqlen], the text; final: hidden states of the
+    dense model after its last block, by batch; dtype: that tables are stored in. Deterministic for
+    a seed; no global random state is used. Raises CalibrationError for predictions that are not
     finite.
     """
     size = len(final[0])
@@ -81,6 +81,7 @@ def distill(
         )
     tuner = TableTuner(model, steps, before, dtype)
     tuner.put(better)
+    better.clear()  # a copy less in memory
     tuner.offer(measured())
     samples, begin = at_random(trained, seed), time.monotonic()
     at_once = max(1, STEP_TOKENS // tokens.shape[1])

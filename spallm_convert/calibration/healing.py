@@ -19,6 +19,7 @@ from spallm_convert.config import SketchConfig
 from spallm_convert.devices import peak_memory
 from spallm_convert.linear import SketchedLinear
 from spallm_convert.plan import Plan
+from spallm_convert.progress import Progress
 from spallm_convert.sketch import store_rows
 from spallm_formats import read_bytes, to_float32
 
@@ -47,7 +48,7 @@ def heal(
     config: SketchConfig,
     tokens: Tensor,
     done: CalibratedModules,
-    say: Callable[[str], None],
+    progress: Progress,
 ) -> None:
     """Tunes the tables of all modules and keeps them in `done`, as they will be stored.
 
@@ -56,15 +57,15 @@ def heal(
     CalibrationError for a model whose outputs on the text are not finite.
     """
     begin = time.monotonic()
-    distilled = _tuned(blocks, plan, config, tokens, done, say)
-    names = {path: name for name, path in plan.paths.items()}
+    distilled = _tuned(blocks, plan, config, tokens, done, progress.say)
+    names = plan.names
     tables = {
         names[path]: _stored(names[path], table.cpu().numpy(), plan, done)
         for path, table in distilled.tables.items()
     }
     done.write_healed(tables, {"kl_before": distilled.before, "kl_after": distilled.after})
     memory = peak_memory(blocks.device)
-    say(
+    progress.remark(
         f"healed: {distilled.before:.4f} -> {distilled.after:.4f} nats per token from the dense "
         f"model, {time.monotonic() - begin:.0f} s"
         + ("" if memory is None else f", peak memory so far {memory / 1e9:.1f} GB")
@@ -79,11 +80,9 @@ def _tuned(
     done: CalibratedModules,
     say: Callable[[str], None],
 ) -> Distilled:
-    names = {path: name for name, path in plan.paths.items()}
-    how: dict[str, Any] = {
-        "dtype": getattr(torch, plan.metadata.table_dtype),
-        "seed": config.seed,
-    }
+    names = plan.names
+    dtype: torch.dtype = getattr(torch, plan.metadata.table_dtype)
+    seed = config.seed
 
     def sketched(path: str, dense: nn.Linear) -> SketchedLinear | None:
         return _layer(names[path], dense, plan, done) if path in names else None
@@ -92,7 +91,9 @@ def _tuned(
     blocks.inputs = []
     tables: dict[str, Tensor] = {}
     for number in range(len(blocks)):
-        found, before, after = reconstruct(blocks, number, sketched, streams, **how)
+        found, before, after = reconstruct(
+            blocks, number, sketched, streams, dtype=dtype, seed=seed
+        )
         tables |= found
         say(
             f"healing: block {number + 1} of {len(blocks)}, relative squared error of its outputs "
@@ -100,7 +101,17 @@ def _tuned(
         )
     streams.sketched.clear()
     model = blocks.assemble(sketched)
-    return distill(blocks, model, tables, tokens, streams.dense, steps=config.heal, say=say, **how)
+    return distill(
+        blocks,
+        model,
+        tables,
+        tokens,
+        streams.dense,
+        steps=config.heal,
+        dtype=dtype,
+        seed=seed,
+        say=say,
+    )
 
 
 def _layer(name: str, dense: nn.Linear, plan: Plan, done: CalibratedModules) -> SketchedLinear:

@@ -75,7 +75,7 @@ def predict(
     for number in range(len(blocks)):
         say(f"bits: block {number + 1} of {len(blocks)}")
         block, prefix = blocks.load(number), blocks.path_of(number) + "."
-        names = {p.removeprefix(prefix): n for n, p in plan.paths.items() if p.startswith(prefix)}
+        names = plan.inside(blocks.path_of(number))
         modules = {inner: plan.metadata.modules[name] for inner, name in names.items()}
         stages = find_stages(blocks, number, block, modules, hidden[0])
         losses: dict[str, Losses] = {}
@@ -93,25 +93,30 @@ def predict(
                     losses[inner] = _losses(
                         numerics, weights, hessian, damped, shares, modules[inner], config
                     )
-        for together in fused([stage.names for stage in stages]):
+        shapes = {inner: (m.out_features, m.in_features) for inner, m in modules.items()}
+        for together in fused([stage.names for stage in stages], shapes):
             found.append(FusedSet({names[inner]: losses[inner] for inner in together}))
         hidden = after
         blocks.unload(number)
     return found
 
 
-def fused(stages: list[list[str]]) -> list[list[str]]:
+def fused(stages: list[list[str]], shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
     """Layers of a block in sets that serving engines make one layer of.
 
     stages: names of layers that read the same tensor (query, key and value; gate and up), and so
-    are one product. Experts are one too: layers whose names differ in numbers alone.
+    are one product. Experts are one too: layers of one shape whose names differ in numbers alone.
     """
-    kinds: list[set[str]] = []
+
+    def kind_of(name: str) -> tuple[str, tuple[int, int]]:
+        return re.sub(r"(?<![^.])\d+(?![^.])", "*", name), shapes[name]
+
+    kinds: list[set[tuple[str, tuple[int, int]]]] = []
     for names in stages:
-        own = {_kind(name) for name in names}
+        own = {kind_of(name) for name in names}
         apart = [kind for kind in kinds if not kind & own]
         kinds = [*apart, own.union(*(kind for kind in kinds if kind & own))]
-    return [[name for names in stages for name in names if _kind(name) in kind] for kind in kinds]
+    return [[name for names in stages for name in names if kind_of(name) in kind] for kind in kinds]
 
 
 def draw_rows(
@@ -210,8 +215,3 @@ def _weights(block: nn.Module, name: str, prefix: str) -> Tensor:
             f"the layer dense)"
         )
     return weights
-
-
-def _kind(name: str) -> str:
-    """A name without its numbers."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

@@ -142,14 +142,16 @@ def _sum_inputs(
         torch.zeros(columns, columns, dtype=torch.float64, device=blocks.device) for _ in range(2)
     )
     for before in zip(*streams, strict=True):
+        everything = before[0].shape[:2].numel() * stage.calls
         z, x = (
             _inputs(blocks, number, module, stage, columns, hidden)
             for module, hidden in zip(modules, before, strict=True)
         )
         product = x.T @ x
         hessian += product
-        # Experts may get other tokens in the two models; then there is nothing to make up for.
-        cross += x.T @ z if len(x) == len(z) else product
+        # Experts may get other tokens in the two models, as many or not: rows of x and z are of the
+        # same tokens for sure only where a layer gets all of them. Else nothing is made up for.
+        cross += x.T @ z if len(x) == len(z) == everything else product
     check_sums(f"{blocks.path_of(number)}.{stage.names[0]}", hessian, cross)
     return hessian, cross
 

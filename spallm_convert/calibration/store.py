@@ -110,7 +110,7 @@ class CalibratedModules:
         return CalibratedModule(index_map, table, sums)
 
     def write(self, number: int, modules: dict[str, CalibratedModule]) -> None:
-        """Keeps the modules of a block, all or none of them. Healed tables were for other codes."""
+        """Keeps the modules of a block, all or none of them."""
         from safetensors.numpy import save
 
         tensors: dict[str, Any] = {}
@@ -118,13 +118,16 @@ class CalibratedModules:
             tensors[name + INDEX_MAP_SUFFIX] = module.index_map
             tensors[name + TABLE_SUFFIX] = module.table
         sums = {name: module.sums for name, module in modules.items()}
-        if self._healed is not None:
-            self._healed.unlink()
-            self._healed = self.healing = None
         data = save(tensors, metadata={_SUMS: json.dumps(sums)})
         path = write_sound(self._folder, f"{_BLOCK}-{number:05d}", data)
         for name, module in modules.items():
             self._kept[name] = _Kept(path, module.table.shape, module.sums)
+
+    def forget_healed(self) -> None:
+        """Brings back the tables of the blocks."""
+        if self._healed is not None:
+            self._healed.unlink()
+            self._healed = self.healing = None
 
     def write_healed(
         self, tables: dict[str, tuple[Any, Sequence[float]]], healing: dict[str, float]
@@ -139,9 +142,16 @@ class CalibratedModules:
         self.healing, self._healed_sums = healing, sums
 
 
+def calibrated_bytes(metadata: SketchMetadata, *, healed: bool) -> int:
+    """About what all blocks will take, and healed tables if there are to be any."""
+    specs = metadata.tensors()
+    tables = sum(spec.nbytes for name, spec in specs.items() if name.endswith(TABLE_SUFFIX))
+    return sum(spec.nbytes for spec in specs.values()) + (tables if healed else 0)
+
+
 def kept_bytes(folder: Path) -> int:
-    """What the blocks below a folder take."""
-    return sum(path.stat().st_size for path in folder.glob(f"{_BLOCK}-*.safetensors"))
+    """What the blocks below a folder take, and healed tables."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def write_sound(folder: Path, name: str, data: bytes, suffix: str = ".safetensors") -> Path:

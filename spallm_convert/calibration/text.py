@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spallm_convert.errors import SourceError, SpallmError, one_line
+from spallm_convert.paths import user_path
 
 BUILTIN = "builtin"
 ACCEPTED = f"{BUILTIN!r}, a text, .json or .jsonl file, or a dataset ORG/NAME[[:CONFIG]:SPLIT]"
@@ -35,7 +36,7 @@ def read_documents(source: str) -> list[str]:
     64 Mi characters are taken; that needs the package `datasets`.
     Raises SourceError when there is no such source, it cannot be read, or it holds no text.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if source == BUILTIN:
         documents = [english_text()]
     elif path.is_file():

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from spallm_convert.config import AUTO, BITS, STEPS, SketchConfig
 from spallm_convert.devices import AUTO_DEVICE
 from spallm_convert.errors import HubError
+from spallm_convert.paths import user_path
 from spallm_formats.dtypes import TABLE_DTYPES
 from spallm_formats.metadata import MAPPINGS
 
@@ -69,7 +70,7 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
     default=_DEFAULTS.seed,
-    help="Seed of the hash mapping, and of the draw from the calibration text.",
+    help="Of the hash mapping, and of all that calibration and healing draw at random.",
 )
 @click.option(
     "--calibration",
@@ -218,7 +219,8 @@ def command(
     if as_json:
         click.echo(json.dumps(report.document | {"output": str(output)}, indent=2))
     elif not quiet:
-        print_report(report, output)
+        print_report(report)
+        click.echo(f"written to {output}")
     if push_to_hub:
         from spallm_convert.hub import push_to_hub as push
 
@@ -249,5 +251,5 @@ def _is_given(option: str) -> bool:
 
 def default_output(model: str, bits: float) -> Path:
     """./<name>-spallm-<bits>bit"""
-    name = Path(model.rstrip("/")).expanduser().resolve().name
+    name = user_path(model.rstrip("/")).resolve().name
     return Path(f"{name.removesuffix('.gguf')}-spallm-{bits:g}bit")

@@ -40,4 +40,4 @@ def command(folder: Path, as_json: bool) -> None:
     from .tables import print_report
 
     click.echo(f"converted from {report.source['model']}")
-    print_report(report, folder)
+    print_report(report)

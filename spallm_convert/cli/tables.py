@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
@@ -43,7 +42,7 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
     click.echo(f"{len(plan.shards)} weight file(s) would be written")
 
 
-def print_report(report: Report, folder: Path) -> None:
+def print_report(report: Report) -> None:
     """The error and size of every module, then the totals."""
     errors = {"relative_error": "relative error", "relative_output_error": "of outputs"}
     errors = {key: title for key, title in errors.items() if key in report.totals}
@@ -60,10 +59,11 @@ def print_report(report: Report, folder: Path) -> None:
         )
     stdout.print(table)
     _print_left_dense(report.left_dense)
-    _print_totals(report.totals)
+    _print_totals(report.totals, healed="healing" in report.document)
     _print_predicted(report.document.get("predicted_loss"))
     _print_healing(report.document.get("healing"))
-    click.echo(f"written to {folder}")
+    if (reason := report.document.get("not_calibrated")) is not None:
+        click.echo(f"not calibrated: {reason}")
 
 
 def _print_healing(healing: dict[str, float] | None) -> None:
@@ -94,7 +94,7 @@ def _print_left_dense(left_dense: dict[str, str]) -> None:
         click.echo(f"left dense: {count} x {name}: {why}")
 
 
-def _print_totals(totals: dict[str, Any]) -> None:
+def _print_totals(totals: dict[str, Any], *, healed: bool = False) -> None:
     share = totals["sketched_weights"] / (totals["sketched_weights"] + totals["kept_weights"])
     click.echo(
         f"{totals['sketched_weights']:,} weights sketched ({share:.1%} of the model) at "
@@ -107,8 +107,8 @@ def _print_totals(totals: dict[str, Any]) -> None:
     if "relative_error" in totals:
         click.echo(f"relative error of the sketched weights: {totals['relative_error']:.4f}")
     if "relative_output_error" in totals:
-        error = totals["relative_output_error"]
-        click.echo(f"relative error of their outputs on the calibration text: {error:.4f}")
+        error, when = totals["relative_output_error"], ", before healing" if healed else ""
+        click.echo(f"relative error of their outputs on the calibration text{when}: {error:.4f}")
 
 
 def _print_predicted(losses: dict[str, float] | None) -> None:

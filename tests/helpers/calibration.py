@@ -4,9 +4,12 @@ stop."""
 import random
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM
+
 from helpers.tiny_models import save_tiny_llama
 from helpers.training import word_tokenizer
-from spallm_convert import SketchConfig
+from spallm_convert import SketchConfig, load_sketched
 
 
 def save_source(folder: Path) -> Path:
@@ -35,6 +38,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def divergence(source: Path, folder: Path, text: Path) -> float:
+    """KL(dense || sketched) on text like that of calibration, nats per token."""
+    words = text.read_text().split()[-1024:]
+    tokens = torch.tensor([2 + int(word.removeprefix("word")) for word in words]).reshape(32, 32)
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    sketched = load_sketched(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected, found = (model(tokens).logits.log_softmax(-1) for model in (dense, sketched))
+    return (expected.exp() * (expected - found)).sum(-1).mean().item()
+
+
 class StopAt:
     """Stops a conversion when so many modules are done or lines are said, and lists both; a block
     of `save_source` has seven modules. weights: those that are left."""
@@ -52,6 +66,8 @@ class StopAt:
         self.said.append(line)
         if len(self.said) == self.lines:
             raise KeyboardInterrupt
+
+    remark = say
 
     def advance(self, weights: int, tensor: str) -> None:
         self.weights -= weights

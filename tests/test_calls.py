@@ -1,0 +1,57 @@
+"""Calls of a block: taken apart, repeated, and told from others."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from spallm_convert import CalibrationError
+from spallm_convert.calibration.calls import Call
+
+HIDDEN = torch.arange(6.0).reshape(1, 2, 3)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_call_is_repeated_with_other_hidden_states(first):
+    args, kwargs = ((HIDDEN, "mask"), {}) if first else ((), {"hidden_states": HIDDEN})
+    call, hidden = Call.taken_apart(args, kwargs | {"position": 3})
+    assert hidden is HIDDEN
+    seen = call.repeat(lambda *args, **kwargs: (args, kwargs), HIDDEN + 1)
+    if first:
+        (found, mask), rest = seen
+        assert mask == "mask"
+    else:
+        rest = dict(seen[1])
+        found = rest.pop("hidden_states")
+    assert torch.equal(found, HIDDEN + 1)
+    assert rest == {"position": 3}
+
+
+def test_a_call_without_hidden_states_is_refused():
+    with pytest.raises(CalibrationError, match="without hidden states, with mask, position"):
+        Call.taken_apart((), {"mask": None, "position": 1})
+
+
+def values():
+    return [
+        None,
+        1,
+        2,
+        "eager",
+        (HIDDEN, None),
+        (HIDDEN, HIDDEN),
+        (HIDDEN,),
+        [HIDDEN],
+        {"a": HIDDEN},
+        {"b": HIDDEN},
+        HIDDEN + 1,
+        SimpleNamespace(lengths=HIDDEN),
+        SimpleNamespace(lengths=HIDDEN + 1),
+    ]
+
+
+def test_calls_are_the_same_if_all_that_they_hold_is():
+    for i, found in enumerate(values()):
+        for j, expected in enumerate(values()):
+            calls = [Call((value,), {}, True) for value in (found, expected)]
+            assert calls[0].same_as(calls[1]) == (i == j)
