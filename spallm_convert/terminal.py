@@ -14,12 +14,21 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 #: Progress and remarks go to stderr, results to stdout. rich honours NO_COLOR.
 #: Markup is off: names of layers and answers of models may hold brackets.
 stderr = Console(stderr=True, markup=False, highlight=False)
 stdout = Console(markup=False, highlight=False)
+#: More than any table takes.
+_FILE_WIDTH = 1000
+
+
+def print_table(table: Table) -> None:
+    """Prints a table to stdout: as wide as a terminal is, or as the table wants to be elsewhere."""
+    wide = Console(width=_FILE_WIDTH, markup=False, highlight=False)
+    (stdout if stdout.is_terminal else wide).print(table)
 
 
 def quiet_libraries() -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from spallm_convert.plan import Plan
 from spallm_convert.report import Report
-from spallm_convert.terminal import stdout
+from spallm_convert.terminal import print_table
 
 
 def print_plan(plan: Plan, *, as_json: bool) -> None:
@@ -36,7 +36,7 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
         merged[row] = merged.get(row, 0) + 1
     for row, count in merged.items():
         table.add_row(f"{count} x {row[0]}", *row[1:])
-    stdout.print(table)
+    print_table(table)
     _print_left_dense(plan.left_dense)
     _print_totals(totals)
     click.echo(f"{len(plan.shards)} weight file(s) would be written")
@@ -57,7 +57,7 @@ def print_report(report: Report) -> None:
             f"{module['bits_per_weight']:.3f}",
             *(f"{module[key]:.4f}" for key in errors),
         )
-    stdout.print(table)
+    print_table(table)
     _print_left_dense(report.left_dense)
     _print_totals(report.totals, healed="healing" in report.document)
     _print_predicted(report.document.get("predicted_loss"))
@@ -75,7 +75,8 @@ def _print_healing(healing: dict[str, float] | None) -> None:
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(first, box=None, pad_edge=False, header_style="bold cyan")
+    table = Table(box=None, pad_edge=False, header_style="bold cyan")
+    table.add_column(first, no_wrap=True)  # its names tell the rows apart: others give way first
     for name in others:
         table.add_column(name, justify="right")
     return table
