@@ -395,3 +395,36 @@ def test_a_picture_without_figures_is_refused(tmp_path):
     (tmp_path / "quality.json").write_text('{"runs": [{"kind": "dense"}]}')
     with pytest.raises(PlotError, match="needs runs of the dense model and of another"):
         read(tmp_path / "quality.json")
+
+
+def test_the_summary_compares_losses_and_finds_what_is_better_in_both():
+    from quality_table import beside_leanquant, better_in_both
+
+    def row(kind, bits, size, perplexity, groups=1):
+        return {
+            "method": f"{kind}-{bits}",
+            "kind": kind,
+            "bits": bits,
+            "groups_per_row": groups,
+            "bits_per_weight": size,
+            "perplexity": perplexity,
+        }
+
+    runs = [
+        row("dense", 16, 16, 20),
+        row("leanquant", 4, 4.1, 24),
+        row("leanquant", 3, 3.1, 40),
+        row("sketch-calibrated", 4, 4.2, 22),
+        row("sketch-calibrated", 4, 5.0, 21, groups=4),
+        row("sketch-healed", 4, 4.2, 21),
+        row("sketch", 4, 4.2, 30),
+    ]
+    assert beside_leanquant(runs) == [
+        "At 4 bits LeanQuant's recipe loses 4.00 of perplexity, the calibrated sketch 2.00 (50% of "
+        "that), the healed one 1.00 (25% of that).",
+        "At 3 bits LeanQuant's recipe loses 20.00 of perplexity.",
+    ]
+    better = "Methods of others with fewer bits and less perplexity than a sketch for a text: "
+    assert better_in_both(runs) == better + "none."  # leanquant beats the plain sketch alone
+    runs += [row("gptq", 4, 4.19, 21.5), row("hqq", 4, 5.1, 20.5)]
+    assert better_in_both(runs) == better + "gptq-4 than sketch-calibrated-4."
