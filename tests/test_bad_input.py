@@ -65,6 +65,16 @@ def test_no_such_folder(fails, tmp_path):
     assert "nowhere" in line
 
 
+def test_a_home_of_nobody_is_a_name_like_others(fails, tmp_path):
+    line = fails(1, "~nobody-by-this-name/model", "-o", tmp_path / "out")
+    assert "~nobody-by-this-name/model" in line
+
+
+def test_too_many_threads_are_refused_before_anything_is_read(fails, tmp_path):
+    line = fails(2, tmp_path / "nowhere", "-o", tmp_path / "out", "--threads", "100000")
+    assert "threads must be 1 to" in line
+
+
 def test_no_config(fails, source, tmp_path):
     (source / "config.json").unlink()
     assert "no config.json in it" in fails(1, source, "-o", tmp_path / "out")

@@ -287,7 +287,7 @@ def test_texts_that_cannot_be_used(source, text, tmp_path):
     refused(SourceError, "no such file", source, output, options(tmp_path / "missing.txt"))
 
 
-def test_encoders_are_refused_unless_falling_back_is_allowed(text, tmp_path):
+def test_encoders_are_refused_unless_falling_back_is_allowed(text, tmp_path, capsys):
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
@@ -309,6 +309,10 @@ def test_encoders_are_refused_unless_falling_back_is_allowed(text, tmp_path):
     assert "relative_output_error" not in report.totals
     assert "is no causal language model" in report.document["not_calibrated"]
     assert progress.said == ["not calibrated: " + report.document["not_calibrated"]]
+    assert "| calibration | none: BertForMaskedLM is no" in (output / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["inspect", str(output)])
+    assert "not calibrated: BertForMaskedLM is no" in capsys.readouterr().out
     convert(tmp_path / "bert", tmp_path / "plain", SketchConfig(bits=3, groups_per_row=2))
     weights = "model.safetensors"
     assert contents(output)[weights] == contents(tmp_path / "plain")[weights]

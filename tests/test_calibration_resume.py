@@ -77,6 +77,20 @@ def test_blocks_that_are_there_need_no_more_space(source, text, tmp_path, monkey
             convert(source, tmp_path / "out", options(text), device="cpu", resume=True)
 
 
+def test_healed_tables_need_space_too(source, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "LEARNING_RATE", 0.1)  # there is something to keep
+    config = options(text, heal=2)
+    whole = convert(source, tmp_path / "whole", config, device="cpu")
+    tables = 2 * 16 * sum(module["shape"][0] for module in whole.modules)
+    shards_and_blocks = whole.totals["sketched_bytes"] + sum(
+        module.stat().st_size for module in stopped(source, tmp_path / "out", config, 14)
+    )
+    usage = shutil.disk_usage(tmp_path)._replace(free=shards_and_blocks + tables // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(SpallmError, match="more bytes"):
+        convert(source, tmp_path / "other", config, device="cpu")
+
+
 @pytest.mark.parametrize("mapping", ["cluster", "hash"])
 def test_healed_tables_go_with_their_blocks(source, text, tmp_path, mapping, monkeypatch):
     """Healed tables are used again, unless they or a block are damaged: then they are made anew."""
