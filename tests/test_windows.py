@@ -92,6 +92,19 @@ def test_the_seed_decides_and_global_generators_are_left_alone(write):
     assert not torch.equal(first, draw(1))
 
 
+class Watched:
+    """The tiny tokenizer; lists what it tokenises."""
+
+    bos_token_id, eos_token_id = None, 1
+
+    def __init__(self, seen):
+        self._seen, self._tokenizer = seen, tiny_tokenizer()
+
+    def __call__(self, texts, **options):
+        self._seen.extend(texts)
+        return self._tokenizer(texts, **options)
+
+
 def test_of_a_large_text_a_random_part_is_tokenised(write, monkeypatch):
     """Pieces of all of the text are chosen alike, and stay in its order."""
     monkeypatch.setattr(windows, "_PIECE", 100)
@@ -100,17 +113,10 @@ def test_of_a_large_text_a_random_part_is_tokenised(write, monkeypatch):
     source, tokenizer = write("a.txt", text), tiny_tokenizer()
     seen = []
 
-    class Watched:
-        bos_token_id, eos_token_id = None, 1
-
-        def __call__(self, texts, **options):
-            seen.extend(texts)
-            return tokenizer(texts, **options)
-
     places = []
     for seed in range(40):
         seen.clear()
-        drawn = CalibrationText(Watched(), source).draw(samples=5, seqlen=20, seed=seed)
+        drawn = CalibrationText(Watched(seen), source).draw(samples=5, seqlen=20, seed=seed)
         assert 400 <= sum(map(len, seen)) < 800
         assert all(piece in text for piece in seen)
         numbers = " ".join(map(tokenizer.decode, drawn)).replace("</s>", " ").split()
@@ -145,14 +151,7 @@ def test_what_was_tokenised_for_one_draw_serves_the_next(write, monkeypatch):
     source, tokenizer = write("a.txt", words(5_000)), tiny_tokenizer()
     seen = []
 
-    class Watched:
-        bos_token_id, eos_token_id = None, 1
-
-        def __call__(self, texts, **options):
-            seen.extend(texts)
-            return tokenizer(texts, **options)
-
-    text = CalibrationText(Watched(), source)
+    text = CalibrationText(Watched(seen), source)
     text.draw(samples=5, seqlen=20, seed=0)
     few = len(seen)
     drawn = text.draw(samples=50, seqlen=20, seed=0)
