@@ -47,11 +47,12 @@ _COMPLETE = "complete"
 class Quantized(NamedTuple):
     """stored_bits: of all layers, on disk; weights: float32 [out_features, in_features], by path in
     the model, to be gone through once; continues: the kind of a run whose results this one went on
-    with."""
+    with; predicted_loss: where bits are allocated, what `convert` said it would cost, in nats."""
 
     stored_bits: int
     weights: Iterable[tuple[str, Tensor]]
     continues: str | None = None
+    predicted_loss: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -192,10 +193,14 @@ def _sketch(method: Method, subject: Subject) -> Quantized:
 
 def _converted(subject: Subject, config: SketchConfig) -> Quantized:
     folder = subject.scratch / "sketched"
-    convert(subject.checkpoint.folder, folder, config)
+    report = convert(subject.checkpoint.folder, folder, config)
     sketched = SketchedCheckpoint.open(folder)
     stored = sum(spec.nbytes for spec in sketched.metadata.tensors().values())
-    return Quantized(8 * stored, _read_sketched(sketched, subject.plan.paths))
+    return Quantized(
+        8 * stored,
+        _read_sketched(sketched, subject.plan.paths),
+        predicted_loss=report.document.get("predicted_loss"),
+    )
 
 
 def _sketch_calibrated(method: Method, subject: Subject) -> Quantized:

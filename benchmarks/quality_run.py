@@ -105,6 +105,7 @@ def quantized_model(job: Job, shown: str) -> tuple[Any, dict[str, Any]]:
         "conversion_cpu_seconds": busy,
         "conversion_peak_bytes": peak,
         "continues": found.continues,
+        "predicted_loss": found.predicted_loss,
     }
 
 

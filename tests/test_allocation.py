@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from helpers.blocks import open_blocks
@@ -27,16 +28,18 @@ from spallm_convert import (
     convert,
     load_sketched,
 )
-from spallm_convert.calibration import allocation, prediction
+from spallm_convert.calibration import allocation, prediction, sensitivity
 from spallm_convert.calibration.allocation import fit_into, solve
 from spallm_convert.calibration.choices import Choice, budget_for, choices, stored_bits
 from spallm_convert.calibration.prediction import draw_rows, fused, predict
+from spallm_convert.calibration.sensitivity import Sensitivity
 from spallm_convert.calibration.store import CalibratedModules
 from spallm_convert.cli import main
 from spallm_convert.conversion import plan_conversion
 from spallm_convert.plan import make_plan
 from spallm_convert.source import find_here
 from spallm_formats import SketchedCheckpoint, SketchedModule
+from spallm_kernels import fit, look_up, prepare_hessian
 
 
 def cases(count):
@@ -327,20 +330,32 @@ def test_experts_share_and_need_not_be_reached(text, tmp_path, monkeypatch):
         assert experts[2]["relative_output_error"] == 0
 
 
+TOKENS = torch.randint(2, 128, (8, 32), generator=torch.Generator().manual_seed(0))
+
+
+def random_sensitivity(rows):
+    """Of a layer with so many outputs, to the first of four batches of `TOKENS`."""
+    rng = np.random.default_rng(0)
+    tokens = torch.from_numpy(rng.lognormal(size=64)).float()
+    return Sensitivity(rng.lognormal(size=rows), tokens)
+
+
 def predicted(source, text, *, ignore=(), **changes):
-    """Losses of all modules for random sensitivities, with other constants in `prediction`."""
+    """Losses of all modules for random sensitivities, with other constants in `prediction`; those
+    of the first of four batches are measured on the text they are, the others sketched for."""
     checkpoint = find_here(str(source)).open(source)
     config = options(text, ignore=ignore)
     plan = make_plan(checkpoint, config)
-    tokens = torch.randint(2, 128, (8, 32), generator=torch.Generator().manual_seed(0))
+    by_token = random_sensitivity(1).tokens
     costs = {
-        path: np.random.default_rng(0).lognormal(size=plan.metadata.modules[name].out_features)
+        path: random_sensitivity(plan.metadata.modules[name].out_features)
         for name, path in plan.paths.items()
     }
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sensitivity, "TOKENS", len(by_token))
         for name, value in changes.items():
             patch.setattr(prediction, name, value)
-        blocks = open_blocks(source, tokens)
+        blocks = open_blocks(source, TOKENS)
         sets = predict(blocks, plan, config, costs, say=lambda line: None)
     assert len(blocks.inputs) == 4  # to be sketched on
     return {name: values for of_set in sets for name, values in of_set.losses.items()}
@@ -356,12 +371,23 @@ def test_predictions_are_near_what_sketching_loses(source, text):
             assert some[name][choice] == pytest.approx(value, rel=0.15)
 
 
-def test_damping_is_for_fitting_alone(source, text):
-    """Codes and tables are worse with much of it; the loss of their outputs is what it is."""
-    usual, much = predicted(source, text), predicted(source, text, DAMPING=100.0)
-    for name, values in usual.items():
-        for choice, value in values.items():
-            assert 0.9 < much[name][choice] / value < 5
+def test_losses_are_of_other_text_than_was_sketched_for(source, text):
+    """Damping is for the fit alone."""
+    name = "model.layers.0.self_attn.v_proj"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    layer, inputs = model.get_submodule(name), []
+    layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model(TOKENS)
+    x = inputs[0].flatten(0, 1).double()
+    hessian = prepare_hessian((x[64:].T @ x[64:]).numpy(), prediction.DAMPING)
+    dense = layer.weight.detach()
+    table, codes, _ = fit(dense.numpy(), hessian, 1, 8)
+    moved = (x[:64] @ (torch.from_numpy(look_up(table, codes)) - dense).double().T).square()
+    rows, by_token = random_sensitivity(len(dense))
+    expected = float(rows @ (by_token.double() @ moved).numpy()) / 2 / 64
+    found = predicted(source, text, SAMPLE_ROWS=10**6)[name]
+    assert found[Choice(3, 1)] == pytest.approx(expected, rel=1e-3)
 
 
 def test_predictions_do_not_depend_on_what_is_summed_at_once(source, text):

@@ -1,7 +1,9 @@
 """What every choice for every layer is predicted to cost in the model's loss.
 
 A sample of a layer's rows is sketched with each choice, as calibration will do it but for the dense
-model's inputs, and what they lose counts as much as `sensitivity` says.
+model's inputs, and what they lose counts as much as `sensitivity` says. That is measured on other
+text than they are sketched for, if there is: on the same text wide layers would look better than
+they are.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +26,8 @@ from spallm_formats import SketchedModule
 from .blocks import Blocks
 from .choices import Choice, choices
 from .layers import DAMPING, fit_options
-from .numerics import Numerics, choose_numerics
-from .sensitivity import Doubles
+from .numerics import choose_numerics
+from .sensitivity import Doubles, Sensitivity, measured_batches
 from .sketching import Stage, check_sums, find_stages, flat_inputs, on_input
 
 #: Rows of a layer that are sketched for its prediction.
@@ -54,49 +56,52 @@ class FusedSet(NamedTuple):
         }
 
 
+class Trial(NamedTuple):
+    """Some rows of a layer sketched in every way. errors: what that changes in their weights,
+    float32 [choices, rows, in_features]; factors: [rows], what makes their losses those of all."""
+
+    choices: list[Choice]
+    errors: Tensor
+    factors: Doubles
+
+
 @torch.no_grad()
 def predict(
     blocks: Blocks,
     plan: Plan,
     config: SketchConfig,
-    sensitivities: Mapping[str, Doubles],
+    sensitivities: Mapping[str, Sensitivity],
     *,
     say: Callable[[str], None],
 ) -> list[FusedSet]:
     """The predicted losses of all modules of a plan, on the text that `blocks` were opened with.
 
-    sensitivities: float64 [out_features] by path in the model. Raises CalibrationError for inputs
-    or weights that are not finite.
+    sensitivities: by path in the model. Raises CalibrationError for inputs or weights that are not
+    finite.
     """
-    numerics = choose_numerics(blocks.device)
-    hidden = list(blocks.inputs)
-    tokens = sum(states[..., 0].numel() for states in hidden)
+    count = measured_batches(blocks)
+    measured, others = blocks.inputs[:count], blocks.inputs[count:]
     found = []
     for number in range(len(blocks)):
         say(f"bits: block {number + 1} of {len(blocks)}")
         block, prefix = blocks.load(number), blocks.path_of(number) + "."
         names = plan.inside(blocks.path_of(number))
         modules = {inner: plan.metadata.modules[name] for inner, name in names.items()}
-        stages = find_stages(blocks, number, block, modules, hidden[0])
-        losses: dict[str, Losses] = {}
-        after = hidden
+        weights = {inner: _weights(block, inner, prefix) for inner in modules}
+        costs = {inner: sensitivities[prefix + inner] for inner in modules}
+        stages = find_stages(blocks, number, block, modules, measured[0])
+        trials: dict[str, Trial] = {}
         for some in _at_once(stages, modules):
-            sums, after = _sum_inputs(blocks, number, block, some, modules, hidden)
+            sums, after = _sum_inputs(blocks, number, block, some, modules, others or measured)
             for stage in some:
-                first = stage.names[0]
-                check_sums(prefix + first, sums[first])
-                hessian = sums.pop(first)
-                damped = numerics.prepare_hessian(hessian, DAMPING)
-                for inner in stage.names:
-                    weights = _weights(block, inner, prefix)
-                    shares = sensitivities[prefix + inner] / (2 * tokens)
-                    losses[inner] = _losses(
-                        numerics, weights, hessian, damped, shares, modules[inner], config
-                    )
+                hessian = sums.pop(stage.names[0])
+                check_sums(prefix + stage.names[0], hessian)
+                trials |= _try(stage, hessian, weights, costs, modules, config)
+        losses, measured = _measure(blocks, number, block, trials, costs, measured)
+        others = after if others else []
         shapes = {inner: (m.out_features, m.in_features) for inner, m in modules.items()}
         for together in fused([stage.names for stage in stages], shapes):
             found.append(FusedSet({names[inner]: losses[inner] for inner in together}))
-        hidden = after
         blocks.unload(number)
     return found
 
@@ -140,30 +145,64 @@ def draw_rows(
     return rows, factors
 
 
-def _losses(
-    numerics: Numerics,
-    weights: Tensor,
+def _try(
+    stage: Stage,
     hessian: Tensor,
-    damped: Any,
-    shares: Doubles,
-    module: SketchedModule,
+    weights: Mapping[str, Tensor],
+    costs: Mapping[str, Sensitivity],
+    modules: Mapping[str, SketchedModule],
     config: SketchConfig,
-) -> Losses:
-    """The loss of a whole layer by choice; shares: [out_features], cost per loss of its rows.
-
-    hessian: float64 [n, n], X^T X; damped: the same made ready for `numerics`, to be fitted with.
-    """
-    wide = weights.double()
-    spreads = (wide - wide.mean(1, keepdim=True)).square() @ hessian.diagonal()
-    rows, factors = draw_rows(shares, spreads.cpu().numpy(), SAMPLE_ROWS)
-    sample = weights[torch.from_numpy(rows).to(weights.device)]
-    how = fit_options(config.without)
+) -> dict[str, Trial]:
+    """Trials of the layers of a stage. hessian: float64 [in_features, in_features], X^T X."""
+    numerics = choose_numerics(hessian.device)
+    damped = numerics.prepare_hessian(hessian, DAMPING)
     found = {}
-    for choice in choices(module, config):
-        table, codes, _ = numerics.fit(sample, damped, choice.groups, 1 << choice.bits, **how)
-        lost = numerics.quadratic_loss(sample, numerics.look_up(table, codes), hessian)
-        found[choice] = float(factors @ lost.cpu().numpy())
+    for inner in stage.names:
+        wide = weights[inner].double()
+        spreads = (wide - wide.mean(1, keepdim=True)).square() @ hessian.diagonal()
+        rows, factors = draw_rows(costs[inner].rows, spreads.cpu().numpy(), SAMPLE_ROWS)
+        sample = weights[inner][torch.from_numpy(rows).to(hessian.device)]
+        options, how = choices(modules[inner], config), fit_options(config.without)
+        errors = []
+        for choice in options:
+            table, codes, _ = numerics.fit(sample, damped, choice.groups, 1 << choice.bits, **how)
+            errors.append(numerics.look_up(table, codes) - sample)
+        found[inner] = Trial(options, torch.stack(errors), factors)
     return found
+
+
+def _measure(
+    blocks: Blocks,
+    number: int,
+    block: nn.Module,
+    trials: Mapping[str, Trial],
+    costs: Mapping[str, Sensitivity],
+    hidden: list[Tensor],
+) -> tuple[dict[str, Losses], list[Tensor]]:
+    """The losses of layers by choice, on hidden states that enter their block and that gradients
+    were taken on; and what leaves it, on the CPU."""
+    lost = {
+        n: trial.errors.new_zeros(trial.errors.shape[:2]).double() for n, trial in trials.items()
+    }
+    seen = dict.fromkeys(trials, 0)
+    with contextlib.ExitStack() as stack:
+        for name, trial in trials.items():
+
+            def add(x: Tensor, name: str = name, trial: Trial = trial) -> None:
+                flat = flat_inputs(x)
+                first, seen[name] = seen[name], seen[name] + len(flat)
+                weight = costs[name].tokens[first : seen[name]].to(flat)
+                moved = flat @ trial.errors.flatten(0, 1).T
+                lost[name] += (weight @ moved.square()).view_as(lost[name])
+
+            stack.enter_context(on_input(block, name, add))
+        after = [blocks.run(number, block, states).cpu() for states in hidden]
+    tokens = sum(states[..., 0].numel() for states in hidden)
+    found = {}
+    for name, trial in trials.items():
+        values = lost[name].cpu().numpy() @ trial.factors / (2 * tokens)
+        found[name] = dict(zip(trial.choices, values.tolist(), strict=True))
+    return found, after
 
 
 def _at_once(stages: list[Stage], modules: Mapping[str, SketchedModule]) -> Iterator[list[Stage]]:

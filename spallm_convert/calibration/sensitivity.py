@@ -1,14 +1,16 @@
-"""How much a model's predictions depend on each output of each layer.
+"""How much a model's predictions depend on the outputs of each layer.
 
 To second order, an error d of row o of a layer moves the predicted distributions by
 
-    KL(dense || sketched) = 1/2 G_o d H d^T / tokens        nats per token
+    KL(dense || sketched) = 1/2 mean over t of g_to^2 (x_t d^T)^2        nats per token
 
-with H = X^T X over the inputs of the layer, and G_o the mean square of the gradient that the
-log-likelihood of labels has by output o, where labels are drawn from the dense model's own
-predictions: then the gradients' second moment is the Fisher matrix, which is the divergence's
-Hessian. Taking it as G times H is K-FAC (arXiv 1503.05671); positions of the text, rows and layers
-are treated as independent, since errors of sketching in different rows are.
+with x_t the layer's input at position t and g_to the gradient that the log-likelihood of labels has
+by output o there, where labels are drawn from the dense model's own predictions: then the
+gradients' second moment is the Fisher matrix, which is the divergence's Hessian. Rows, positions
+and layers are treated as independent, since errors of sketching in different rows are.
+
+Of g_to^2 the means by row and by token are kept, which make g_to^2 = c_t G_o of it. K-FAC (arXiv
+1503.05671) takes c_t as 1, as if much depended on the very tokens whose inputs are large.
 
 One block is in memory at a time: forward through all, then backward through each on its own.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +37,21 @@ TOKENS = 4096
 Doubles = npt.NDArray[np.float64]
 
 
+class Sensitivity(NamedTuple):
+    """Of a layer. rows: G, the mean over tokens of the squared gradient by each output, float64
+    [out_features]; tokens: c, its mean over outputs by token, as a multiple of the mean of all,
+    float32 [tokens] in the order in which the layer sees them. Zeros where nothing depends on it.
+    """
+
+    rows: Doubles
+    tokens: Tensor
+
+
+def measured_batches(blocks: Blocks) -> int:
+    """How many batches of a text gradients are taken on, its first."""
+    return max(1, TOKENS // blocks.inputs[0].shape[:2].numel())
+
+
 def sensitivities(
     blocks: Blocks,
     tokens: Tensor,
@@ -41,34 +59,32 @@ def sensitivities(
     *,
     seed: int,
     say: Callable[[str], None],
-) -> dict[str, Doubles]:
-    """G of linear layers by their paths in the model: float64 [out_features], zeros for a layer
-    that the text does not reach.
+) -> dict[str, Sensitivity]:
+    """Those of linear layers by their paths in the model.
 
     tokens: int64 [samples, seqlen], the calibration text. Deterministic for a seed; no global
     random state is used. Raises CalibrationError for predictions and gradients that are not finite.
     """
-    count = max(1, TOKENS // blocks.inputs[0].shape[:2].numel())
-    entered = [blocks.inputs[:count]]
+    entered = [blocks.inputs[: measured_batches(blocks)]]
     with torch.no_grad():
         for number in range(len(blocks)):
             block = blocks.load(number)
             entered.append([blocks.run(number, block, hidden).cpu() for hidden in entered[-1]])
             blocks.unload(number)
     gradients = _by_final(blocks, tokens, entered.pop(), torch.Generator().manual_seed(seed))
-    found: dict[str, Doubles] = {}
+    found: dict[str, Sensitivity] = {}
     for number in reversed(range(len(blocks))):
         say(f"sensitivity of block {number + 1} of {len(blocks)}")
         block, prefix = blocks.load(number), blocks.path_of(number) + "."
         inside = [path.removeprefix(prefix) for path in layers if path.startswith(prefix)]
-        with _mean_squares(block, inside) as squares:
+        with _squares(block, inside) as squares:
             gradients = [
                 blocks.pull_back(number, block, hidden, gradient).cpu()
                 for hidden, gradient in zip(entered.pop(), gradients, strict=True)
             ]
         blocks.unload(number)
         for name, values in squares.items():
-            if not np.isfinite(values).all():
+            if not np.isfinite(values.rows).all():
                 raise CalibrationError(
                     f"{prefix}{name}: the gradients of its outputs on the calibration text are "
                     f"not all finite"
@@ -106,20 +122,22 @@ def _by_final(
 
 
 @contextlib.contextmanager
-def _mean_squares(block: nn.Module, names: Collection[str]) -> Iterator[dict[str, Doubles]]:
-    """Gives a dictionary that is filled when the `with` block ends: for every layer the mean over
-    tokens of the squared gradient by its outputs, [out_features]."""
+def _squares(block: nn.Module, names: Collection[str]) -> Iterator[dict[str, Sensitivity]]:
+    """Gives a dictionary that is filled when the `with` block ends, by layer."""
     sums: dict[str, Tensor] = {}
-    rows = dict.fromkeys(names, 0)
-    found: dict[str, Doubles] = {}
+    calls: dict[str, list[Tensor]] = {}
+    found: dict[str, Sensitivity] = {}
 
     def watch(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def add(gradient: Tensor) -> None:
-            flat = gradient.reshape(-1, gradient.shape[-1])
-            sums[name] = sums[name] + flat.double().square().sum(0)
-            rows[name] += len(flat)
-
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            place = len(calls[name])  # gradients come in another order than calls
+            calls[name].append(torch.zeros(output[..., 0].numel()))
+
+            def add(gradient: Tensor) -> None:
+                squares = gradient.reshape(-1, gradient.shape[-1]).float().square()
+                sums[name] = sums[name] + squares.sum(0, dtype=torch.float64)
+                calls[name][place] = squares.mean(1).cpu()
+
             if output.requires_grad:
                 output.register_hook(add)  # type: ignore[no-untyped-call]
 
@@ -130,7 +148,11 @@ def _mean_squares(block: nn.Module, names: Collection[str]) -> Iterator[dict[str
             layer = block.get_submodule(name)
             assert isinstance(layer, nn.Linear)
             sums[name] = layer.weight.new_zeros(layer.out_features, dtype=torch.float64)
+            calls[name] = []
             stack.callback(watch(name, layer).remove)
         yield found
     for name in names:
-        found[name] = (sums[name] / max(1, rows[name])).cpu().numpy()
+        tokens = torch.cat([torch.empty(0), *calls[name]])
+        rows = sums[name] / max(1, len(tokens))
+        mean = float(rows.mean())
+        found[name] = Sensitivity(rows.cpu().numpy(), tokens / mean if mean else tokens)
