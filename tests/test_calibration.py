@@ -27,7 +27,7 @@ from spallm_convert import (
     load_sketched,
 )
 from spallm_convert.calibration import numerics, tuning
-from spallm_convert.calibration.sketching import Streams, sketch_block
+from spallm_convert.calibration.sketching import Streams, replay_block, sketch_block
 from spallm_convert.calibration.windows import CalibrationText
 from spallm_convert.cli import main
 from spallm_convert.demo import demo_model
@@ -93,6 +93,25 @@ def test_experts_with_as_many_but_other_tokens_make_up_for_nothing(text, tmp_pat
     report = convert(folder, tmp_path / "out", options(text, bits=2))
     errors = {m["name"]: m["relative_output_error"] for m in report.modules}
     assert errors["model.layers.1.mlp.expert"] < 0.5
+
+
+@pytest.mark.parametrize("which", ["all", "no"])
+def test_both_streams_leave_a_block_as_it_is_then(tmp_path, monkeypatch, which):
+    """With layers that see all tokens, some or none, and with no layers to sketch."""
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", Experts)
+    folder = save_tiny_llama(tmp_path / "model").folder
+    plan = make_plan(find_here(str(folder)).open(folder), SketchConfig(bits=2, groups_per_row=1))
+    tokens = torch.randint(2, 128, (6, 24), generator=torch.Generator().manual_seed(0))
+    blocks = open_blocks(folder, tokens)
+    names = plan.inside(blocks.path_of(0)) if which == "all" else {}
+    layers = {inner: plan.metadata.modules[name] for inner, name in names.items()}
+    found, expected = (Streams(list(blocks.inputs), list(blocks.inputs)) for _ in range(2))
+    sketched = dict(sketch_block(blocks, 0, layers, found, plan.metadata))
+    assert sketched.keys() == layers.keys()
+    replay_block(blocks, 0, {n: layer.dense.numpy() for n, layer in sketched.items()}, expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    assert all(map(torch.equal, *found)) == (which == "no")
 
 
 @pytest.fixture(scope="module")

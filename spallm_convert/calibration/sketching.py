@@ -60,9 +60,12 @@ def sketch_block(
     """
     block = blocks.load(number)
     dense = copy.deepcopy(block)
-    for stage in find_stages(blocks, number, block, layers, streams.sketched[0]):
+    stages = find_stages(blocks, number, block, layers, streams.sketched[0])
+    for stage in stages:
         columns = layers[stage.names[0]].in_features
-        sums = _sum_inputs(blocks, number, (dense, block), stage, columns, streams)
+        # Most of a block is run for its last stage: the dense one is let finish.
+        finish = stage is stages[-1]
+        sums = _sum_inputs(blocks, number, (dense, block), stage, columns, streams, finish=finish)
         inputs = prepare_inputs(*sums, without)
         for name in stage.names:
             linear: Any = block.get_submodule(name)
@@ -79,7 +82,8 @@ def sketch_block(
                 ) from error
             linear.weight.copy_(layer.dense)
             yield name, layer
-    for stream, module in ((streams.dense, dense), (streams.sketched, block)):
+    through = [(streams.sketched, block)] + ([] if stages else [(streams.dense, dense)])
+    for stream, module in through:
         for index, hidden in enumerate(stream):
             stream[index] = blocks.run(number, module, hidden).cpu()
     blocks.unload(number)
@@ -135,18 +139,24 @@ def _sum_inputs(
     stage: Stage,
     columns: int,
     streams: Streams,
+    *,
+    finish: bool,
 ) -> tuple[Tensor, Tensor]:
     """X^T X and X^T Z, float64 [columns, columns], over the inputs of a stage: X in the block that
-    is being sketched, Z in the dense one. Products of a batch are float32, their sum is float64."""
+    is being sketched, Z in the dense one. Products of a batch are float32, their sum is float64.
+
+    finish: whether the dense stream goes on to what leaves the block."""
     hessian, cross = (
         torch.zeros(columns, columns, dtype=torch.float64, device=blocks.device) for _ in range(2)
     )
-    for before in zip(*streams, strict=True):
-        everything = before[0].shape[:2].numel() * stage.calls
-        z, x = (
-            _inputs(blocks, number, module, stage, columns, hidden)
-            for module, hidden in zip(modules, before, strict=True)
-        )
+    dense, block = modules
+    for index, (before, hidden) in enumerate(zip(*streams, strict=True)):
+        everything = before.shape[:2].numel() * stage.calls
+        z, after = _inputs(blocks, number, dense, stage, columns, before, finish=finish)
+        x, _ = _inputs(blocks, number, block, stage, columns, hidden)
+        if finish:
+            assert after is not None
+            streams.dense[index] = after.cpu()
         product = x.T @ x
         hessian += product
         # Experts may get other tokens in the two models, as many or not: rows of x and z are of the
@@ -157,19 +167,28 @@ def _sum_inputs(
 
 
 def _inputs(
-    blocks: Blocks, number: int, module: nn.Module, stage: Stage, columns: int, hidden: Tensor
-) -> Tensor:
-    """The inputs of a stage's layers for some hidden states, float32 [tokens, in_features]."""
+    blocks: Blocks,
+    number: int,
+    module: nn.Module,
+    stage: Stage,
+    columns: int,
+    hidden: Tensor,
+    *,
+    finish: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The inputs of a stage's layers for some hidden states, float32 [tokens, in_features]; and
+    what leaves the block, if it is run to its end, which `finish` asks for."""
     seen = [torch.empty(0, columns, device=blocks.device)]
+    after = None
 
     def note(x: Tensor) -> None:
         seen.append(flat_inputs(x))
-        if len(seen) > stage.calls > 0:
+        if not finish and len(seen) > stage.calls > 0:
             raise Enough
 
     with on_input(module, stage.names[0], note), contextlib.suppress(Enough):
-        blocks.run(number, module, hidden)
-    return torch.cat(seen)
+        after = blocks.run(number, module, hidden)
+    return torch.cat(seen), after
 
 
 def flat_inputs(x: Tensor) -> Tensor:
