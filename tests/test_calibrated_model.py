@@ -40,6 +40,8 @@ def test_loops_arrive_at_about_the_same_error(tmp_path, monkeypatch):
     assert set(clustered) == {(rows, 2, 4) for rows in (16, 32, 48)}
     document = json.loads(output.read_text())
     assert document["settings"]["blocks"] == 1
+    assert document["whole_model"]["bits"] == 2
+    assert document["whole_model"]["seconds"] > 0
     (found,) = document["results"]
     errors = found["relative_output_error"]
     assert errors["ours"] == pytest.approx(errors["loops"], rel=0.1)
