@@ -285,7 +285,7 @@ def test_what_is_said_about_mixed_bits(converted, capsys):
         assert not stopped.value.code
     shown = capsys.readouterr().out
     assert f"14 sketched layers, {widths} bits" in shown
-    assert "layer shape bits groups bits/weight" in " ".join(shown.split())
+    assert "layer shape bits groups bits per weight" in " ".join(shown.split())
     assert f"{predicted['chosen']:.4f} nats per token ({predicted['2']:.4f} at 2 bits, " in shown
 
 

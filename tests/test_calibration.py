@@ -357,7 +357,7 @@ def test_the_command_line_calibrates(source, text, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["inspect", str(tmp_path / "out")])
     shown = capsys.readouterr().out
-    assert "of outputs" in shown
+    assert "output error" in shown
     assert all(module["name"] in shown for module in document["modules"])
     assert "their outputs on the calibration text: 0." in shown
     assert document["totals"]["relative_output_error"] > 0

@@ -13,6 +13,8 @@ from rich.console import Console
 from spallm_convert import terminal
 from spallm_convert.cli import main
 from spallm_convert.cli.convert import default_output
+from spallm_convert.cli.tables import print_report
+from spallm_convert.report import Report
 
 
 @pytest.fixture
@@ -162,3 +164,24 @@ def test_no_color_is_honoured(tiny_llama):
 
     assert styled()
     assert not styled(NO_COLOR="1")
+
+
+def test_the_widest_table_fits_a_terminal(capsys, monkeypatch):
+    """Layers as large as those of a Llama of 8B, with bits by layer."""
+    monkeypatch.setattr(terminal, "stdout", Console(width=80, force_terminal=True, no_color=True))
+    row = {
+        "name": "model.layers.31.self_attn.q_proj",
+        "shape": [14336, 14336],
+        "groups_per_row": 4,
+        "bits_per_weight": 4.016,
+        "relative_error": 0.1234,
+        "relative_output_error": 0.0123,
+    }
+    totals = {"sketched_weights": 1, "kept_weights": 1, "bits_per_weight": 4.016, "ratio": 4.0}
+    totals |= {"source_bytes": 8, "sketched_bytes": 2}
+    totals |= {"relative_error": 0.1, "relative_output_error": 0.1}
+    modules = [row | {"bits": bits} for bits in (3, 4)]
+    print_report(Report({"modules": modules, "totals": totals, "left_dense": {}}))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for bits in (3, 4):
+        assert f"{row['name']} 14336 x 14336 {bits} 4 4.016 0.1234 0.0123" in lines

@@ -22,7 +22,7 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
         document = {"totals": totals, "modules": modules, "left_dense": plan.left_dense}
         click.echo(json.dumps(document, indent=2))
         return
-    table = _table("layers", "shape", "bits", "groups", "bits/weight")
+    table = _table("layers", "shape", "bits", "groups", "bits per weight")
     mapping, dtype = plan.metadata.mapping, plan.metadata.table_dtype
     merged: dict[tuple[str, ...], int] = {}
     for name, module in plan.metadata.modules.items():
@@ -44,10 +44,10 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
 
 def print_report(report: Report) -> None:
     """The error and size of every module, then the totals."""
-    errors = {"relative_error": "relative error", "relative_output_error": "of outputs"}
+    errors = {"relative_error": "weight error", "relative_output_error": "output error"}
     errors = {key: title for key, title in errors.items() if key in report.totals}
     bits = ["bits"] if len(report.widths) > 1 else []
-    table = _table("layer", "shape", *bits, "groups", "bits/weight", *errors.values())
+    table = _table("layer", "shape", *bits, "groups", "bits per weight", *errors.values())
     for module in report.modules:
         table.add_row(
             module["name"],
@@ -75,10 +75,12 @@ def _print_healing(healing: dict[str, float] | None) -> None:
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold cyan")
-    table.add_column(first, no_wrap=True)  # its names tell the rows apart: others give way first
+    """With columns as narrow as their titles' words, so that names like those of Llama's layers,
+    which are never cut, and their shapes fit into 80 columns."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold cyan")
+    table.add_column(first, no_wrap=True)
     for name in others:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name == "shape")
     return table
 
 
