@@ -46,9 +46,12 @@ def dense_folder(model: Path | None, shape: str | None, cache: Path) -> Path:
 
 
 def digest(dense: Path) -> str:
-    """Identifies a model by its config and weights."""
-    files = [dense / CONFIG_FILE, *sorted(dense.glob("*.safetensors"))]
-    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()[:16]
+    """Identifies a model by its config and weights, whichever transformers wrote them."""
+    config = json.loads((dense / CONFIG_FILE).read_text())
+    config.pop("transformers_version", None)
+    weights = map(sha256, sorted(dense.glob("*.safetensors")))
+    text = json.dumps(config, sort_keys=True) + "".join(weights)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_linears(dense: Path) -> Linears:

@@ -40,7 +40,10 @@ def missing(packages: Iterable[str]) -> list[str]:
 
 
 def open_document(path: Path, header: Row, *, fresh: bool) -> Row:
-    """The document to add to: what the file holds, when it was made in the same way."""
+    """The document to add to: what the file holds, when it was made in the same way.
+
+    The platform may differ: an update of the kernel is no other machine.
+    """
     if fresh or not path.exists():
         return header | {"runs": []}
     try:
@@ -62,8 +65,9 @@ def open_document(path: Path, header: Row, *, fresh: bool) -> Row:
 
 
 def _flat(document: Row) -> Row:
-    """Settings, versions and machine with dotted names."""
+    """Settings, versions and machine with dotted names, less the platform."""
     found: Row = {"benchmark": document.get("benchmark")}
     for part in ("settings", "versions", "machine"):
         found |= {f"{part}.{name}": value for name, value in document.get(part, {}).items()}
+    found.pop("machine.platform", None)
     return found

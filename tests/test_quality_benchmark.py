@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,25 @@ def test_a_file_of_other_settings_is_refused(tmp_path, in_process, model, text):
     (tmp_path / "quality.json").write_text('{"benchmark": "finetune"}')
     result = run(tmp_path, model, text, *methods("dense"))
     assert "benchmark: 'finetune' in the file, 'quality' now" in result.output
+    assert in_process == ["dense"]
+
+
+def test_another_kernel_or_writer_of_the_model_is_no_other_setting(
+    tmp_path, in_process, model, text
+):
+    dense = shutil.copytree(model, tmp_path / "dense")
+    assert run(tmp_path, dense, text, *methods("dense")).exit_code == 0
+    written = tmp_path / "quality.json"
+    document = json.loads(written.read_text())
+    document["machine"]["platform"] = "another kernel"
+    written.write_text(json.dumps(document))
+    config = json.loads((dense / "config.json").read_text())
+    config["transformers_version"] = "5.0.0"
+    (dense / "config.json").write_text(json.dumps(config))
+    assert run(tmp_path, dense, text, *methods("dense")).exit_code == 0
+    config["rope_parameters"]["rope_theta"] = 1e6
+    (dense / "config.json").write_text(json.dumps(config))
+    assert "settings.model_digest" in run(tmp_path, dense, text, *methods("dense")).output
     assert in_process == ["dense"]
 
 
