@@ -29,7 +29,7 @@ import torch
 
 from clustering import Singles, Workers, fit_row, started_workers
 from common import RESULTS, machine, versions, write_results
-from dense import dense_folder
+from dense import dense_folder, model_name
 from spallm_convert import SketchConfig, convert
 from spallm_convert.calibration import layers
 from spallm_convert.terminal import quiet_libraries
@@ -170,7 +170,7 @@ def main(
         "machine": machine(),
         "versions": versions(*_PACKAGES),
         "settings": {
-            "model": dense.name,
+            "model": model_name(model),
             "blocks": blocks,
             "groups_per_row": groups_per_row,
             "samples": samples,

@@ -45,6 +45,13 @@ def dense_folder(model: Path | None, shape: str | None, cache: Path) -> Path:
     return folder
 
 
+def model_name(model: Path | None, shape: str | None = None) -> str:
+    """What results call the model that `dense_folder` gives for the same arguments."""
+    if model is not None:
+        return model.resolve().name
+    return shape or demo_model().stem
+
+
 def digest(dense: Path) -> str:
     """Identifies a model by its config and weights, whichever transformers wrote them."""
     config = json.loads((dense / CONFIG_FILE).read_text())

@@ -32,13 +32,12 @@ import click
 import torch
 
 from common import RESULTS, machine, versions, write_results
-from dense import SHAPES, dense_folder, digest
+from dense import SHAPES, dense_folder, digest, model_name
 from finetune_data import TEST_FILE, TRAIN_FILE
 from finetune_methods import METHODS, PEERS, sketch_folder
 from finetune_run import Job
 from finetune_runs import key, planned, summarise
 from runs import Row, missing, open_document, run_in_process
-from spallm_convert.demo import demo_model
 from spallm_convert.errors import SpallmError
 from spallm_formats import sha256
 
@@ -110,7 +109,10 @@ def _echo_speed(speed: Row) -> None:
 def _header(options: Row, dense: Path) -> Row:
     data: Path | None = options["data"]
     names = ("steps", "batch_size", "seed", "device")
-    settings: Row = {"model": _model_name(options), "model_digest": digest(dense)}
+    settings: Row = {
+        "model": model_name(options["model"], options["shape"]),
+        "model_digest": digest(dense),
+    }
     settings |= {name: options[name] for name in names}
     if data is None:
         settings["tokens_per_example"] = options["tokens"]
@@ -129,12 +131,6 @@ def _header(options: Row, dense: Path) -> Row:
         "versions": versions(*(name for name in _PACKAGES if name in installed)),
         "settings": settings,
     }
-
-
-def _model_name(options: Row) -> str:
-    if options["model"] is not None:
-        return str(options["model"].resolve().name)
-    return options["shape"] or demo_model().stem
 
 
 def _check(options: Row) -> None:

@@ -34,11 +34,10 @@ import spallm_convert
 import spallm_formats
 import spallm_kernels
 from common import RESULTS, machine, versions, write_results
-from dense import dense_folder, digest
+from dense import dense_folder, digest, model_name
 from quality_methods import METHODS, PEERS
 from quality_run import Job, halves
 from runs import Row, missing, open_document, run_in_process
-from spallm_convert.demo import demo_model
 from spallm_convert.errors import OptionError, SpallmError
 from spallm_formats import sha256
 
@@ -72,9 +71,8 @@ def check_text(path: Path, dense: Path, eval_tokens: int) -> None:
 
 
 def _header(options: Row, dense: Path) -> Row:
-    model: Path | None = options["model"]
     settings = {
-        "model": demo_model().stem if model is None else model.resolve().name,
+        "model": model_name(options["model"]),
         "model_digest": digest(dense),
         "text": options["text"].name,
         "text_sha256": sha256(options["text"]),

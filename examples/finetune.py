@@ -4,8 +4,8 @@
     python examples/finetune.py base train.json --output tuned
 
 Data: a JSON or JSONL file, or a dataset on the Hub (needs `pip install datasets`). Records have
-`instruction`, `input` (may be missing or empty) and `output`; the loss counts the output only. The
-defaults are those of the SketchTune paper (arXiv 2410.06364); docs/training.md says why.
+`instruction`, `input` (may be missing or empty) and `output`; the loss counts the output only. Most
+defaults are those of the SketchTune paper (arXiv 2410.06364); docs/training.md says which, and why.
 """
 
 from __future__ import annotations

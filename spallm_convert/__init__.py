@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .config import SketchConfig
     from .conversion import convert, plan_conversion
     from .errors import (
+        CalibrationError,
         EvaluationError,
         FormatError,
         HubError,
