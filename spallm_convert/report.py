@@ -46,10 +46,9 @@ class Report:
     `totals` has sketched_weights, kept_weights, bits_per_weight, source_bytes, sketched_bytes,
     ratio and relative_error; `modules` one object per sketched module. Both have
     relative_output_error, on the calibration text and before any healing, if the conversion was
-    calibrated. With
-    `target_bits` the document has predicted_loss: nats per token of KL(dense || sketched) as
-    "chosen", and for "2", "3" and "4" bits throughout; if it was healed, healing: the same
-    divergence as measured on samples left out, "kl_before" and "kl_after".
+    calibrated. With `target_bits` the document has predicted_loss: nats per token of
+    KL(dense || sketched) as "chosen", and for "2", "3" and "4" bits throughout; if it was healed,
+    healing: the same divergence as measured on samples left out, "kl_before" and "kl_after".
     """
 
     document: dict[str, Any]
