@@ -14,7 +14,7 @@ from helpers.blocks import open_blocks
 from helpers.tiny_models import save_tiny_llama
 from spallm_convert import CalibrationError, devices
 from spallm_convert.calibration import tuning
-from spallm_convert.calibration.distillation import Divergence
+from spallm_convert.calibration.distillation import Divergence, distill
 from spallm_convert.calibration.healing import MOST_TOKENS, samples_for
 from spallm_convert.calibration.reconstruction import reconstruct
 from spallm_convert.calibration.sketching import Streams
@@ -47,9 +47,13 @@ def test_divergence_and_its_gradient_are_those_of_torch(dtype, tolerance):
 
 
 @pytest.fixture
-def blocks(tmp_path):
+def tokens():
+    return torch.randint(0, 128, (64, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def blocks(tmp_path, tokens):
     folder = save_tiny_llama(tmp_path / "model", initializer_range=0.2).folder
-    tokens = torch.randint(0, 128, (64, 16), generator=torch.Generator().manual_seed(0))
     return open_blocks(folder, tokens, batch=4)
 
 
@@ -162,6 +166,47 @@ def test_the_best_tables_count(blocks):
     assert torch.equal(tuner.put_best()["layer"], best)
     assert torch.equal(table, best)
     assert tuner.least == 0.5
+
+
+def test_backing_off_goes_on_from_the_best_tables_at_half_the_rate(blocks):
+    layer = sketched(blocks.load(0).self_attn.k_proj)
+    table, before = layer.weight_table, layer.weight_table.detach().clone()
+    tuner = TableTuner(layer, 5, 1.0, torch.float32)
+
+    def moved():
+        start = table.detach().clone()
+        tuner.step(table.sum())
+        return (table.detach() - start).abs().mean().item()
+
+    first = moved()
+    assert tuner.offer(0.9)
+    best = table.detach().clone()
+    second = moved()
+    assert not tuner.offer(0.9)
+    tuner.back_off()
+    assert torch.equal(table, best)
+    assert not torch.equal(best, before)
+    third, fourth = moved(), moved()
+    rates = [rate_factor(step, 5) for step in range(4)]
+    assert [second, third, fourth] == pytest.approx(
+        [first * rates[1], first * rates[2] / 2, first * rates[3] / 2], rel=1e-3
+    )
+
+
+def test_distillation_backs_off_from_steps_that_are_too_large(blocks, tokens, monkeypatch):
+    monkeypatch.setattr(tuning, "LEARNING_RATE", 1.0)
+    final, said = blocks.inputs, []
+    for number in range(len(blocks)):
+        block = blocks.load(number)
+        with torch.no_grad():
+            final = [blocks.run(number, block, hidden) for hidden in final]
+
+    model = blocks.assemble(lambda _, layer: sketched(layer))
+    found = distill(
+        blocks, model, {}, tokens, final, steps=40, dtype=torch.float32, seed=0, say=said.append
+    )
+    assert f"apart: back to {found.before:.4f} at half the rate" in said[0]
+    assert found.after < 0.97 * found.before
 
 
 def test_rates_are_in_proportion_to_the_tables(blocks):
