@@ -51,21 +51,23 @@ def device_name(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def clear_memory_errors(device: torch.device) -> Iterator[None]:
-    """What torch says where memory is not enough, as an error of ours."""
+    """What torch and NumPy say where memory is not enough, as an error of ours."""
     remedy = "" if device.type == CPU else "; --device cpu needs none of it, and takes longer"
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise SpallmError(f"device {device}: {one_line(error)}{remedy}") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch has failed for want of memory; for the CPU it has no error of its own."""
+    """Whether torch or NumPy has failed for want of memory; torch has no error of its own for it
+    on the CPU."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 @contextlib.contextmanager

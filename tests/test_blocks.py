@@ -38,6 +38,9 @@ ARCHITECTURES = {
     "gemma4_text": SIZES
     | {"head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 0}
     | {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 3},
+    "granitemoe": SIZES,
+    "gemma4_unified_text": SIZES
+    | {"head_dim": 16, "global_head_dim": 16, "layer_types": ["full_attention"] * 3},
 }
 
 
@@ -76,6 +79,26 @@ def assert_blocks_are_the_model(folder):
         model(tokens)
     expected = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
     assert torch.allclose(torch.cat(hidden), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_keys_and_values_of_blocks_before_are_not_to_be_had(tmp_path):
+    folder = save_model(tmp_path / "model", "gemma4_unified_text", num_kv_shared_layers=1)
+    blocks = open_blocks(folder, torch.randint(2, 128, (4, 24)))
+    with torch.no_grad():
+        for number in range(2):
+            hidden = blocks.run(number, blocks.load(number), blocks.inputs[0])
+        with pytest.raises(CalibrationError, match="cannot be run one by one"):
+            blocks.run(2, blocks.load(2), hidden)
+
+
+def test_what_else_a_config_asks_for_is_not_asked_of_blocks(tmp_path):
+    folder = save_model(
+        tmp_path / "model", "granitemoe", num_local_experts=4, output_router_logits=True
+    )
+    tokens = torch.randint(2, 128, (4, 24))
+    blocks = open_blocks(folder, tokens)
+    with blocks.predicting():
+        assert blocks.logits(tokens[:2], blocks.inputs[0]).shape == (2, 24, 128)
 
 
 def test_buffers_that_are_stored_are_read(tmp_path):

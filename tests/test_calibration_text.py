@@ -39,7 +39,7 @@ RECORDS = [
 
 
 @pytest.mark.parametrize(("record", "document"), RECORDS)
-@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "JSONL", "ndjson", "jsonlines"])
 def test_records(write, record, document, suffix):
     empty = {"text": " \n"}
     content = json.dumps([record, empty]) if suffix == "json" else lines(record, empty) + "\n\n"
@@ -78,6 +78,10 @@ def test_what_is_no_source(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(SourceError, match=r"a folder; accepted are 'builtin', a text, .json"):
         read_documents(str(tmp_path))
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match="'org/name': a folder; accepted are"):
+        read_documents("org/name")
     for missing in ("nowhere.txt", "some/nowhere.jsonl", "../x/y/z", "wiki text"):
         with pytest.raises(SourceError, match="no such file; accepted are 'builtin'"):
             read_documents(missing)

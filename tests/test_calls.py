@@ -27,6 +27,22 @@ def test_a_call_is_repeated_with_other_hidden_states(first):
     assert rest == {"position": 3}
 
 
+def test_what_blocks_leave_in_containers_is_not_there_for_others():
+    shared = {"kept": 1}
+    call, _ = Call.taken_apart((HIDDEN, [2]), {"shared": shared})
+
+    def block(hidden, listed, shared):
+        listed.append(3)
+        shared["left"] = hidden
+        return listed, shared
+
+    for _ in range(2):
+        listed, found = call.repeat(block, HIDDEN)
+        assert listed == [2, 3]
+        assert found == {"kept": 1, "left": HIDDEN}
+    assert shared == {"kept": 1}
+
+
 def test_a_call_without_hidden_states_is_refused():
     with pytest.raises(CalibrationError, match="without hidden states, with mask, position"):
         Call.taken_apart((), {"mask": None, "position": 1})

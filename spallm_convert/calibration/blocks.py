@@ -54,6 +54,7 @@ class Blocks:
     ) -> None:
         self.path = find_blocks(model, linears)
         nn.Module.eval(model)
+        _return_hidden_states_alone(model)
         self._model = model
         self._dtype, self._device = dtype, torch.device(device)
         self._weights = Weights(by_model_name(model, tensors), dtype, self._device)
@@ -138,7 +139,8 @@ class Blocks:
         def stand_in(*args: Any, **kwargs: Any) -> Any:
             return (final,) if self._as_tuple else final
 
-        with self._instead_of_blocks(stand_in), torch.set_grad_enabled(hidden.requires_grad):
+        differentiable = torch.set_grad_enabled(hidden.requires_grad)
+        with self._instead_of_blocks(stand_in), differentiable, self._clear_errors():
             logits: Tensor = self._model(tokens.to(self._device), use_cache=False).logits
         return logits
 
@@ -272,6 +274,14 @@ class Blocks:
         """Until the model is assembled nobody needs them, and an embedding can be large."""
         for module in self._around:
             forget(module)
+
+
+def _return_hidden_states_alone(model: PreTrainedModel) -> None:
+    """What else a config asks of a model, as routers' logits, blocks that are stood in for lack."""
+    for config in (model.config, model.config.get_text_config()):
+        for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
+            if getattr(config, name, False):
+                setattr(config, name, False)
 
 
 def find_blocks(model: nn.Module, linears: Iterable[str]) -> str:

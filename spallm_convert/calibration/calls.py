@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,14 +36,24 @@ class Call:
         return cls((), rest, False), hidden
 
     def repeat(self, block: nn.Module, hidden: Tensor) -> Any:
-        """What a block returns for other hidden states."""
+        """What a block returns for other hidden states.
+
+        It gets containers of its own: what a block leaves in one for those behind it, as keys and
+        values that they share, is of other hidden states when these are run.
+        """
+        args, kwargs = map(_fresh, self.args), {k: _fresh(v) for k, v in self.kwargs.items()}
         if self.hidden_first:
-            return block(hidden, *self.args, **self.kwargs)
-        return block(**self.kwargs, **{_HIDDEN: hidden})
+            return block(hidden, *args, **kwargs)
+        return block(**kwargs, **{_HIDDEN: hidden})
 
     def same_as(self, other: Call) -> bool:
         """Whether the arguments are the same, tensors by their values."""
         return _same((self.args, self.kwargs), (other.args, other.kwargs))
+
+
+def _fresh(value: Any) -> Any:
+    """A copy of a container that could be written to; anything else as it is."""
+    return copy.copy(value) if isinstance(value, MutableMapping | list) else value
 
 
 def _same(found: Any, expected: Any) -> bool:

@@ -18,7 +18,8 @@ from spallm_convert.paths import user_path
 BUILTIN = "builtin"
 ACCEPTED = f"{BUILTIN!r}, a text, .json or .jsonl file, or a dataset ORG/NAME[[:CONFIG]:SPLIT]"
 
-_JSON_SUFFIXES = (".json", ".jsonl")
+_LINES_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
+_JSON_SUFFIXES = (".json", *_LINES_SUFFIXES)
 _DATASET = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[^:/]+){0,2}")
 _RECORD_KEYS = "'text', 'messages' or 'instruction' (with 'input' and 'output')"
 
@@ -41,11 +42,12 @@ def read_documents(source: str) -> list[str]:
         documents = [english_text()]
     elif path.is_file():
         documents = _read_file(path)
+    elif path.is_dir():
+        raise SourceError(f"text {source!r}: a folder; accepted are {ACCEPTED}")
     elif _DATASET.fullmatch(source) and path.suffix not in {".txt", *_JSON_SUFFIXES}:
         documents = _read_dataset(source)
     else:
-        found = "a folder" if path.is_dir() else "no such file"
-        raise SourceError(f"text {source!r}: {found}; accepted are {ACCEPTED}")
+        raise SourceError(f"text {source!r}: no such file; accepted are {ACCEPTED}")
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise SourceError(f"text {source!r}: there is no text in it")
@@ -64,9 +66,10 @@ def _read_file(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: not UTF-8 (byte {error.start})") from error
-    if path.suffix not in _JSON_SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in _JSON_SUFFIXES:
         return [text]
-    if path.suffix == ".jsonl":
+    if suffix in _LINES_SUFFIXES:
         lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), 1)]
         return [_document(_parse(line, where), where) for where, line in lines if line.strip()]
     records = _parse(text, str(path))
