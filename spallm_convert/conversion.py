@@ -213,6 +213,8 @@ def _calibrated(
     config, progress = job.config, job.progress
     try:
         blocks = job.blocks(checkpoint, plan, texts.calibration)
+        if texts.healing is not None or config.target_bits is not None:
+            blocks.check_predictions()
     except CalibrationError as error:
         if not config.fallback:
             raise

@@ -9,7 +9,7 @@ from helpers.blocks import open_blocks, run_through
 from spallm_convert import CalibrationError, SketchConfig
 from spallm_convert.calibration.blocks import Blocks
 from spallm_convert.plan import make_plan
-from spallm_convert.skeleton import build_empty, by_model_name
+from spallm_convert.skeleton import build_empty, by_model_name, read_skeleton
 from spallm_convert.source import find_here
 
 SIZES = {
@@ -89,6 +89,33 @@ def test_keys_and_values_of_blocks_before_are_not_to_be_had(tmp_path):
             hidden = blocks.run(number, blocks.load(number), blocks.inputs[0])
         with pytest.raises(CalibrationError, match="cannot be run one by one"):
             blocks.run(2, blocks.load(2), hidden)
+
+
+class Twice(torch.nn.ModuleList):
+    def __iter__(self):
+        yield from super().__iter__()
+        yield from super().__iter__()
+
+
+class Scaled(torch.nn.ModuleList):
+    def __iter__(self):
+        for number, block in enumerate(super().__iter__()):
+            yield lambda hidden, number=number, block=block, **rest: block(
+                (1 + number) * hidden, **rest
+            )
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Twice, "runs the blocks model.layers more than once"), (Scaled, "to the next one as it is")],
+)
+def test_models_that_do_more_than_pass_through_their_blocks_are_refused(kind, message, tmp_path):
+    checkpoint = find_here(str(save_model(tmp_path / "model", "llama"))).open(tmp_path)
+    linears = read_skeleton(checkpoint.folder, checkpoint.config).linears
+    model = build_empty(checkpoint.folder, checkpoint.config)
+    model.model.layers.__class__ = kind
+    with pytest.raises(CalibrationError, match=message):
+        Blocks(model, checkpoint.tensors, linears, torch.randint(2, 128, (4, 24)), batch=2)
 
 
 def test_what_else_a_config_asks_for_is_not_asked_of_blocks(tmp_path):

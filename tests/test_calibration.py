@@ -337,6 +337,36 @@ def test_encoders_are_refused_unless_falling_back_is_allowed(text, tmp_path, cap
     assert contents(output)[weights] == contents(tmp_path / "plain")[weights]
 
 
+def test_healing_and_bits_by_layer_need_predictions(source, text, tmp_path):
+    """And that is known before there is work to be lost."""
+    headless = Path(shutil.copytree(source, tmp_path / "headless"))
+    config = json.loads((headless / "config.json").read_text())
+    config["architectures"] = ["LlamaModel"]
+    (headless / "config.json").write_text(json.dumps(config))
+    incomplete = Path(shutil.copytree(source, tmp_path / "incomplete"))
+    tensors = load_file(incomplete / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, incomplete / "model.safetensors", metadata={"format": "pt"})
+    allocated = {"bits": 4, "groups_per_row": "auto", "target_bits": 3.75}
+    for model, message in (
+        (headless, "LlamaModel has no output layer"),
+        (incomplete, "LlamaForCausalLM cannot predict: the checkpoint has no tensor for lm_head"),
+    ):
+        for changes in ({"heal": 2}, allocated):
+            progress, output = StopAt(), tmp_path / "out"
+            refused(
+                CalibrationError,
+                message,
+                model,
+                output,
+                options(text, **changes),
+                progress=progress,
+            )
+            assert not progress.done
+            assert not progress.said
+    convert(headless, tmp_path / "calibrated", options(text))
+
+
 def test_activations_that_are_no_numbers_are_named(source, text, tmp_path):
     broken = Path(shutil.copytree(source, tmp_path / "broken"))
     tensors = load_file(broken / "model.safetensors")

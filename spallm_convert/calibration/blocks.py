@@ -10,6 +10,7 @@ are equally long, so those arguments have to be the same for all.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -136,13 +137,19 @@ class Blocks:
         """
         final = hidden.to(self._device, self._dtype)
 
-        def stand_in(*args: Any, **kwargs: Any) -> Any:
+        def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
             return (final,) if self._as_tuple else final
 
         differentiable = torch.set_grad_enabled(hidden.requires_grad)
         with self._instead_of_blocks(stand_in), differentiable, self._clear_errors():
             logits: Tensor = self._model(tokens.to(self._device), use_cache=False).logits
         return logits
+
+    def check_predictions(self) -> None:
+        """Raises CalibrationError for a model that `logits` cannot be had of, before there is work
+        that would be lost."""
+        with self.predicting():
+            pass
 
     def path_of(self, number: int) -> str:
         """The path of a block in the model."""
@@ -154,6 +161,7 @@ class Blocks:
         (first,), hidden = self._record(batches[0], 1)
         self._as_tuple = isinstance(self._invoke(self.load(0), first, hidden), tuple)
         self.unload(0)
+        self._check_run_once(batches[0])
         calls: list[Call] = []
         inputs = []
         for tokens in batches:
@@ -172,8 +180,13 @@ class Blocks:
         calls: list[Call] = []
         entered: list[Tensor] = []
 
-        def stand_in(*args: Any, **kwargs: Any) -> Any:
+        def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
             call, hidden = Call.taken_apart(args, kwargs)
+            if number != len(calls) or (calls and not torch.equal(hidden, entered[0])):
+                raise CalibrationError(
+                    f"{type(self._model).__name__} does not pass what leaves a block of "
+                    f"{self.path} to the next one as it is, so they cannot be run one by one"
+                )
             calls.append(call)
             entered.append(hidden)
             if len(calls) == count:
@@ -189,10 +202,32 @@ class Blocks:
             )
         return calls, entered[0]
 
+    def _check_run_once(self, tokens: Tensor) -> None:
+        """Refuses a model that goes through its blocks again after the last of them."""
+        calls = 0
+
+        def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > len(self):
+                raise Enough
+            _, hidden = Call.taken_apart(args, kwargs)
+            return (hidden,) if self._as_tuple else hidden
+
+        # What comes after the blocks may fail, as its weights have not been read.
+        with self._instead_of_blocks(stand_in), contextlib.suppress(Exception):
+            self._model(tokens.to(self._device), use_cache=False)
+        if calls > len(self):
+            raise CalibrationError(
+                f"{type(self._model).__name__} runs the blocks {self.path} more than once, and "
+                f"calibration goes through them once"
+            )
+
     @contextlib.contextmanager
     def _instead_of_blocks(self, stand_in: Callable[..., Any]) -> Iterator[None]:
-        for block in self._modules:
-            block.forward = stand_in
+        """stand_in: called with the block's number and what the block is called with."""
+        for number, block in enumerate(self._modules):
+            block.forward = functools.partial(stand_in, number)
         try:
             yield
         finally:
@@ -208,6 +243,12 @@ class Blocks:
     def _fill_head(self) -> None:
         """Reads the output layer too, after which nothing may be missing but blocks: a weight on
         the meta device would be multiplied by as if it were there."""
+        model: Any = self._model
+        if model.get_output_embeddings() is None:
+            raise CalibrationError(
+                f"{type(self._model).__name__} has no output layer, so it predicts no tokens: it "
+                f"can be calibrated, but without healing or bits by layer"
+            )
         head = self._head()
         if head is not None:
             path = self._path_of_head()
