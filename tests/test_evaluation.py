@@ -346,10 +346,21 @@ def test_command_lines_that_cannot_be_run(run, folders, monkeypatch, options, co
     assert message in run("eval", folders["dense"], *options, code=code)
 
 
+def test_json_has_null_for_what_is_no_finite_number(run, folders, monkeypatch):
+    found = {"tokens": 3, "nats_per_token": 800.0, "perplexity": math.inf, "bits_per_byte": None}
+    monkeypatch.setattr(evaluation, "evaluate_text", lambda *_, **__: found)
+    document = json.loads(
+        run("eval", folders["dense"], "--text", "builtin", "--json"),
+        parse_constant=lambda name: pytest.fail(f"{name} is no JSON"),
+    )
+    assert {name: document[name] for name in found} == found | {"perplexity": None}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(run, folders):
-    err = run("eval", folders["dense"], "--text", "builtin", "--device", "cuda", code=2)
-    assert "device cuda: torch finds no GPU here" in err
+    for device in ("cuda", "cuda:1"):
+        err = run("eval", folders["dense"], "--text", "builtin", "--device", device, code=2)
+        assert f"device {device}: torch finds no GPU here" in err
 
 
 def test_models_that_cannot_be_measured(run, folders, tiny_llama, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import click
@@ -33,7 +34,7 @@ import click
 )
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    metavar="auto|cpu|cuda|cuda:N",
     default="auto",
     help="Where to run; auto is a GPU if there is one.",
 )
@@ -99,9 +100,16 @@ def command(
     if names:
         document["tasks"] = run_tasks(loaded, tokenizer, names)
     if as_json:
-        click.echo(json.dumps(document, indent=2))
+        click.echo(json.dumps(_numbers(document), indent=2, allow_nan=False))
     else:
         _print(document)
+
+
+def _numbers(found: Any) -> Any:
+    """null for floats that JSON has no number for: a perplexity beyond them, metrics of no task."""
+    if isinstance(found, dict):
+        return {name: _numbers(value) for name, value in found.items()}
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def _print(document: dict[str, Any]) -> None:
