@@ -144,11 +144,13 @@ def build_empty(
 
 
 def _build(model_class: Any, folder: Path, config: dict[str, Any], trust_remote_code: bool) -> Any:
+    import torch
     from transformers import AutoConfig
 
     try:
         parsed = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        return model_class(parsed)
+        with torch.random.fork_rng(devices=[]):  # DiffLlama draws numbers as it is made
+            return model_class(parsed)
     except Exception as error:  # whatever a model's code makes of a config that does not suit it
         reason = one_line(error)
         raise SourceError(

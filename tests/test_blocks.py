@@ -38,6 +38,7 @@ ARCHITECTURES = {
     "gemma4_text": SIZES
     | {"head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 0}
     | {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 3},
+    "diffllama": SIZES,
     "granitemoe": SIZES,
     "gemma4_unified_text": SIZES
     | {"head_dim": 16, "global_head_dim": 16, "layer_types": ["full_attention"] * 3},
@@ -61,7 +62,9 @@ def test_going_through_the_blocks_is_running_the_model(architecture, tmp_path):
 
 def assert_blocks_are_the_model(folder):
     tokens = torch.randint(2, 128, (4, 24))
+    before = torch.get_rng_state()
     blocks = open_blocks(folder, tokens)
+    assert torch.equal(torch.get_rng_state(), before)
     hidden = list(blocks.inputs)
     assert len(blocks) == 3
     with torch.no_grad():
@@ -97,6 +100,11 @@ class Twice(torch.nn.ModuleList):
         yield from super().__iter__()
 
 
+class First(torch.nn.ModuleList):
+    def __iter__(self):
+        yield next(super().__iter__())
+
+
 class Scaled(torch.nn.ModuleList):
     def __iter__(self):
         for number, block in enumerate(super().__iter__()):
@@ -107,9 +115,13 @@ class Scaled(torch.nn.ModuleList):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [(Twice, "runs the blocks model.layers more than once"), (Scaled, "to the next one as it is")],
+    [
+        (Twice, "runs the blocks model.layers more than once"),
+        (Scaled, "to the next one as it is"),
+        (First, "the blocks model.layers cannot be run: only 1 of 3 were run"),
+    ],
 )
-def test_models_that_do_more_than_pass_through_their_blocks_are_refused(kind, message, tmp_path):
+def test_models_that_do_other_than_pass_through_their_blocks_are_refused(kind, message, tmp_path):
     checkpoint = find_here(str(save_model(tmp_path / "model", "llama"))).open(tmp_path)
     linears = read_skeleton(checkpoint.folder, checkpoint.config).linears
     model = build_empty(checkpoint.folder, checkpoint.config)

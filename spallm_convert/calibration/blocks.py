@@ -196,7 +196,9 @@ class Blocks:
         with self._instead_of_blocks(stand_in), contextlib.suppress(Enough), self._clear_errors():
             self._model(tokens.to(self._device), use_cache=False)
         if len(calls) != count or entered[0].is_meta:
-            why = "weights that come before them are missing" if calls else "they were not run"
+            why = f"only {len(calls)} of {count} were run"
+            if calls and entered[0].is_meta:
+                why = "weights that come before them are missing"
             raise CalibrationError(
                 f"{type(self._model).__name__}: the blocks {self.path} cannot be run: {why}"
             )
