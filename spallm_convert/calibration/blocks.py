@@ -2,27 +2,25 @@
 
 Nothing here knows an architecture. transformers builds the model without weights; its blocks are
 the list of modules that holds the linear layers to sketch. What a block is called with is seen by
-running the model on the text with its embeddings in memory and, in place of every block's
-`forward`, one that notes its arguments and gives the hidden states back as they came. All samples
-are equally long, so those arguments have to be the same for all.
+running the model on the text with its embeddings in memory and stand-ins for all blocks. All
+samples are equally long, so those arguments have to be the same for all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from spallm_convert.devices import is_out_of_memory
-from spallm_convert.errors import CalibrationError, SpallmError, one_line
+from spallm_convert.errors import CalibrationError
 from spallm_convert.skeleton import by_model_name
 from spallm_formats import StoredTensor
 
 from .calls import Call
+from .stand_ins import StandIns
 from .weights import Weights, forget
 
 if TYPE_CHECKING:
@@ -55,14 +53,13 @@ class Blocks:
     ) -> None:
         self.path = find_blocks(model, linears)
         nn.Module.eval(model)
-        _return_hidden_states_alone(model)
         self._model = model
         self._dtype, self._device = dtype, torch.device(device)
         self._weights = Weights(by_model_name(model, tensors), dtype, self._device)
         listed = dict(model.get_submodule(self.path).named_children())
         self._paths = [f"{self.path}.{name}" for name in listed]
         self._modules = list(listed.values())
-        self._as_tuple = False
+        self._stand_ins = StandIns(model, self._modules, self.path)
         self._check_stored()
         self._fill_surroundings()
         self._calls, self.inputs = self._enter(torch.split(tokens, batch))
@@ -88,7 +85,7 @@ class Blocks:
     def run(self, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """Hidden states [batch, seqlen, hidden] after a block, of `dtype` on `device`."""
         output = self._invoke(block, self._calls[number], hidden)
-        return output[0] if self._as_tuple else output  # type: ignore[no-any-return]
+        return output[0] if self._stand_ins.as_tuple else output  # type: ignore[no-any-return]
 
     def pull_back(self, number: int, block: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:
         """A gradient by the hidden states that leave a block as one by those that enter it.
@@ -97,7 +94,7 @@ class Blocks:
         """
         entered = hidden.detach().to(self._device, self._dtype).requires_grad_()
         left = self.run(number, block, entered)
-        with self._clear_errors():
+        with self._stand_ins.clear_errors():
             (result,) = torch.autograd.grad(left, entered, gradient.to(left))
         return result
 
@@ -136,14 +133,8 @@ class Blocks:
         `predicting`. Differentiable if the states are to have a gradient.
         """
         final = hidden.to(self._device, self._dtype)
-
-        def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
-            return (final,) if self._as_tuple else final
-
-        differentiable = torch.set_grad_enabled(hidden.requires_grad)
-        with self._instead_of_blocks(stand_in), differentiable, self._clear_errors():
-            logits: Tensor = self._model(tokens.to(self._device), use_cache=False).logits
-        return logits
+        with torch.set_grad_enabled(hidden.requires_grad):
+            return self._stand_ins.logits(tokens.to(self._device), final)
 
     def check_predictions(self) -> None:
         """Raises CalibrationError for a model that `logits` cannot be had of, before there is work
@@ -156,16 +147,17 @@ class Blocks:
         return self._paths[number]
 
     @torch.no_grad()
-    def _enter(self, batches: tuple[Tensor, ...]) -> tuple[list[Call], list[Tensor]]:
+    def _enter(self, batches: Sequence[Tensor]) -> tuple[list[Call], list[Tensor]]:
         """How every block is called, and what enters the first, by batch."""
-        (first,), hidden = self._record(batches[0], 1)
-        self._as_tuple = isinstance(self._invoke(self.load(0), first, hidden), tuple)
+        stand_ins, batches = self._stand_ins, [tokens.to(self._device) for tokens in batches]
+        (first,), hidden = stand_ins.record(batches[0], 1)
+        stand_ins.as_tuple = isinstance(self._invoke(self.load(0), first, hidden), tuple)
         self.unload(0)
-        self._check_run_once(batches[0])
+        stand_ins.check_run_once(batches[0][:1, :2])  # few logits, should there be any
         calls: list[Call] = []
         inputs = []
         for tokens in batches:
-            found, hidden = self._record(tokens, len(self))
+            found, hidden = stand_ins.record(tokens, len(self))
             calls = calls or found
             if not all(map(Call.same_as, found, calls)):
                 raise CalibrationError(
@@ -174,67 +166,6 @@ class Blocks:
                 )
             inputs.append(hidden.cpu())
         return calls, inputs
-
-    def _record(self, tokens: Tensor, count: int) -> tuple[list[Call], Tensor]:
-        """How the first `count` blocks are called, and the hidden states that enter them."""
-        calls: list[Call] = []
-        entered: list[Tensor] = []
-
-        def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
-            call, hidden = Call.taken_apart(args, kwargs)
-            if number != len(calls) or (calls and not torch.equal(hidden, entered[0])):
-                raise CalibrationError(
-                    f"{type(self._model).__name__} does not pass what leaves a block of "
-                    f"{self.path} to the next one as it is, so they cannot be run one by one"
-                )
-            calls.append(call)
-            entered.append(hidden)
-            if len(calls) == count:
-                raise Enough
-            return (hidden,) if self._as_tuple else hidden
-
-        with self._instead_of_blocks(stand_in), contextlib.suppress(Enough), self._clear_errors():
-            self._model(tokens.to(self._device), use_cache=False)
-        if len(calls) != count or entered[0].is_meta:
-            why = f"only {len(calls)} of {count} were run"
-            if calls and entered[0].is_meta:
-                why = "weights that come before them are missing"
-            raise CalibrationError(
-                f"{type(self._model).__name__}: the blocks {self.path} cannot be run: {why}"
-            )
-        return calls, entered[0]
-
-    def _check_run_once(self, tokens: Tensor) -> None:
-        """Refuses a model that goes through its blocks again after the last of them."""
-        calls = 0
-
-        def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls > len(self):
-                raise Enough
-            _, hidden = Call.taken_apart(args, kwargs)
-            return (hidden,) if self._as_tuple else hidden
-
-        # What comes after the blocks may fail, as its weights have not been read.
-        with self._instead_of_blocks(stand_in), contextlib.suppress(Exception):
-            self._model(tokens.to(self._device), use_cache=False)
-        if calls > len(self):
-            raise CalibrationError(
-                f"{type(self._model).__name__} runs the blocks {self.path} more than once, and "
-                f"calibration goes through them once"
-            )
-
-    @contextlib.contextmanager
-    def _instead_of_blocks(self, stand_in: Callable[..., Any]) -> Iterator[None]:
-        """stand_in: called with the block's number and what the block is called with."""
-        for number, block in enumerate(self._modules):
-            block.forward = functools.partial(stand_in, number)
-        try:
-            yield
-        finally:
-            for block in self._modules:
-                del block.forward
 
     def _head(self) -> nn.Module | None:
         """The output layer, where it is not the embedding itself."""
@@ -272,24 +203,8 @@ class Blocks:
         return paths[head] if head else ""
 
     def _invoke(self, block: nn.Module, call: Call, hidden: Tensor) -> Any:
-        with self._clear_errors():
+        with self._stand_ins.clear_errors():
             return call.repeat(block, hidden.to(self._device, self._dtype))
-
-    @contextlib.contextmanager
-    def _clear_errors(self) -> Iterator[None]:
-        """What a model's own code makes of being run like this, as an error of ours."""
-        try:
-            yield
-        except (Enough, SpallmError):
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            raise CalibrationError(
-                f"{type(self._model).__name__}: the blocks {self.path} cannot be run one by one "
-                f"({reason})"
-            ) from error
 
     def _check_stored(self) -> None:
         """Refuses, before anything is run, a block with weights that the checkpoint lacks."""
@@ -319,14 +234,6 @@ class Blocks:
             forget(module)
 
 
-def _return_hidden_states_alone(model: PreTrainedModel) -> None:
-    """What else a config asks of a model, as routers' logits, blocks that are stood in for lack."""
-    for config in (model.config, model.config.get_text_config()):
-        for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
-            if getattr(config, name, False):
-                setattr(config, name, False)
-
-
 def find_blocks(model: nn.Module, linears: Iterable[str]) -> str:
     """Path of the one list of modules that all the linear layers lie in."""
     lists = [path for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
@@ -342,7 +249,3 @@ def find_blocks(model: nn.Module, linears: Iterable[str]) -> str:
             f"calibrated, found {lying}; --ignore leaves layers dense"
         )
     return path
-
-
-class Enough(Exception):  # noqa: N818  nothing went wrong
-    """Ends a run of which all is known that is wanted."""

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from spallm_convert.errors import CalibrationError
 from spallm_formats import SketchedModule, SketchMetadata
 
-from .blocks import Blocks, Enough
+from .blocks import Blocks
 from .layers import SketchedLayer, prepare_inputs, sketch_layer
+from .stand_ins import Enough
 
 
 class Streams(NamedTuple):
