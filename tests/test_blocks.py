@@ -1,5 +1,7 @@
 """Going through models block by block: the same as running them, whatever the architecture."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -128,6 +130,16 @@ def test_models_that_do_other_than_pass_through_their_blocks_are_refused(kind, m
     model.model.layers.__class__ = kind
     with pytest.raises(CalibrationError, match=message):
         Blocks(model, checkpoint.tensors, linears, torch.randint(2, 128, (4, 24)), batch=2)
+
+
+def test_embeddings_that_are_no_numbers_are_passed_on(tiny_llama, tmp_path):
+    """What is wrong with them is told where they are used."""
+    folder = shutil.copytree(tiny_llama.folder, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    blocks = open_blocks(folder, torch.randint(2, 128, (4, 24)))
+    assert all(hidden.isnan().all() for hidden in blocks.inputs)
 
 
 def test_what_else_a_config_asks_for_is_not_asked_of_blocks(tmp_path):

@@ -42,7 +42,8 @@ class StandIns:
 
         def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
             call, hidden = Call.taken_apart(args, kwargs)
-            if number != len(calls) or (calls and not torch.equal(hidden, entered[0])):
+            passed = not calls or hidden is entered[0] or torch.equal(hidden, entered[0])
+            if number != len(calls) or not passed:
                 raise CalibrationError(
                     f"{type(self._model).__name__} does not pass what leaves a block of "
                     f"{self._path} to the next one as it is, so they cannot be run one by one"
