@@ -62,6 +62,7 @@ def test_records(write, record, document, suffix):
             '{"content": "x", "id": 1}',
             "line 1: found the keys 'content', 'id', expected 'text', 'messages' or 'instruction'",
         ),
+        ("a.jsonl", b'{"text": "caf\xe9"}', "a.jsonl, line 1: not JSON .*can't decode byte 0xe9"),
         ("a.jsonl", "{}", "found the keys none, expected"),
         ("a.jsonl", '{"text": ["x"]}', "line 1: a value of type list where text is expected"),
         ("a.jsonl", '{"messages": "x"}', "'messages' must be a list of objects with 'content'"),
@@ -72,6 +73,12 @@ def test_records(write, record, document, suffix):
 def test_unusable_files(write, name, content, message):
     with pytest.raises(SourceError, match=message):
         read_documents(write(name, content))
+
+
+def test_a_file_of_lines_is_read_until_there_is_enough(write, monkeypatch):
+    monkeypatch.setattr(text_module, "_MOST_CHARACTERS", 3)
+    path = write("a.jsonl", "\ufeff" + lines({"text": "on"}, {"text": "e"}) + "\nno more of it")
+    assert read_documents(path) == ["on", "e"]
 
 
 def test_what_is_no_source(tmp_path, monkeypatch):
@@ -109,7 +116,7 @@ def test_a_dataset_is_streamed_until_there_is_enough(monkeypatch):
             yield {"text": "x" * 100}
 
     calls = fake_datasets(monkeypatch, endless)
-    monkeypatch.setattr(text_module, "_HUB_CHARACTERS", 450)
+    monkeypatch.setattr(text_module, "_MOST_CHARACTERS", 450)
     assert read_documents("org/name") == ["x" * 100] * 5
     assert len(read) == 5
     read_documents("org/name:test")

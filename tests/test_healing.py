@@ -168,6 +168,17 @@ def test_the_best_tables_count(blocks):
     assert tuner.least == 0.5
 
 
+def test_a_step_whose_gradient_is_not_finite_is_left_out(blocks):
+    layer = sketched(blocks.load(0).self_attn.k_proj)
+    table, before = layer.weight_table, layer.weight_table.detach().clone()
+    tuner = TableTuner(layer, 5, 1.0, torch.float32)
+    tuner.step(table.square().sum() * float("nan"))
+    assert torch.equal(table, before)
+    tuner.step(table.square().sum())
+    assert table.isfinite().all()
+    assert not torch.equal(table, before)
+
+
 def test_backing_off_goes_on_from_the_best_tables_at_half_the_rate(blocks):
     layer = sketched(blocks.load(0).self_attn.k_proj)
     table, before = layer.weight_table, layer.weight_table.detach().clone()

@@ -85,7 +85,7 @@ class Blocks:
     def run(self, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """Hidden states [batch, seqlen, hidden] after a block, of `dtype` on `device`."""
         output = self._invoke(block, self._calls[number], hidden)
-        return output[0] if self._stand_ins.as_tuple else output  # type: ignore[no-any-return]
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
     def pull_back(self, number: int, block: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:
         """A gradient by the hidden states that leave a block as one by those that enter it.

@@ -58,6 +58,8 @@ def _fresh(value: Any) -> Any:
 
 def _same(found: Any, expected: Any) -> bool:
     """Whether two values are the same, tensors and what objects hold included."""
+    if found is expected:
+        return True
     if type(found) is not type(expected):
         return False
     if isinstance(found, Tensor):

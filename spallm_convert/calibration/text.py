@@ -23,8 +23,9 @@ _JSON_SUFFIXES = (".json", *_LINES_SUFFIXES)
 _DATASET = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[^:/]+){0,2}")
 _RECORD_KEYS = "'text', 'messages' or 'instruction' (with 'input' and 'output')"
 
-#: Of a dataset on the Hub this much is read: some 16 M tokens, sixty times a usual calibration set.
-_HUB_CHARACTERS = 1 << 26
+#: Of records that come one by one this much is read: some 16 M tokens, sixty times a usual
+#: calibration set.
+_MOST_CHARACTERS = 1 << 26
 
 
 def read_documents(source: str) -> list[str]:
@@ -33,8 +34,8 @@ def read_documents(source: str) -> list[str]:
     source: `builtin` (the English documentation that Python brings), a text file in UTF-8 (one
     document), a `.jsonl` file or a `.json` file with a list (a document per record: its `text`,
     the contents of its `messages`, or its `instruction`, `input` and `output`), or a dataset on
-    the Hub, `ORG/NAME[[:CONFIG]:SPLIT]` with the split `train` unless named, of which the first
-    64 Mi characters are taken; that needs the package `datasets`.
+    the Hub, `ORG/NAME[[:CONFIG]:SPLIT]` with the split `train` unless named, which needs the
+    package `datasets`. Of a `.jsonl` file and of a dataset the first 64 Mi characters are taken.
     Raises SourceError when there is no such source, it cannot be read, or it holds no text.
     """
     path = user_path(source)
@@ -62,23 +63,31 @@ def english_text() -> str:
 
 
 def _read_file(path: Path) -> list[str]:
+    suffix = path.suffix.lower()
+    if suffix in _LINES_SUFFIXES:
+        return _first_documents(_lines(path))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: not UTF-8 (byte {error.start})") from error
-    suffix = path.suffix.lower()
     if suffix not in _JSON_SUFFIXES:
         return [text]
-    if suffix in _LINES_SUFFIXES:
-        lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), 1)]
-        return [_document(_parse(line, where), where) for where, line in lines if line.strip()]
     records = _parse(text, str(path))
     if not isinstance(records, list):
         raise SourceError(f"{path}: holds {_kind(records)}, expected a list of records")
     return [_document(record, f"{path}, record {i}") for i, record in enumerate(records)]
 
 
-def _parse(text: str, where: str) -> Any:
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The records of a file of lines, and where each is."""
+    with path.open("rb") as file:
+        for i, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}, line {i}"
+                yield where, _parse(line, where)
+
+
+def _parse(text: str | bytes, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -135,7 +144,9 @@ def _read_dataset(source: str) -> list[str]:
         ) from error
     try:
         records = datasets.load_dataset(name, *parts, split=split, streaming=True)
-        return _first_documents(records, source)
+        return _first_documents(
+            (f"{source}, record {i}", record) for i, record in enumerate(records)
+        )
     except SpallmError:
         raise
     except Exception as error:  # its errors are many, from missing names to failed connections
@@ -145,12 +156,13 @@ def _read_dataset(source: str) -> list[str]:
         ) from error
 
 
-def _first_documents(records: Iterable[Any], source: str) -> list[str]:
+def _first_documents(records: Iterable[tuple[str, Any]]) -> list[str]:
+    """The texts of records, each with where it is, until there are characters enough."""
     documents: list[str] = []
     characters = 0
-    for i, record in enumerate(records):
-        documents.append(_document(record, f"{source}, record {i}"))
+    for where, record in records:
+        documents.append(_document(record, where))
         characters += len(documents[-1])
-        if characters >= _HUB_CHARACTERS:
+        if characters >= _MOST_CHARACTERS:
             break
     return documents

@@ -48,13 +48,14 @@ class TableTuner:
         self.least, self._best = loss, self._copies()
 
     def step(self, loss: Tensor) -> None:
-        """One step down a loss; none if no table had to do with it, as of experts not chosen."""
+        """One step down a loss; none if no table had to do with it, as of experts not chosen, or
+        its gradient is not finite, of which the optimizer would never recover."""
         if not loss.requires_grad:
             return
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self._tables.values(), 1.0)
-        self._optimizer.step()
-        self._schedule.step()
+        if nn.utils.clip_grad_norm_(self._tables.values(), 1.0).isfinite():
+            self._optimizer.step()
+            self._schedule.step()
         self._optimizer.zero_grad()
 
     @contextlib.contextmanager

@@ -48,7 +48,9 @@ class Weights:
 
     def _read(self, tensor: StoredTensor) -> Tensor:
         raw = read_bytes(tensor, 0, tensor.nbytes)
-        flat = torch.frombuffer(raw, dtype=_DTYPES[tensor.dtype])
+        dtype = _DTYPES[tensor.dtype]
+        # Of no bytes frombuffer makes no tensor.
+        flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
         return flat.view(tensor.shape).to(self._device, self._dtype)
 
 

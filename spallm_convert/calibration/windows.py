@@ -1,6 +1,6 @@
 """Windows of a text, in tokens, drawn at random to calibrate with.
 
-Reading is cheap beside tokenising, so a source is read whole, but only as much of it is tokenised
+Reading is cheap beside tokenising, so a source is read first, but only as much of it is tokenised
 as a fair draw needs.
 """
 
