@@ -131,7 +131,7 @@ def _last_losses(
     """Losses of the last `count` tokens of a window, float32 [count] on the CPU."""
     if "logits_to_keep" in options:
         options = options | {"logits_to_keep": count + 1}
-    output = model(part[None].to(model.device), **options)
+    output = model(part[None].to(_device(model)), **options)
     logits = getattr(output, "logits", None)
     if logits is None:
         raise EvaluationError(
@@ -224,11 +224,18 @@ def _tokens_of(tokenizer: Any, text: str, limit: int | None) -> tuple[torch.Tens
     return torch.tensor(tokens), len(text[first.end if first else 0 : end].encode())
 
 
+def _device(model: Any) -> torch.device:
+    """Where a model takes its tokens; parameters that are offloaded are nowhere."""
+    devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    return next(devices, torch.device("cpu"))
+
+
 def _check_request(model: Any, tokens: torch.Tensor, window: int, stride: int) -> None:
     """Refuses what cannot be measured before anything runs."""
-    if tokens.ndim != 1 or len(tokens) < 2:
+    if tokens.ndim != 1 or len(tokens) < 2 or tokens.dtype != torch.int64:
         raise OptionError(
-            f"the tokens to measure must be [n] with n of at least 2, found {list(tokens.shape)}"
+            f"the tokens to measure must be int64 [n] with n of at least 2, found {tokens.dtype} "
+            f"{list(tokens.shape)}"
         )
     check_windows(window, stride)
     name = type(model).__name__
@@ -242,9 +249,10 @@ def _check_request(model: Any, tokens: torch.Tensor, window: int, stride: int) -
     if positions and 0 < positions < min(window, len(tokens)):
         raise OptionError(f"window {window} is more than the {positions} positions of {name}")
     vocabulary = getattr(text_config, "vocab_size", None)
-    if vocabulary and int(tokens.max()) >= vocabulary:
+    least, most = (int(value) for value in tokens.aminmax())
+    if least < 0 or (vocabulary and most >= vocabulary):
         raise OptionError(
-            f"token {int(tokens.max())} is beyond the vocabulary of {name}, which has "
+            f"token {least if least < 0 else most} is not in the vocabulary of {name}, which has "
             f"{vocabulary}: is the tokenizer the model's own?"
         )
 

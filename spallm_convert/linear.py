@@ -48,6 +48,8 @@ class SketchedLinear(nn.Linear):
             torch.empty(shape.table_shape, dtype=table_dtype, device=device)
         )
         self.register_parameter("bias", bias)
+        # transformers initializes what it has offloaded to disk, and would draw random bytes.
+        self._is_hf_initialized = True
 
     def reset_parameters(self) -> None:
         """Nothing: a sketch comes from a checkpoint, there is no random one to begin with."""

@@ -42,10 +42,11 @@ def load_sketched(
     from . import quantizer  # noqa: F401  registers the checkpoint's quantizer
     from .tables import load_tables
 
+    dtype = options.pop("torch_dtype", dtype)  # its former name, which transformers takes too
     name = os.fspath(model)
     path = user_path(name)
     if path.is_dir():
-        SketchedCheckpoint.open(path)
+        SketchedCheckpoint.open(path / options.get("subfolder", ""))
         name = str(path)
     elif path.exists() or name.startswith((".", "/", "~")):
         raise SourceError(f"no such folder: {name}")

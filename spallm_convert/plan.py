@@ -95,7 +95,7 @@ def make_plan(
             continue
         weight = tensors[name + ".weight"]
         reason = _reason_to_keep(name, shape, weight, config)
-        if skeleton.needs_float & set(name.split(".")):
+        if path in skeleton.needs_float:
             reason = "the model's code needs its weight in floating point"
         if reason:
             left_dense[name] = reason

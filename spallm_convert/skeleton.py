@@ -9,7 +9,7 @@ projections are transposed, MoE experts are fused).
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ class Skeleton:
     """linears: (out_features, in_features) of all linear layers inside numbered blocks, by path.
 
     base_prefix: name of the base model inside the model class, such as "model" in Llama's.
-    needs_float: path components of layers whose weight the model's code reads as a float tensor.
+    needs_float: paths of layers whose weight the model's code reads as a float tensor.
     """
 
     linears: dict[str, tuple[int, int]]
@@ -91,8 +91,23 @@ def read_skeleton(
         for name, module in model.named_modules()
         if type(module) is torch.nn.Linear and is_in_block(name)
     }
-    needs_float = frozenset(getattr(model_class, "_keep_in_fp32_modules", None) or ())
-    return Skeleton(linears, str(model_class.base_model_prefix), needs_float)
+    return Skeleton(linears, str(model_class.base_model_prefix), _read_as_floats(model, linears))
+
+
+def _read_as_floats(model: PreTrainedModel, linears: Collection[str]) -> frozenset[str]:
+    """Linear layers whose weight other code reads than the layer's own.
+
+    Models look at the dtype of weights that transformers keeps in float32; mixers of state-space
+    models give those of all layers from their scan on to one kernel.
+    """
+    kept = (model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict)
+    patterns = "|".join(re.escape(name) for names in kept for name in names or ())
+    declared = re.compile(rf"(^|\.)({patterns})(\.|$)")
+    found = {name for name in linears if patterns and declared.search(name + ".weight")}
+    for mixer in {name.removesuffix(".x_proj") for name in linears if name.endswith(".x_proj")}:
+        if f"{mixer}.dt_proj" in linears:
+            found |= {f"{mixer}.{name}" for name in ("x_proj", "dt_proj", "out_proj")}
+    return frozenset(found)
 
 
 def is_in_block(name: str) -> bool:

@@ -8,7 +8,6 @@ parameters keep storage and dtype, and get copies of the values.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +35,12 @@ from .paths import user_path
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterator
 
 BASE = "base"
+
+#: What a compiled module calls the one that it is made of.
+_COMPILED = "_orig_mod"
 
 
 @dataclass
@@ -59,34 +62,49 @@ def save_tables(
 ) -> Path:
     """Saves the active tables, and what else of the model is trainable, without its index maps.
 
-    model: a sketched transformers model, also inside DDP, FSDP2 or torch.compile (where all
-    processes must call and the first writes). Returns the folder. Raises OptionError when there are
-    tables in it already and `overwrite` is off.
+    model: a sketched transformers model, also inside DDP, FSDP2 or torch.compile. Of several
+    processes the first writes; where parameters are sharded all have to call, and the others return
+    when the first is done. Returns the folder. Raises OptionError when there are tables in it
+    already and `overwrite` is off.
     """
-    from safetensors.torch import save
-
     model = sketched_model(model)
     target = user_path(folder)
-    if (target / TABLES_METADATA_FILE).exists() and not overwrite:
-        raise OptionError(f"{target} holds sketch tables already; overwrite=True replaces them")
+    metadata = _describe(model)
+    portable = _portable(model)
+    tensors = {name: _whole(value).contiguous().cpu() for name, value in portable.items()}
+    try:
+        if not _distributed() or torch.distributed.get_rank() == 0:
+            _write(target, tensors, metadata, overwrite=overwrite)
+    finally:
+        if _distributed() and any(map(_is_sharded, portable.values())):
+            torch.distributed.barrier()
+    return target
+
+
+def _describe(model: Any) -> TablesMetadata:
     origin = getattr(model.config, "_name_or_path", None) or None
     if origin is not None and Path(origin).exists():
         origin = Path(origin).resolve().name  # not where it lies on this machine
-    metadata = TablesMetadata(
+    return TablesMetadata(
         base_model=origin,
         base_revision=getattr(model.config, "_commit_hash", None),
         fingerprint=model_fingerprint(model),
     )
-    tensors = {name: _whole(value).contiguous().cpu() for name, value in _portable(model).items()}
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        return target
+
+
+def _write(
+    target: Path, tensors: dict[str, Tensor], metadata: TablesMetadata, *, overwrite: bool
+) -> None:
+    from safetensors.torch import save
+
+    if (target / TABLES_METADATA_FILE).exists() and not overwrite:
+        raise OptionError(f"{target} holds sketch tables already; overwrite=True replaces them")
     target.mkdir(parents=True, exist_ok=True)
     # The description comes last and goes first: without it, a folder holds no tables.
     (target / TABLES_METADATA_FILE).unlink(missing_ok=True)
     write_atomic(target / TABLES_FILE, save(tensors, metadata={"format": "pt"}))
     write_atomic(target / TABLES_METADATA_FILE, to_json(metadata.to_json()))
     flush_folder(target)
-    return target
 
 
 def load_tables(
@@ -99,10 +117,12 @@ def load_tables(
 ) -> None:
     """Loads tables from a folder or the Hub as a set of the model, and makes it the active one.
 
-    The tables keep the dtype they were saved in and go to the device of those they replace; in a
-    sharded model they take the dtype of its shards. A set of the same name is replaced.
+    Tables keep the dtype they were saved in and go to the device of those they replace; norms and
+    all else take the model's dtype, as everything does in a sharded model. A set of the same name
+    is replaced.
     Raises FormatError, listing every problem, when they were made for other index maps or do not
-    fit, and leaves the model as it was then.
+    fit, and leaves the model as it was then; OptionError for a model whose weights are not in
+    memory, offloaded by `device_map`.
     """
     model = sketched_model(model)
     if name == BASE:
@@ -149,13 +169,19 @@ def table_sets(model: nn.Module) -> list[str]:
 def sketched_model(model: nn.Module) -> Any:
     """The transformers model inside wrappers; raises OptionError when it is not sketched."""
     inner: Any = model
-    while not hasattr(inner, "hf_quantizer") and (
-        wrapped := getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-    ):
+    while wrapped := _wrapped_by(inner):
         inner = wrapped
     if not any(isinstance(module, SketchedLinear) for module in inner.modules()):
         raise OptionError(f"{type(inner).__name__} has no sketched layers")
     return inner
+
+
+def _wrapped_by(model: Any) -> nn.Module | None:
+    # A compiled model has all attributes of the one in it: only its modules tell them apart.
+    compiled: nn.Module | None = model._modules.get(_COMPILED)
+    if compiled is not None or hasattr(model, "hf_quantizer"):
+        return compiled
+    return getattr(model, "module", None)
 
 
 def sketched_layers(model: nn.Module) -> dict[str, SketchedLinear]:
@@ -180,18 +206,41 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def attach_set_tables(model: nn.Module) -> None:
-    """Gives a loaded model `set_tables` as a method."""
-    # A partial and not a bound method, which could not be pickled before the model has it.
-    model.set_tables = functools.partial(set_tables, model)  # type: ignore[assignment]
+    """Gives a loaded model `set_tables` as a method.
+
+    Its class gets it: with an attribute that refers back to it the model would not be freed when it
+    is no longer used, but some time later.
+    """
+    type(model).set_tables = set_tables  # type: ignore[attr-defined]
+
+
+def keep_apart(model: nn.Module) -> None:
+    """Gives the active set values of its own for all that is trained with it, so that training one
+    set changes no other."""
+    sets = _sets(model)
+    if sets.active == BASE:
+        return
+    for key, parameter in _replaceable(model).items():
+        if parameter.requires_grad and key not in sets.stored[sets.active]:
+            sets.stored[BASE].setdefault(key, _current(parameter))
+            own = sets.stored[sets.active][key] = parameter.detach().clone()
+            _replace(parameter, own)
 
 
 def _digest(layer: SketchedLinear) -> str:
+    if layer.weight_table.is_meta:
+        raise OptionError(
+            f"{layer.stored_name} is not in memory but offloaded (device_map): tables are saved "
+            f"and loaded for models that are in memory as a whole"
+        )
+    if layer.hash_seed is not None:
+        return map_digest(None, layer.hash_seed)
     state = (layer.weight.data_ptr(), layer.weight._version)
     known = _digests.get(layer)
     if known is None or known[0] != state:
         # Not `Tensor.numpy`, after which FSDP2 could not free the memory that it has gathered.
         packed = np.from_dlpack(_whole(layer.weight).cpu().contiguous())
-        known = _digests[layer] = (state, map_digest(packed, layer.hash_seed))
+        known = _digests[layer] = (state, map_digest(packed, None))
     return known[1]
 
 
@@ -204,10 +253,16 @@ def _portable(model: nn.Module) -> dict[str, nn.Parameter]:
     tables = set(map(id, found.values()))
     sets = _sets(model)
     carried = sets.stored[sets.active] if sets.active != BASE else {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _named_parameters(model):
         if id(parameter) not in tables and (parameter.requires_grad or name in carried):
             found[name] = parameter
     return found
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by the names that they have where no part of the model is compiled."""
+    for name, parameter in model.named_parameters():
+        yield name.replace(f"{_COMPILED}.", ""), parameter
 
 
 def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
@@ -237,14 +292,17 @@ def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
         problems.append(f"tables are of several dtypes: {', '.join(sorted(kinds))}")
     if problems:
         raise FormatError([f"{path.name}: {problem}" for problem in problems])
-    return {name: _like(tensor, parameters[name]) for name, tensor in tensors.items()}
+    return {
+        name: _like(tensor, parameters[name], keep_dtype=name in tables)
+        for name, tensor in tensors.items()
+    }
 
 
 def _replaceable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that a set may replace: by their names on disk, all but the index maps."""
     layers = sketched_layers(model)
     own = {id(value) for layer in layers.values() for value in (layer.weight, layer.weight_table)}
-    found = {name: value for name, value in model.named_parameters() if id(value) not in own}
+    found = {name: value for name, value in _named_parameters(model) if id(value) not in own}
     return found | {name + TABLE_SUFFIX: layer.weight_table for name, layer in layers.items()}
 
 
@@ -256,6 +314,7 @@ def _activate(model: nn.Module, name: str) -> None:
     for key in concerned:
         _replace(parameters[key], sets.stored[name].get(key, base[key]))
     sets.active = name
+    keep_apart(model)
 
 
 def _current(parameter: nn.Parameter) -> Tensor:
@@ -278,6 +337,10 @@ def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _sets(model: nn.Module) -> _Sets:
     sets: _Sets = model.__dict__.setdefault("_sketch_table_sets", _Sets())
     return sets
@@ -290,8 +353,10 @@ def _whole(value: Tensor) -> Tensor:
     return whole
 
 
-def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor of its own dtype, placed (and sharded) as a parameter is."""
+def _like(tensor: Tensor, parameter: Tensor, *, keep_dtype: bool) -> Tensor:
+    """A tensor placed (and sharded) as a parameter is, of the parameter's dtype unless it is to
+    keep its own."""
+    tensor = tensor if keep_dtype else tensor.to(parameter.dtype)
     if _is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
 

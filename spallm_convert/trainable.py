@@ -11,7 +11,7 @@ from torch import nn
 
 from .errors import OptionError
 from .linear import SketchedLinear
-from .tables import sketched_layers, sketched_model
+from .tables import keep_apart, sketched_layers, sketched_model
 
 #: Bytes that AdamW keeps per trained parameter, beside the parameter and its gradient.
 _MOMENTS = 2
@@ -68,11 +68,12 @@ def set_trainable(
     """Chooses what is trained and freezes all else.
 
     tables: all of them, none, or those of modules whose name matches a pattern (`*` and `?` as in
-    file names, for example "*.mlp.*"). dtype: of the trained tables, None to leave it. In bfloat16
-    an update below 1/256 of a value is lost, and tables are small; products are computed in the
-    dtype of the activations all the same. norms: scales and offsets of normalisation layers too.
-    They keep their dtype, as activations follow it: to train them, load the model in float32 and
-    compute in bfloat16 by autocast (`bf16=True` in Trainer).
+    file names, for example "*.mlp.*"). dtype: of all tables once some are trained, as a checkpoint
+    has them in one; None to leave it. In bfloat16 an update below 1/256 of a value is lost, and
+    tables are small; products are computed in the dtype of the activations all the same. norms:
+    scales and offsets of normalisation layers too. They keep their dtype, as activations follow it:
+    to train them, load the model in float32 and compute in bfloat16 by autocast (`bf16=True` in
+    Trainer). To be called before a model is sharded.
     Raises OptionError when a pattern matches no sketched module.
     """
     model = sketched_model(model)
@@ -89,15 +90,17 @@ def set_trainable(
         chosen.update(matches)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for name in chosen:
-        table = layers[name].weight_table
-        table.data = table.data.to(dtype or table.dtype)
-        table.requires_grad_(True)
-    if norms:
-        for module in model.modules():
-            if type(module).__name__.endswith("Norm"):
-                for parameter in module.parameters(recurse=False):
-                    parameter.requires_grad_(True)
+    for name, layer in layers.items():
+        table = layer.weight_table
+        if chosen and dtype not in (None, table.dtype):
+            table.data = table.data.to(dtype)
+            table.grad = None
+        table.requires_grad_(name in chosen)
+    for module in model.modules() if norms else ():
+        if "Norm" in type(module).__name__:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(True)
+    keep_apart(model)
     return trainable_summary(model)
 
 

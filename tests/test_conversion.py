@@ -222,6 +222,41 @@ def test_layers_whose_weight_the_model_reads_stay_dense(tmp_path):
     assert torch.isfinite(logits).all()
 
 
+def test_layers_that_scans_read_stay_dense(tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=99, hidden_size=32, state_size=8, num_hidden_layers=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "source")
+    report = convert(tmp_path / "source", tmp_path / "out")
+    mixer = "backbone.layers.0.mixer."
+    assert [module["name"] for module in report.modules] == [mixer + "in_proj"]
+    for name in ("x_proj", "dt_proj", "out_proj"):
+        assert report.left_dense[mixer + name].startswith("the model's code")
+    with torch.no_grad():
+        assert load_sketched(tmp_path / "out")(torch.arange(12)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("declared", "dense"),
+    [
+        ("mlp.gate_proj", {"mlp.gate_proj"}),
+        ("gate_proj.weight", {"mlp.gate_proj"}),
+        ("mlp", {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}),
+        ("gate", set()),
+    ],
+)
+@pytest.mark.parametrize("strict", ["", "_strict"])
+def test_layers_that_are_kept_in_float32_stay_dense(
+    tiny_llama, tmp_path, monkeypatch, declared, dense, strict
+):
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, f"_keep_in_fp32_modules{strict}", [declared])
+    plan = plan_conversion(tiny_llama.folder)
+    found = {name for name, why in plan.left_dense.items() if "floating point" in why}
+    assert found == {f"model.layers.{layer}.{name}" for layer in range(2) for name in dense}
+
+
 def test_fused_experts_are_reported_not_forgotten(tmp_path):
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

@@ -162,12 +162,14 @@ def test_losses_are_float32_whatever_the_model(folders, dtype):
 @pytest.mark.parametrize(
     ("tokens", "options", "message"),
     [
-        (TOKENS[:1], {}, r"n of at least 2, found \[1\]"),
-        (TOKENS[None], {}, r"found \[1, 100\]"),
+        (TOKENS[:1], {}, r"n of at least 2, found torch.int64 \[1\]"),
+        (TOKENS[None], {}, r"found torch.int64 \[1, 100\]"),
+        (TOKENS.int(), {}, r"must be int64 \[n\] .* found torch.int32 \[100\]"),
+        (TOKENS - 100, {}, "token -.* is not in the vocabulary of LlamaForCausalLM, which has 128"),
         (TOKENS, {"window": 1}, "window 1 and stride 1"),
         (TOKENS, {"window": 8, "stride": 9}, "window 8 and stride 9"),
         (TOKENS, {"window": 8, "stride": 0}, "window 8 and stride 0"),
-        (TOKENS + 100, {}, "token 227 is beyond the vocabulary of LlamaForCausalLM, which has 128"),
+        (TOKENS + 100, {}, "token 227 is not in the vocabulary of LlamaForCausalLM, .* has 128"),
         (TOKENS.repeat(21), {"window": 2049}, "window 2049 is more than the 2048 positions"),
     ],
 )
@@ -273,7 +275,7 @@ def test_of_a_long_text_only_the_start_is_tokenised(model, monkeypatch):
 
 
 def test_a_text_of_one_token_is_too_short(model):
-    with pytest.raises(OptionError, match=r"n of at least 2, found \[1\]"):
+    with pytest.raises(OptionError, match=r"n of at least 2, found torch.int64 \[1\]"):
         evaluate_text(model, tiny_tokenizer(), ["a"])
 
 

@@ -176,6 +176,26 @@ def test_the_base_model_loads_from_a_causal_checkpoint(sketched_folder):
     assert torch.equal(base(TOKENS).last_hidden_state, expected)
 
 
+def test_what_from_pretrained_takes_too(sketched_folder):
+    model = load_sketched(sketched_folder.parent, subfolder="out", torch_dtype=torch.float32)
+    assert model.dtype == torch.float32
+
+
+def test_the_default_dtype_of_torch_is_left_out_of_it(sketched_folder):
+    model = load_sketched(sketched_folder, dtype=torch.float32)
+    expected = model(TOKENS[:1]).logits
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(model(TOKENS[:1]).logits, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_shapes_on_the_meta_device(sketched_folder):
+    model = load_sketched(sketched_folder).to("meta")
+    assert model(TOKENS.to("meta")).logits.shape == (2, 19, 128)
+
+
 def test_tied_embeddings(tmp_path):
     model = save_tiny_llama(tmp_path / "source", tie_word_embeddings=True)
     convert(model.folder, tmp_path / "out")

@@ -1,8 +1,10 @@
 """Tables apart from their index maps: saved alone, tied to their base, several sets at once."""
 
 import copy
+import gc
 import hashlib
 import json
+import weakref
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from spallm_convert import (
     convert,
     load_sketched,
     load_tables,
+    perplexity,
     save_tables,
     set_tables,
     set_trainable,
@@ -163,6 +166,55 @@ def test_norms_of_the_active_set_travel_on(folder, tmp_path):
     assert torch.equal(logits(again), logits(second))
 
 
+def test_norms_take_the_dtype_of_the_model_that_they_are_for(folder, tmp_path):
+    tuned = load_sketched(folder, dtype=torch.float32)
+    set_trainable(tuned, norms=True)
+    train(tuned)
+    save_tables(tuned, tmp_path / "tuned")
+    live = load_sketched(folder, dtype=torch.bfloat16, tables=tmp_path / "tuned")
+    assert live.model.norm.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(logits(live).float(), logits(tuned), rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("order", ["norms first", "set first"])
+def test_norms_trained_with_a_set_are_of_that_set_alone(folder, tmp_path, order):
+    model = load_sketched(folder, dtype=torch.float32)
+    save_tables(model, tmp_path / "plain")
+    with_norms = load_sketched(folder, dtype=torch.float32)
+    set_trainable(with_norms, norms=True)
+    train(with_norms, seed=1)
+    save_tables(with_norms, tmp_path / "other")
+
+    before = logits(model)
+    load_tables(model, tmp_path / "other", name="other", activate=False)
+    if order == "norms first":
+        set_trainable(model, norms=True)
+        load_tables(model, tmp_path / "plain", name="mine")
+    else:
+        load_tables(model, tmp_path / "plain", name="mine")
+        set_trainable(model, norms=True)
+    train(model, seed=2)
+    mine = logits(model)
+    for name, expected in [("base", before), ("other", logits(with_norms)), ("mine", mine)]:
+        model.set_tables(name)
+        assert torch.equal(logits(model), expected)
+    save_tables(model, tmp_path / "mine")
+    again = load_sketched(folder, dtype=torch.float32, tables=tmp_path / "mine")
+    assert torch.equal(logits(again), mine)
+
+
+def test_a_model_is_freed_when_it_is_no_longer_used(folder):
+    model = load_sketched(folder)
+    alive = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 def test_where_the_base_lies_is_not_told(folder, model, tmp_path):
     saved = save_tables(model, tmp_path / "tuned")
     description = json.loads((saved / TABLES_METADATA_FILE).read_text())
@@ -183,6 +235,44 @@ def test_wrappers_are_seen_through(model, tmp_path):
     save_tables(wrapped, tmp_path / "tuned")
     load_tables(wrapped, tmp_path / "tuned")
     assert table_sets(model) == ["tuned", "base"]
+
+
+def test_names_in_a_compiled_model_are_those_of_the_model(model, tmp_path):
+    set_trainable(model, norms=True)
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    compiled = torch.compile(model, backend="eager")
+    train(model)
+    save_tables(compiled, tmp_path / "tuned")
+    assert not any("_orig_mod" in name for name in load_file(tmp_path / "tuned" / TABLES_FILE))
+
+
+def test_changing_sets_through_a_compiled_model(folder, tmp_path):
+    model = load_sketched(folder)
+    before = logits(model)
+    train(model)
+    save_tables(model, tmp_path / "tuned")
+    model = load_sketched(folder)
+    compiled = torch.compile(model, backend="eager")
+    load_tables(compiled, tmp_path / "tuned")
+    assert not torch.equal(logits(model), before)
+    compiled.set_tables("base")
+    assert torch.equal(logits(model), before)
+
+
+def test_offloaded_models_run_and_their_tables_are_refused(folder, model, tmp_path):
+    parts = dict.fromkeys(
+        ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
+    )
+    places = parts | {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    offloaded = load_sketched(folder, device_map=places, offload_folder=tmp_path / "offloaded")
+    assert torch.equal(logits(offloaded), logits(model))
+    assert perplexity(offloaded, TOKENS[0]) == perplexity(model, TOKENS[0])
+    with pytest.raises(OptionError, match=r"model.layers.1.* is not in memory but offloaded"):
+        save_tables(offloaded, tmp_path / "tables")
+    assert not (tmp_path / "tables").exists()
+    save_tables(model, tmp_path / "tables")
+    with pytest.raises(OptionError, match="is not in memory but offloaded"):
+        load_tables(offloaded, tmp_path / "tables")
 
 
 def test_the_fingerprint_is_the_one_of_the_specification(folder, model):

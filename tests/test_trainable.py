@@ -8,6 +8,8 @@ from spallm_convert import (
     SketchConfig,
     convert,
     load_sketched,
+    load_tables,
+    save_tables,
     set_trainable,
     trainable_summary,
 )
@@ -46,6 +48,27 @@ def test_trained_tables_become_float32(tiny_llama, tmp_path):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert torch.equal(model(tokens).logits, before)
     assert model(tokens).logits.dtype == torch.bfloat16
+
+
+def test_some_tables_trained_make_a_checkpoint_of_one_dtype(tiny_llama, tmp_path):
+    convert(tiny_llama.folder, tmp_path / "out")
+    model = load_sketched(tmp_path / "out", dtype=torch.bfloat16)
+    model(torch.arange(2, 21)[None]).logits.sum().backward()
+    set_trainable(model, "*.mlp.*")
+    assert all(parameter.grad is None for parameter in model.parameters())
+    save_tables(model, tmp_path / "tables")
+    load_tables(load_sketched(tmp_path / "out"), tmp_path / "tables")
+    model.save_pretrained(tmp_path / "whole")
+    load_sketched(tmp_path / "whole")
+
+
+def test_norms_of_any_name(tiny_llama, tmp_path):
+    convert(tiny_llama.folder, tmp_path / "out")
+    model = load_sketched(tmp_path / "out")
+    norm = model.model.norm
+    norm.__class__ = type("RMSNormGated", (type(norm),), {})
+    set_trainable(model, tables=False, norms=True)
+    assert norm.weight.requires_grad
 
 
 def test_norms(model):

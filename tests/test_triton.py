@@ -79,6 +79,23 @@ def test_decoding(bits, hash_seed, dtype, shape, tokens):
     assert torch.equal(y, again)
 
 
+@pytest.mark.parametrize("path", ["decode", "dense"])
+def test_a_bias_with_gaps(path):
+    sketch = random_sketch(4, 1, columns=128, dtype=torch.float16)
+    index_map, table = on_device(sketch, torch.float16)
+    x, bias = random(1, 128, dtype=torch.float16), random(2 * len(table), dtype=torch.float16)
+    y = lut_linear(
+        x.to(DEVICE, torch.float16),
+        index_map,
+        table,
+        bias.to(DEVICE, torch.float16)[::2],
+        backend="triton",
+        path=path,
+    )
+    expected = torch.nn.functional.linear(x, sketch.dense(), bias[::2])
+    assert relative_error(y, expected) < TOLERANCE[torch.float16]
+
+
 @pytest.mark.parametrize("shape", ["even", "ragged", "odd groups", "odd columns"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
 @pytest.mark.parametrize("hash_seed", [None, 7])

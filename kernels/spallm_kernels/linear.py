@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -30,11 +32,13 @@ def lut_linear(
         raise TypeError(f"x must be floating point, found {x.dtype}")
     _check(x.shape[-1], index_map, table, hash_seed)
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    autocast = torch.amp.is_autocast_available(device)  # not on meta
+    if autocast and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     if bias is not None:
         bias = bias.to(x.dtype)
-    with torch.autocast(device, enabled=False):  # both passes compute in the dtype of x
+    # Both passes compute in the dtype of x.
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         y: Tensor = torch.ops.spallm.lut_linear(x, index_map, table, bias, hash_seed, backend, path)
         return y
 

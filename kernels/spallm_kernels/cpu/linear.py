@@ -44,7 +44,7 @@ def decode(
 
     x: float [tokens, in_features]; table: any float, rounded to the dtype of x.
     """
-    y = torch.empty(x.shape[0], table.shape[0])
+    y = torch.empty(x.shape[0], table.shape[0], dtype=torch.float32, device=x.device)
     _decode(
         *_codes(index_map, hash_seed, 0),
         _array(table.to(x.dtype).float().contiguous()),
@@ -67,7 +67,7 @@ def dequantize(
     index_map: uint8 [out_features, row_bytes]; table: float [out_features, groups, 2^bits]. With
     `hash_seed` the codes are computed instead, those of row `first_row` of the module first.
     """
-    weight = torch.empty(table.shape[0], in_features, dtype=table.dtype)
+    weight = torch.empty(table.shape[0], in_features, dtype=table.dtype, device=table.device)
     as_integers = _INTEGER_OF_BYTES[table.element_size()]
     _look_up(
         *_codes(index_map, hash_seed, first_row),
@@ -90,7 +90,7 @@ def table_grad(
     Each entry receives the sum over the weights that use it, in float32 or wider.
     """
     wide = torch.promote_types(weight_grad.dtype, torch.float32)
-    sums = torch.empty(table.shape, dtype=wide)
+    sums = torch.empty(table.shape, dtype=wide, device=table.device)
     gradient = weight_grad.to(wide).contiguous().numpy()
     _bin(*_codes(index_map, hash_seed, first_row), gradient, sums.numpy())
     return sums

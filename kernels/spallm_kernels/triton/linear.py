@@ -89,7 +89,7 @@ def decode(
             x.contiguous(),
             words,
             table.contiguous(),
-            bias,
+            None if bias is None else bias.contiguous(),
             y,
             tokens,
             rows,
