@@ -249,7 +249,14 @@ def test_a_step_leaves_parameters_whose_memory_can_be_freed(model):
 
 
 @pytest.fixture(scope="module")
-def jobs(sketched_folder, tmp_path_factory):
+def hashed_folder(tiny_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hashed") / "out"
+    convert(tiny_llama.folder, folder, SketchConfig(groups_per_row=2, mapping="hash"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jobs(sketched_folder, hashed_folder, tmp_path_factory):
     """Runs that need processes of their own, all in one go."""
     folder = tmp_path_factory.mktemp("jobs")
     often = {"save_strategy": "steps", "save_steps": 2}
@@ -276,11 +283,14 @@ def jobs(sketched_folder, tmp_path_factory):
         "fsdp in bfloat16": {"processes": 2, "dtype": "auto", "options": FSDP | {"bf16": True}},
         "by hand": {"by_hand": True},
         "by hand, sharded": {"processes": 2, "by_hand": True},
+        "hashed": {"hashed": True, "by_hand": True},
+        "hashed, sharded": {"hashed": True, "processes": 2, "by_hand": True},
     }
     found = {}
     for name, options in wanted.items():
         output = str(folder / options.pop("output", name).replace(" ", "-"))
-        found[name] = Job(model=str(sketched_folder), output=output, **options)
+        model = hashed_folder if options.get("hashed") else sketched_folder
+        found[name] = Job(model=str(model), output=output, **options)
     run_jobs(found.values(), folder)
     return found
 
@@ -355,6 +365,17 @@ def test_tables_are_saved_and_swapped_on_whole_and_shared_models(jobs, name):
     model = saved(job)
     assert len(tables) == 14
     assert all(torch.equal(model.get_parameter(name), value) for name, value in tables.items())
+
+
+def test_a_hashed_model_is_shared_too(jobs):
+    whole, shared = outcome(jobs["hashed"]), outcome(jobs["hashed, sharded"])
+    assert shared["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    tables = [
+        load_file(Path(jobs[name].output) / "tables/sketch_tables.safetensors")
+        for name in ("hashed", "hashed, sharded")
+    ]
+    assert_close(*tables)
+    load_sketched(jobs["hashed"].model, tables=Path(jobs["hashed, sharded"].output) / "tables")
 
 
 def saved(job):

@@ -44,6 +44,7 @@ class Job:
     processes: int = 1
     dtype: str = "float32"
     by_hand: bool = False  # a loop in torch, with fully_shard where there are several processes
+    hashed: bool = False  # whether the model has no index maps
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of Trainer
     resume: bool = False
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -176,18 +177,17 @@ def _by_hand(job, rank):
         if job.processes > 1:
             dist.all_reduce(mean)
         curve.append(mean.item())
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state_dict = get_model_state_dict(model, options=whole)
-    if rank == 0:
-        model.save_pretrained(f"{job.output}/model", state_dict=state_dict)
+    if not job.hashed:  # torch cannot gather index maps of no bytes
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state_dict = get_model_state_dict(model, options=whole)
+        if rank == 0:
+            model.save_pretrained(f"{job.output}/model", state_dict=state_dict)
     return model, curve + _swap_tables(model, job, rows)
 
 
 def _swap_tables(model, job, rows):
     """Losses with the trained tables, with the same loaded, and after a change of the base."""
     save_tables(model, f"{job.output}/tables")
-    if job.processes > 1:
-        dist.barrier()
     found = [_evaluate(model, rows)]
     load_tables(model, f"{job.output}/tables", name="again")
     found.append(_evaluate(model, rows))
