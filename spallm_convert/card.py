@@ -42,7 +42,7 @@ is. The model is fine-tuned by training the tables themselves: no adapter.
 ## How to load it
 
 ```python
-# pip install spallm-convert
+# needs the package spallm-convert
 from spallm_convert import load_sketched
 
 model = load_sketched("path or Hub id of this model")

@@ -42,7 +42,7 @@ from .plan import Plan, make_plan, reallocate
 from .progress import Progress, Silent
 from .report import REPORT_FILE, Report, identity, make_report
 from .shards import write_shard
-from .source import DenseCheckpoint, Source, find_here, locate
+from .source import DenseCheckpoint, Source, extra_files, find_here, locate
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,7 @@ def convert(
         if not (resume and is_whole):
             check_output_folder(folder, resume=resume, overwrite=overwrite)
         source = locate(os.fspath(model), revision)
-        if folder.exists() and folder.resolve() == source.path:
+        if folder.exists() and folder.samefile(source.path):
             raise OptionError(f"output {folder} is the source itself: choose another folder")
         job = _Job(source, config, place, trust_remote_code, progress or Silent())
         # A plan costs nothing beside hashing the source, so what cannot work is refused first.
@@ -95,6 +95,7 @@ def convert(
         same = identity(config, source.identity(), texts, place)
         older = _older_report(folder)
         if resume and is_whole and older and older.has_identity(same):
+            _check_files(folder, older)
             remove_leftovers(folder)
             return older
         with Staging(folder, same, resume=resume, overwrite=overwrite) as staging:
@@ -274,7 +275,7 @@ def _publish(
     if len(plan.shards) > 1:
         documents[INDEX_FILE] = index_json(plan.shards)
     files = report.files
-    for name in source.extra_files(checkpoint.folder):
+    for name in extra_files(checkpoint.folder):
         files[name] = staging.copy_file(checkpoint.folder / name, name)
     for name, data in documents.items():
         files[name] = staging.write_file(name, data)
@@ -288,6 +289,17 @@ def _older_report(folder: Path) -> Report | None:
         return Report.read(folder)
     except FormatError:
         return None
+
+
+def _check_files(folder: Path, report: Report) -> None:
+    """Raises SpallmError unless every file of a conversion that was finished is still there."""
+    for name, about in report.files.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != about.get("bytes"):
+            raise SpallmError(
+                f"{folder}: {name} is not the one that was converted; use --overwrite to convert "
+                f"again"
+            )
 
 
 def _check_space(staging: Staging, plan: Plan, more: int = 0) -> None:

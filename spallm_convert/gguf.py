@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import SourceError
+from .errors import SourceError, SpallmError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -26,20 +26,24 @@ def dequantized(path: Path, scratch: Path) -> Path:
         import gguf  # noqa: F401
     except ImportError as error:
         raise SourceError(
-            f"reading {path.name} needs the package {error.name!r}: "
-            f"pip install 'spallm-convert[gguf]'"
+            f"reading {path.name} needs the package {error.name!r}: pip install {error.name}"
         ) from error
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
     try:
         model = load_gguf(path, torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, NotImplementedError, KeyError, IndexError, OSError) as error:
-        raise SourceError(f"{path.name}: transformers cannot read it ({error})") from error
+    except Exception as error:  # whatever its readers make of a file that is damaged
+        reason = one_line(error)
+        raise SourceError(f"{path.name}: transformers cannot read it ({reason})") from error
     _forget_quantizer(model)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:
+        raise SpallmError(f"{folder}: cannot be written ({one_line(error)})") from error
     (scratch / f"{_DONE}.complete").touch()
     return folder
 

@@ -22,11 +22,13 @@ from spallm_formats import (
     SketchedCheckpoint,
     StoredTensor,
     read_index,
+    sha256,
 )
 
 from .errors import FormatError, HubError, SourceError, SpallmError
+from .paths import user_path
 from .report import REPORT_FILE, Report
-from .source import DenseCheckpoint, Source, is_extra_file, open_dense, read_config
+from .source import DenseCheckpoint, Source, extra_files, is_extra_file, open_dense, read_config
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -115,12 +117,16 @@ def push_to_hub(
     """
     from huggingface_hub import HfApi
 
-    checkpoint = SketchedCheckpoint.open(Path(folder))
-    report = Report.read(Path(folder))
+    folder = user_path(folder)
+    checkpoint = SketchedCheckpoint.open(folder)
+    report = Report.read(folder)
     check_can_push(repo_id, token)
+    if report is not None:
+        _check_unchanged(checkpoint, report)
     api = HfApi(token=token)
     with clear_errors(repo_id, HubError):
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        # None: as the owner's account has it for new repositories.
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise HubError(f"{repo_id} exists and is public: make it private on its page first")
         commit = api.upload_folder(
@@ -138,8 +144,23 @@ def _own_files(checkpoint: SketchedCheckpoint, report: Report | None) -> list[st
     if report is not None:
         return [*report.files, REPORT_FILE]
     weights = {tensor.file.name for tensor in checkpoint.tensors.values()}
-    others = [path.name for path in checkpoint.folder.iterdir() if is_extra_file(path.name)]
+    others = extra_files(checkpoint.folder)
     return sorted({CONFIG_FILE, INDEX_FILE, "README.md", *weights, *others})
+
+
+def _check_unchanged(checkpoint: SketchedCheckpoint, report: Report) -> None:
+    """Raises FormatError for a checkpoint whose weights are not those that the report is about."""
+    files = {tensor.file for tensor in checkpoint.tensors.values()}
+    changed = [
+        file.name
+        for file in sorted(files)
+        if report.files.get(file.name, {}).get("sha256") != sha256(file)
+    ]
+    if changed:
+        raise FormatError(
+            f"{checkpoint.folder}: {REPORT_FILE} is of other weights than {', '.join(changed)}: "
+            f"they were saved after the conversion; remove it, and what the README.md says of them"
+        )
 
 
 def check_can_push(repo_id: str, token: str | None = None) -> None:

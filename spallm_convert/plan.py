@@ -91,19 +91,22 @@ def make_plan(
     for path, shape in skeleton.linears.items():
         name = skeleton.stored_name(path, tensors)
         if name is None:
-            left_dense[path] = "its weight is not stored under this name"
+            left_dense[path] = skeleton.unfit.get(path, "its weight is not stored under this name")
             continue
         weight = tensors[name + ".weight"]
-        reason = _reason_to_keep(name, shape, weight, config)
-        if path in skeleton.needs_float:
-            reason = "the model's code needs its weight in floating point"
+        pattern = next((p for p in config.ignore if _matches(p, path, name)), None)
+        if pattern is not None:
+            reason: str | None = f"ignored by the pattern {pattern!r}"
+        else:
+            reason = skeleton.unfit.get(path) or _reason_to_keep(name, shape, weight, config)
         if reason:
             left_dense[name] = reason
         else:
             problems += _tensor_problems(weight, shape)
             modules[name] = _sketched(shape, config)
             paths[name] = path
-    _check_patterns(config.ignore, skeleton.linears)
+    names = [skeleton.stored_name(path, tensors) or path for path in skeleton.linears]
+    _check_patterns(config.ignore, zip(skeleton.linears, names, strict=True))
     left_dense |= _other_matrices(tensors, {*modules, *left_dense})
     if problems:
         raise SourceError("; ".join(problems))
@@ -133,8 +136,14 @@ def _other_matrices(tensors: dict[str, StoredTensor], known: set[str]) -> dict[s
     }
 
 
-def _check_patterns(patterns: tuple[str, ...], linears: Iterable[str]) -> None:
-    unused = [p for p in patterns if not any(fnmatch.fnmatch(name, p) for name in linears)]
+def _matches(pattern: str, *names: str) -> bool:
+    """Whether a pattern to ignore is one for a layer, by its path or its name in the checkpoint."""
+    return any(fnmatch.fnmatch(name, pattern) for name in names)
+
+
+def _check_patterns(patterns: tuple[str, ...], layers: Iterable[tuple[str, str]]) -> None:
+    named = list(layers)
+    unused = [p for p in patterns if not any(_matches(p, *names) for names in named)]
     if unused:
         raise OptionError(f"ignore patterns {unused} match no linear layer of the model's blocks")
 
@@ -180,9 +189,6 @@ def _sketched(shape: tuple[int, int], config: SketchConfig) -> SketchedModule:
 def _reason_to_keep(
     name: str, shape: tuple[int, int], weight: StoredTensor, config: SketchConfig
 ) -> str | None:
-    pattern = next((p for p in config.ignore if fnmatch.fnmatch(name, p)), None)
-    if pattern is not None:
-        return f"ignored by the pattern {pattern!r}"
     if config.groups_per_row == "auto":
         specs = _sketched(shape, config).tensors(name, config.mapping, config.table_dtype)
         if sum(spec.nbytes for spec in specs) >= weight.nbytes:

@@ -6,10 +6,11 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spallm_formats import FORMAT_VERSION, FormatError, load_json
+from spallm_formats.staging import is_inside
 
 from . import __version__
 from .config import SketchConfig
@@ -123,7 +124,7 @@ def _is_report(document: Any) -> bool:
             _has_numbers(document[key], names) for key, names in _NUMBERS.items() if key in document
         )
         and isinstance(document["source"].get("model"), str)
-        and all(_is_inside(name) for name in document["files"])
+        and all(is_inside(name) for name in document["files"])
         and all(
             isinstance(f, dict) and isinstance(f.get("sha256"), str)
             for f in document["files"].values()
@@ -142,11 +143,6 @@ def _has_numbers(value: Any, names: set[str]) -> bool:
         and names <= value.keys()
         and all(isinstance(number, int | float) for number in value.values())
     )
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts
 
 
 def identity(

@@ -29,12 +29,12 @@ class Skeleton:
     """linears: (out_features, in_features) of all linear layers inside numbered blocks, by path.
 
     base_prefix: name of the base model inside the model class, such as "model" in Llama's.
-    needs_float: paths of layers whose weight the model's code reads as a float tensor.
+    unfit: those among them that cannot be sketched, by path, each with the reason.
     """
 
     linears: dict[str, tuple[int, int]]
     base_prefix: str
-    needs_float: frozenset[str]
+    unfit: dict[str, str]
 
     def stored_name(self, module: str, tensors: Container[str]) -> str | None:
         """The path under which the checkpoint stores a module, None when it has none such.
@@ -91,11 +91,24 @@ def read_skeleton(
         for name, module in model.named_modules()
         if type(module) is torch.nn.Linear and is_in_block(name)
     }
-    return Skeleton(linears, str(model_class.base_model_prefix), _read_as_floats(model, linears))
+    return Skeleton(linears, str(model_class.base_model_prefix), _unfit(model, linears))
 
 
-def _read_as_floats(model: PreTrainedModel, linears: Collection[str]) -> frozenset[str]:
-    """Linear layers whose weight other code reads than the layer's own.
+def _unfit(model: PreTrainedModel, linears: Collection[str]) -> dict[str, str]:
+    read = dict.fromkeys(
+        _read_as_floats(model) & set(linears),
+        "the model's code needs its weight in floating point",
+    )
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    return read | {
+        name: "the model ties its weight to that of another layer"
+        for name in linears
+        if name + ".weight" in tied
+    }
+
+
+def _read_as_floats(model: PreTrainedModel) -> set[str]:
+    """Modules whose weight other code reads than their own.
 
     Models look at the dtype of weights that transformers keeps in float32; mixers of state-space
     models give those of all layers from their scan on to one kernel.
@@ -103,11 +116,13 @@ def _read_as_floats(model: PreTrainedModel, linears: Collection[str]) -> frozens
     kept = (model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict)
     patterns = "|".join(re.escape(name) for names in kept for name in names or ())
     declared = re.compile(rf"(^|\.)({patterns})(\.|$)")
-    found = {name for name in linears if patterns and declared.search(name + ".weight")}
-    for mixer in {name.removesuffix(".x_proj") for name in linears if name.endswith(".x_proj")}:
-        if f"{mixer}.dt_proj" in linears:
-            found |= {f"{mixer}.{name}" for name in ("x_proj", "dt_proj", "out_proj")}
-    return frozenset(found)
+    found = set()
+    for name, module in model.named_modules():
+        if patterns and declared.search(name + ".weight"):
+            found.add(name)
+        if hasattr(module, "A_log"):
+            found |= {f"{name}.{part}" for part in ("x_proj", "dt_proj", "out_proj")}
+    return found
 
 
 def is_in_block(name: str) -> bool:
@@ -139,8 +154,9 @@ def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
 
 
 def _remote_class(config: dict[str, Any], architecture: str) -> str | None:
-    references = (config.get("auto_map") or {}).values()
-    return next((name for name in references if name.endswith("." + architecture)), None)
+    references = (config.get("auto_map") or {}).values()  # names, and lists of them and null
+    names = [name for name in references if isinstance(name, str)]
+    return next((name for name in names if name.endswith("." + architecture)), None)
 
 
 def build_empty(

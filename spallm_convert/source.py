@@ -32,6 +32,8 @@ EXTRA_FILES = (
     "*.json",
     "*.txt",
     "*.model",
+    "*.spm",
+    "*.codes",
     "*.tiktoken",
     "*.jinja",
     "*.py",
@@ -79,7 +81,7 @@ class Source:
         """Name, revision, licence and SHA-256 of every file that decides the result."""
         hashes = {path.name: sha256(path) for path in self.weight_files()}
         if not self.is_gguf:
-            for name in (CONFIG_FILE, *self.extra_files(self.path)):
+            for name in (CONFIG_FILE, *extra_files(self.path)):
                 hashes[name] = sha256(self.path / name)
         return {
             "model": self.name,
@@ -87,12 +89,6 @@ class Source:
             "license": _licence(self.path),
             "files": hashes,
         }
-
-    def extra_files(self, folder: Path) -> list[str]:
-        """Files of an opened source to copy, relative to its folder."""
-        paths = (path for pattern in EXTRA_FILES for path in folder.glob(pattern))
-        names = {path.relative_to(folder).as_posix() for path in paths if path.is_file()}
-        return sorted(name for name in names if is_extra_file(name))
 
     def open(self, scratch: Path) -> DenseCheckpoint:
         """Opens the checkpoint; a GGUF file is first turned into one below `scratch`."""
@@ -120,6 +116,8 @@ def locate(model: str, revision: str | None = None) -> Source:
 
 def find_here(model: str, revision: str | None = None) -> Source | None:
     """The model as a folder or GGUF file on this machine; None when it can only be a Hub id."""
+    if not model:
+        raise SourceError("no model is named: expected a folder, a .gguf file or a Hub id")
     path = user_path(model)
     if path.suffix == ".gguf" and path.is_file():
         return Source(path.name, path.resolve())
@@ -146,7 +144,7 @@ def read_config(path: Path) -> dict[str, Any]:
         config = load_json(path.read_bytes(), CONFIG_FILE)
     except FormatError as error:
         raise SourceError(f"{path.parent}: {error}") from error
-    if not isinstance(config, dict) or not config.get("architectures"):
+    if not isinstance(config, dict) or not _are_names(config.get("architectures")):
         raise SourceError(f"{path}: no architectures are named, so no model class is known")
     quantized = config.get("quantization_config")
     if quantized:
@@ -155,10 +153,25 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def extra_files(folder: Path) -> list[str]:
+    """Files in a model's folder that belong to it besides its weights, relative to the folder."""
+    paths = (path for pattern in EXTRA_FILES for path in folder.glob(pattern))
+    names = {path.relative_to(folder).as_posix() for path in paths if path.is_file()}
+    return sorted(name for name in names if is_extra_file(name))
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(isinstance(x, str) for x in value)
+
+
 def is_extra_file(name: str) -> bool:
     """Whether a file of a repository belongs to the model besides its weights."""
     accepted = any(_matches(name, pattern) for pattern in EXTRA_FILES)
-    return accepted and not any(fnmatch.fnmatch(name, pattern) for pattern in _NOT_EXTRA)
+    return (
+        accepted
+        and not name.startswith(".")
+        and not any(fnmatch.fnmatch(name, pattern) for pattern in _NOT_EXTRA)
+    )
 
 
 def _matches(name: str, pattern: str) -> bool:

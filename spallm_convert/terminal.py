@@ -31,11 +31,16 @@ def print_table(table: Table) -> None:
     (stdout if stdout.is_terminal else wide).print(table)
 
 
-def quiet_libraries() -> None:
-    """Keeps transformers' own progress bars off the terminal."""
+def quiet_libraries(*, downloads: bool = True) -> None:
+    """Keeps transformers' own progress bars out of what is printed; those of downloads, too, unless
+    `downloads` and a terminal are there."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    hidden = are_progress_bars_disabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # both kinds
+    if downloads and stderr.is_terminal and not hidden:
+        enable_progress_bars()
 
 
 class _Rate(ProgressColumn):

@@ -7,6 +7,7 @@ from pathlib import Path
 from spallm_formats import SketchedCheckpoint, sha256
 
 from .errors import FormatError
+from .paths import user_path
 from .report import REPORT_FILE, Report
 
 
@@ -17,7 +18,7 @@ def verify(folder: str | Path) -> list[str]:
     bits and table values. A checkpoint without `conversion.json` has a problem: nothing says what
     its bytes should be.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     problems: list[str] = []
     try:
         checkpoint = SketchedCheckpoint.open(folder)

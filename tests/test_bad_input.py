@@ -6,6 +6,7 @@ import signal
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,8 +161,25 @@ def test_remote_code_needs_consent(fails, source, tmp_path):
     assert "--trust-remote-code" in fails(1, source, "-o", tmp_path / "out")
 
 
-def test_damaged_gguf(fails, tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\0" * 50)
+def test_remote_code_that_is_named_in_lists(fails, source, tmp_path):
+    classes = {"AutoTokenizer": ["tokens.MyTokenizer", None], "AutoModel": "modeling.MyModel"}
+    edit_config(source, architectures=["MyModel"], auto_map=classes)
+    assert "--trust-remote-code" in fails(1, source, "-o", tmp_path / "out")
+
+
+@pytest.mark.parametrize("architectures", [[], [None], {"a": 1}, "LlamaForCausalLM", None])
+def test_architectures_that_are_no_names(fails, source, tmp_path, architectures):
+    edit_config(source, architectures=architectures)
+    assert "no architectures are named" in fails(1, source, "-o", tmp_path / "out")
+
+
+def test_no_name_at_all(fails, tmp_path):
+    assert "no model is named" in fails(1, "", "-o", tmp_path / "out")
+
+
+@pytest.mark.parametrize("zeros", [50, 2])
+def test_damaged_gguf(fails, tmp_path, zeros):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\3\0\0\0" + b"\1" * 9 + b"\0" * zeros)
     assert "transformers cannot read it" in fails(
         1, tmp_path / "model.gguf", "-o", tmp_path / "out"
     )
@@ -186,6 +204,13 @@ def test_output_that_is_the_source(fails, source):
     before = {path: path.read_bytes() for path in source.iterdir()}
     assert "is the source itself" in fails(2, source, "-o", source, "--overwrite")
     assert {path: path.read_bytes() for path in source.iterdir()} == before
+
+
+def test_output_that_is_the_source_by_another_name(fails, source, tmp_path, monkeypatch):
+    """As on a disk that takes no notice of case, or where a folder is mounted twice."""
+    other = shutil.copytree(source, tmp_path / "other")
+    monkeypatch.setattr(Path, "samefile", lambda path, to: {path, to} == {source, other})
+    assert "is the source itself" in fails(2, source, "-o", other, "--overwrite")
 
 
 def test_patterns_that_match_nothing(fails, source, tmp_path):

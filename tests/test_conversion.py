@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -255,6 +256,59 @@ def test_layers_that_are_kept_in_float32_stay_dense(
     plan = plan_conversion(tiny_llama.folder)
     found = {name for name, why in plan.left_dense.items() if "floating point" in why}
     assert found == {f"model.layers.{layer}.{name}" for layer in range(2) for name in dense}
+
+
+def test_layers_whose_weights_are_tied_stay_dense(tmp_path):
+    from transformers import Zamba2Config, Zamba2ForCausalLM
+
+    config = Zamba2Config(
+        vocab_size=99,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "hybrid"] * 2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_mamba_heads=8,
+        mamba_headdim=16,
+        mamba_d_state=16,
+        mamba_ngroups=1,
+        num_mem_blocks=1,
+        adapter_rank=8,
+        chunk_size=8,
+    )
+    Zamba2ForCausalLM(config).save_pretrained(tmp_path / "source")
+    report = convert(tmp_path / "source", tmp_path / "out")
+    shared = [name for name in report.left_dense if ".shared_transformer." in name]
+    assert len(shared) > 4
+    assert all("ties its weight" in report.left_dense[name] for name in shared)
+    assert len(report.modules) == 6
+    with torch.no_grad():
+        assert load_sketched(tmp_path / "out")(torch.arange(8)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("pattern", ["transformer.h.0.*", "h.0.*"])
+def test_layers_are_ignored_by_either_of_their_names(tmp_path, pattern):
+    """Names with the prefix of the base model, as the model has them, or without, as stored."""
+    from transformers import BloomConfig, BloomModel
+
+    config = BloomConfig(vocab_size=99, hidden_size=64, n_layer=2, n_head=4)
+    BloomModel(config).save_pretrained(tmp_path / "source")
+    path = tmp_path / "source/config.json"
+    config = json.loads(path.read_text()) | {"architectures": ["BloomForCausalLM"]}
+    path.write_text(json.dumps(config))
+    plan = plan_conversion(tmp_path / "source", SketchConfig(ignore=(pattern,)))
+    assert {name.split(".")[1] for name in plan.metadata.modules} == {"1"}
+    assert len(plan.left_dense) == 4
+
+
+def test_what_belongs_to_a_model_is_taken_along_and_nothing_hidden(tiny_llama, tmp_path):
+    source = shutil.copytree(tiny_llama.folder, tmp_path / "source")
+    for name in ("source.spm", "bpe.codes", ".env.json"):
+        (source / name).write_text("{}")
+    files = convert(source, tmp_path / "out").files
+    assert {"source.spm", "bpe.codes"} <= files.keys()
+    assert ".env.json" not in files
 
 
 def test_fused_experts_are_reported_not_forgotten(tmp_path):

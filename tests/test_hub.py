@@ -17,7 +17,7 @@ import pytest
 from helpers import hub_server
 from helpers.hub_server import HubServer
 from helpers.tiny_tokenizer import tiny_tokenizer
-from spallm_convert import load_sketched, save_tables
+from spallm_convert import FormatError, convert, load_sketched, push_to_hub, save_tables
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WRITE, READ = "write-token", "read-token"
@@ -205,6 +205,17 @@ def test_a_push_replaces_the_weights_of_the_one_before(hub, work, pushed):
     assert INDEX in contents(work / "sharded")
     assert on_server(hub, "org/tiny-spallm") == contents(work / "sharded")
     assert on_server(hub, "org/again") == contents(work / "four")
+
+
+def test_weights_that_the_report_is_not_about_are_not_pushed(tiny_llama, tmp_path):
+    convert(tiny_llama.folder, tmp_path / "out")
+    model = load_sketched(tmp_path / "out")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data *= 1.5
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(FormatError, match=r"conversion.json is of other weights than model.safe"):
+        push_to_hub(tmp_path / "out", "org/model", token="hf_token")
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from spallm_convert import FormatError, SketchConfig, SpallmError, convert, load_sketched
-from spallm_formats import SketchedCheckpoint
+from spallm_formats import SketchedCheckpoint, Staging
 from spallm_formats.staging import PARTIAL_FOLDER
 
 SCRIPT = Path(__file__).parent / "helpers" / "killed_conversion.py"
@@ -193,9 +193,55 @@ def test_resuming_what_is_finished_changes_nothing(tiny_llama, tmp_path):
     )
 
 
-def test_two_conversions_into_one_folder_exclude_each_other(tiny_llama, tmp_path):
-    from spallm_formats import Staging
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_bytes(b"another")])
+def test_what_is_not_whole_any_more_is_not_called_finished(tiny_llama, tmp_path, change):
+    convert(tiny_llama.folder, tmp_path / "out")
+    change(tmp_path / "out/model.safetensors")
+    with pytest.raises(SpallmError, match=r"model.safetensors is not the one that was converted"):
+        convert(tiny_llama.folder, tmp_path / "out", resume=True)
 
+
+def moved_in_part(folder, lost):
+    """A conversion that stopped while its files moved up, with one of them gone."""
+
+    with Staging(folder, {}) as staging:
+        for name in ("model.safetensors", "config.json"):
+            staging.write_file(name, b"{}")
+        staging.finish_publishing = lambda: None
+        staging.publish(["model.safetensors", "config.json"], [])
+    (folder / PARTIAL_FOLDER / "files" / lost).unlink()
+
+
+def test_files_that_were_lost_while_they_moved_are_named(tmp_path):
+    moved_in_part(tmp_path, lost="model.safetensors")
+    with Staging(tmp_path, {}, resume=True) as staging:
+        assert staging.is_published
+        with pytest.raises(SpallmError, match=r"model.safetensors .* cannot be found"):
+            staging.finish_publishing()
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_plans_are_read_as_they_were_written_whatever_the_locale(tmp_path, monkeypatch):
+    plan = {"model": "модель"}
+    with Staging(tmp_path, plan) as staging:  # left before anything is published
+        staging.write_file("config.json", b"{}")
+    read_text = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, encoding="cp1252": read_text(path, encoding)
+    )
+    with Staging(tmp_path, plan, resume=True):
+        pass
+
+
+def test_what_was_being_written_when_killed_is_removed(unfinished):
+    half = unfinished / PARTIAL_FOLDER / "model-00002-of-00009.safetensors.tmp"
+    half.write_bytes(b"half of a shard")
+    plan = json.loads((unfinished / PARTIAL_FOLDER / "plan.json").read_text(encoding="utf-8"))
+    with Staging(unfinished, plan, resume=True):
+        assert not half.exists()
+
+
+def test_two_conversions_into_one_folder_exclude_each_other(tiny_llama, tmp_path):
     with (
         Staging(tmp_path / "out", {}),
         pytest.raises(SpallmError, match="another process is writing"),

@@ -11,18 +11,18 @@ checkpoint lives until the newer one is complete.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from .durable import flush_folder, write_atomic
-from .errors import SpallmError
-from .header import to_json
+from .errors import FormatError, SpallmError
+from .header import load_json, to_json
 from .layout import INDEX_FILE, Shard
 from .shard_file import ShardFile
 
@@ -33,6 +33,8 @@ _MARKER = "complete.json"
 _LOCK = "lock"
 _FILES = "files"
 _SCRATCH = "scratch"
+#: Of file systems that have no locks, as some over a network: there it is as on Windows.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 _SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -90,8 +92,8 @@ class Staging:
         if not self.has(shard):
             return None
         try:
-            record = json.loads(self._record_path(shard).read_text())
-        except (OSError, ValueError):
+            record = load_json(self._record_path(shard).read_bytes(), shard.filename)
+        except (OSError, FormatError):
             return None
         sound = (
             isinstance(record, dict)
@@ -154,14 +156,21 @@ class Staging:
         """
         assert CONFIG_FILE in names
         gone = sorted({*obsolete, *self._older_shards()} - set(names))
+        flush_folder(self._files)  # the marker says that all of them are there
         write_atomic(self._marker, to_json({"names": names, "obsolete": gone}))
         self.finish_publishing()
 
     def finish_publishing(self) -> None:
         """Moves up whatever is left to move; does nothing twice."""
-        todo = json.loads(self._marker.read_text())
+        todo = load_json(self._marker.read_bytes(), _MARKER)
         names = [_inside(name) for name in todo["names"] if name != CONFIG_FILE]
         staged = [name for name in [*names, CONFIG_FILE] if (self._files / name).exists()]
+        lost = [n for n in names if n not in staged and not (self.folder / n).exists()]
+        if lost:
+            raise SpallmError(
+                f"{self.folder}: {', '.join(lost[:3])} of the conversion that was interrupted "
+                f"cannot be found; use --overwrite to start anew"
+            )
         if staged:
             (self.folder / CONFIG_FILE).unlink(missing_ok=True)
             for name in todo["obsolete"]:
@@ -184,7 +193,7 @@ class Staging:
             flush_folder(self._partial)
             _clear(self._partial, keep={_LOCK})
         if path.exists():
-            differences = _differences(json.loads(path.read_text()), self._plan)
+            differences = _differences(load_json(path.read_bytes(), _PLAN_FILE), self._plan)
             if differences:
                 raise SpallmError(
                     f"{self.folder} holds an unfinished conversion of something else "
@@ -193,6 +202,8 @@ class Staging:
         else:
             write_atomic(path, to_json(self._plan))
         self._files.mkdir(exist_ok=True)
+        for unfinished in self._partial.glob("*.tmp"):  # takes space that this run may need
+            unfinished.unlink()
 
     def _leave(self, *, failed: bool) -> None:
         """Gives up the lock; after a failure with nothing worth resuming, removes the work."""
@@ -261,9 +272,16 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def is_inside(name: str) -> bool:
+    """Whether a name from a file is one of a file below a folder, on any system."""
+    return bool(name) and not any(
+        path.anchor or ".." in path.parts for path in (PurePosixPath(name), PureWindowsPath(name))
+    )
+
+
 def _inside(name: str) -> str:
     """A name from a work file, refused if it leads out of the folder."""
-    if not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    if not is_inside(name):
         raise SpallmError(f"{_MARKER}: {name!r} is no file of this folder; use --overwrite")
     return name
 
@@ -291,6 +309,9 @@ def _locked(path: Path, folder: Path) -> BinaryIO:
     except BlockingIOError:
         file.close()
         raise SpallmError(f"another process is writing to {folder}") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
     return file
 
 

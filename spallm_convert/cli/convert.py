@@ -193,7 +193,7 @@ def command(
         from spallm_convert.hub import check_can_push
 
         check_can_push(push_to_hub)
-    quiet_libraries()
+    quiet_libraries(downloads=not quiet)
     if not (quiet or as_json):
         _advise(config)
     if dry_run:
