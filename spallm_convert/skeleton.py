@@ -99,7 +99,8 @@ def _unfit(model: PreTrainedModel, linears: Collection[str]) -> dict[str, str]:
         _read_as_floats(model) & set(linears),
         "the model's code needs its weight in floating point",
     )
-    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", {})  # not of all remote code
+    tied = {*pairs, *pairs.values()}
     return read | {
         name: "the model ties its weight to that of another layer"
         for name in linears
@@ -111,7 +112,7 @@ def _read_as_floats(model: PreTrainedModel) -> set[str]:
     """Modules whose weight other code reads than their own.
 
     Models look at the dtype of weights that transformers keeps in float32; mixers of state-space
-    models give those of all layers from their scan on to one kernel.
+    models, which have A and D, give those of all layers from their scan on to one kernel.
     """
     kept = (model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict)
     patterns = "|".join(re.escape(name) for names in kept for name in names or ())
@@ -120,7 +121,7 @@ def _read_as_floats(model: PreTrainedModel) -> set[str]:
     for name, module in model.named_modules():
         if patterns and declared.search(name + ".weight"):
             found.add(name)
-        if hasattr(module, "A_log"):
+        if hasattr(module, "A_log") and hasattr(module, "D"):
             found |= {f"{name}.{part}" for part in ("x_proj", "dt_proj", "out_proj")}
     return found
 
