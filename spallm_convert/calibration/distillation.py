@@ -90,13 +90,9 @@ def distill(
         if step % -(-steps // _CHECKS) == 0 or step == steps:
             with tuner.as_stored():
                 now = measured()
-                gained = tuner.offer(now)
-            note = ""
-            if not gained:  # the noise of steps this large outweighs what they gain
-                tuner.back_off()
-                note = f": back to {tuner.least:.4f} at half the rate"
+                tuner.offer(now)
             left = (time.monotonic() - begin) / step * (steps - step)
-            say(f"healing: step {step} of {steps}, {now:.4f} nats apart{note}, {left:.0f} s left")
+            say(f"healing: step {step} of {steps}, {now:.4f} nats apart, {left:.0f} s left")
     return Distilled(tuner.put_best(), before, tuner.least)
 
 

@@ -66,19 +66,10 @@ class TableTuner:
         yield
         self.put(wide)
 
-    def offer(self, loss: float) -> bool:
-        """The loss as the tables are now; keeps them if it is the least so far, and tells."""
-        if not loss < self.least:
-            return False
-        self.least, self._best = loss, self._copies()
-        return True
-
-    def back_off(self) -> None:
-        """Goes on from the best tables at half the rate."""
-        self.put(self._best)
-        self._schedule.base_lrs = [rate / 2 for rate in self._schedule.base_lrs]
-        for group in self._optimizer.param_groups:
-            group["lr"] /= 2  # of the next step, which is set already
+    def offer(self, loss: float) -> None:
+        """The loss as the tables are now; keeps them if it is the least so far."""
+        if loss < self.least:
+            self.least, self._best = loss, self._copies()
 
     @torch.no_grad()
     def put(self, tables: dict[str, Tensor]) -> None:
