@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from spallm_formats.dtypes import TABLE_DTYPES
@@ -67,6 +66,9 @@ class SketchConfig:
     target_bits: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("ignore", "without"):
+            if not isinstance(getattr(self, name), str):  # else it is a problem
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         problems = []
         if type(self.bits) is not int or self.bits not in BITS:
             problems.append(f"bits must be 2, 3 or 4, found {self.bits!r}")
@@ -90,8 +92,6 @@ class SketchConfig:
         problems += self._target_problems()
         if problems:
             raise OptionError("; ".join(problems))
-        object.__setattr__(self, "ignore", tuple(self.ignore))
-        object.__setattr__(self, "without", tuple(self.without))
         if self.target_bits is not None:
             object.__setattr__(self, "target_bits", float(self.target_bits))
 
@@ -151,19 +151,6 @@ class SketchConfig:
     def to_json(self) -> dict[str, Any]:
         """The options as they stand in `conversion.json`."""
         return asdict(self) | {"ignore": list(self.ignore), "without": list(self.without)}
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> SketchConfig:
-        """The reverse of `to_json`; raises OptionError for unknown options."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(document) - known)
-        if unknown:
-            raise OptionError(f"unknown options {unknown}, expected some of {sorted(known)}")
-        options: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in document.items()
-        }
-        return cls(**options)
 
 
 def parse_size(size: str | int) -> int:

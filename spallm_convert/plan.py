@@ -7,7 +7,7 @@ conversion plans the same as the one that was killed.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +88,9 @@ def make_plan(
     paths: dict[str, str] = {}
     left_dense: dict[str, str] = {}
     problems: list[str] = []
+    names = {path: skeleton.stored_name(path, tensors) for path in skeleton.linears}
     for path, shape in skeleton.linears.items():
-        name = skeleton.stored_name(path, tensors)
+        name = names[path]
         if name is None:
             left_dense[path] = skeleton.unfit.get(path, "its weight is not stored under this name")
             continue
@@ -105,8 +106,7 @@ def make_plan(
             problems += _tensor_problems(weight, shape)
             modules[name] = _sketched(shape, config)
             paths[name] = path
-    names = [skeleton.stored_name(path, tensors) or path for path in skeleton.linears]
-    _check_patterns(config.ignore, zip(skeleton.linears, names, strict=True))
+    _check_patterns(config.ignore, [(path, name or path) for path, name in names.items()])
     left_dense |= _other_matrices(tensors, {*modules, *left_dense})
     if problems:
         raise SourceError("; ".join(problems))
@@ -141,9 +141,8 @@ def _matches(pattern: str, *names: str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for name in names)
 
 
-def _check_patterns(patterns: tuple[str, ...], layers: Iterable[tuple[str, str]]) -> None:
-    named = list(layers)
-    unused = [p for p in patterns if not any(_matches(p, *names) for names in named)]
+def _check_patterns(patterns: tuple[str, ...], layers: list[tuple[str, str]]) -> None:
+    unused = [p for p in patterns if not any(_matches(p, *names) for names in layers)]
     if unused:
         raise OptionError(f"ignore patterns {unused} match no linear layer of the model's blocks")
 

@@ -19,6 +19,7 @@ from spallm_formats import QUANT_METHOD, SketchMetadata
 
 from .errors import FormatError
 from .linear import SketchedLinear
+from .skeleton import aliases
 from .tables import attach_set_tables
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class SpallmQuantizer(HfQuantizer):
         }
         problems = []
         for stored, shape in metadata.modules.items():
-            path = _path_in(linears, stored, model.base_model_prefix)
+            names = aliases(stored, model.base_model_prefix)
+            path = next((name for name in names if name in linears), None)
             if path is None:
                 problems.append(f"module {stored!r} is no linear layer of {type(model).__name__}")
                 continue
@@ -139,9 +141,3 @@ def train_tables_only(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, SketchedLinear):
             module.weight_table.requires_grad_(True)
-
-
-def _path_in(linears: dict[str, nn.Linear], stored: str, prefix: str) -> str | None:
-    """The module stored under a name, with or without the prefix of the base model."""
-    candidates = (stored, f"{prefix}.{stored}", stored.removeprefix(prefix + "."))
-    return next((path for path in candidates if path in linears), None)

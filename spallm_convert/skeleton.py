@@ -37,13 +37,16 @@ class Skeleton:
     unfit: dict[str, str]
 
     def stored_name(self, module: str, tensors: Container[str]) -> str | None:
-        """The path under which the checkpoint stores a module, None when it has none such.
+        """The path under which the checkpoint stores a module, None when it has none such."""
+        names = aliases(module, self.base_prefix)
+        return next((name for name in names if name + ".weight" in tensors), None)
 
-        transformers adds and drops the base model's prefix ("transformer.", "bert.") while loading.
-        """
-        prefix = self.base_prefix + "."
-        candidates = (module, module.removeprefix(prefix), prefix + module)
-        return next((name for name in candidates if name + ".weight" in tensors), None)
+
+def aliases(name: str, base_prefix: str) -> tuple[str, str, str]:
+    """What a module may be called in a model or its checkpoint, most likely first: transformers
+    adds and drops the base model's prefix ("transformer.", "bert.") while loading."""
+    prefix = base_prefix + "."
+    return name, name.removeprefix(prefix), prefix + name
 
 
 def by_model_name(
