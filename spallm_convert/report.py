@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 
 REPORT_FILE = "conversion.json"
 
+_DOCUMENT: dict[str, Any] = {
+    "source": dict,
+    "options": dict,
+    "versions": dict,
+    "totals": dict,
+    "files": dict,
+    "modules": list,
+    "left_dense": dict,
+}
 _TOTALS = (
     "sketched_weights",
     "kept_weights",
@@ -36,8 +45,15 @@ _TOTALS = (
     "relative_error",
 )
 _NUMBERS = {"predicted_loss": {"chosen"}, "healing": {"kl_before", "kl_after"}}  # if there at all
-_OUTPUTS = {"relative_output_error"}  # of modules that were calibrated
-_MODULE = ("name", "shape", "bits", "groups_per_row", "bits_per_weight", "relative_error")
+_OUTPUTS = {"relative_output_error": int | float}  # of modules that were calibrated
+_MODULE: dict[str, Any] = {
+    "name": str,
+    "shape": list,
+    "bits": int,
+    "groups_per_row": int,
+    "bits_per_weight": int | float,
+    "relative_error": int | float,
+}
 
 
 @dataclass(frozen=True)
@@ -105,34 +121,26 @@ class Report:
 
 def _is_report(document: Any) -> bool:
     """Whether a parsed file has everything that is read of a report, in the right types."""
-    types: dict[str, type] = {
-        "source": dict,
-        "options": dict,
-        "versions": dict,
-        "totals": dict,
-        "files": dict,
-        "modules": list,
-        "left_dense": dict,
-    }
-    if not isinstance(document, dict) or any(
-        not isinstance(document.get(key), kind) for key, kind in types.items()
-    ):
+    if not _has(document, _DOCUMENT):
         return False
+    outputs = {key: kind for key, kind in _OUTPUTS.items() if key in document["totals"]}
     return (
-        all(isinstance(document["totals"].get(key), int | float) for key in _TOTALS)
+        _has(document["totals"], dict.fromkeys(_TOTALS, int | float) | outputs)
         and all(
             _has_numbers(document[key], names) for key, names in _NUMBERS.items() if key in document
         )
         and isinstance(document["source"].get("model"), str)
         and all(is_inside(name) for name in document["files"])
-        and all(
-            isinstance(f, dict) and isinstance(f.get("sha256"), str)
-            for f in document["files"].values()
-        )
-        and all(
-            isinstance(m, dict) and {*_MODULE, *(_OUTPUTS & document["totals"].keys())} <= set(m)
-            for m in document["modules"]
-        )
+        and all(_has(file, {"sha256": str}) for file in document["files"].values())
+        and all(_has(module, _MODULE | outputs) for module in document["modules"])
+        and all(isinstance(reason, str) for reason in document["left_dense"].values())
+    )
+
+
+def _has(value: Any, types: dict[str, Any]) -> bool:
+    """Whether a value is an object with these keys, their values of these types."""
+    return isinstance(value, dict) and all(
+        isinstance(value.get(key), kind) for key, kind in types.items()
     )
 
 

@@ -15,6 +15,16 @@ from helpers.tiny_models import save_tiny_llama
 from spallm_convert.cli import main
 from spallm_formats import FormatError, SketchedCheckpoint
 
+#: What a report says of a module.
+MODULE = {
+    "name": "layer",
+    "shape": [4, 4],
+    "bits": 4,
+    "groups_per_row": 1,
+    "bits_per_weight": 4,
+    "relative_error": 0,
+}
+
 
 @pytest.fixture
 def source(tiny_llama, tmp_path):
@@ -263,6 +273,10 @@ def test_unknown_key_in_a_sketched_config(fails, source, tmp_path, capsys):
         {"predicted_loss": 1.0},
         {"predicted_loss": {"2": 1.0}},
         {"predicted_loss": {"chosen": 1.0, "2": []}},
+        {"modules": [{"name": "layer", "shape": [4, 4], "bits": 4}]},
+        {"modules": [MODULE | {"relative_error": None}]},
+        {"modules": [MODULE | {"shape": 16}]},
+        {"left_dense": {"lm_head": 1}},
     ],
 )
 def test_reports_that_are_not_as_they_should_be(tiny_llama, tmp_path, capsys, change):
@@ -272,6 +286,7 @@ def test_reports_that_are_not_as_they_should_be(tiny_llama, tmp_path, capsys, ch
     path = tmp_path / "out/conversion.json"
     report = json.loads(path.read_text())
     sound = {"healing": {"kl_before": 1, "kl_after": 0.5}, "predicted_loss": {"chosen": 0.1}}
+    sound["modules"] = [MODULE]
     for more, code in ((sound, 0), (change, 1)):
         path.write_text(json.dumps(report | more))
         with pytest.raises(SystemExit) as stopped:

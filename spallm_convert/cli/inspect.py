@@ -26,7 +26,8 @@ def command(folder: Path, as_json: bool) -> None:
         click.echo(json.dumps(document, indent=2))
         return
     metadata = checkpoint.metadata
-    architecture = (checkpoint.config.get("architectures") or ["unknown architecture"])[0]
+    named = checkpoint.config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else "unknown architecture"
     widths = sorted({module.bits for module in metadata.modules.values()})
     click.echo(
         f"{architecture}: {len(metadata.modules)} sketched layers, "
