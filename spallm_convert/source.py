@@ -42,7 +42,15 @@ EXTRA_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-_NOT_EXTRA = ("*.index.json", CONFIG_FILE, "conversion.json", "adapter_*", "requirements*.txt")
+_NOT_EXTRA = (
+    "*.index.json",
+    CONFIG_FILE,
+    "conversion.json",
+    "adapter_*",
+    "requirements*.txt",
+    "trainer_state.json",  # this and the next are what Trainer leaves
+    "*_results.json",
+)
 _REPOSITORY = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
