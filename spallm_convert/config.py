@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from .errors import OptionError
 
 BITS = (2, 3, 4)
 AUTO = "auto"
-#: `groups_per_row="auto"` takes as many groups as keep this many columns each, up to MAX_GROUPS: a
-#: group costs 2^bits x 16 bits of table, which is 0.25 bit per weight at 4 bits and this width.
+#: `groups_per_row="auto"` takes as many groups as keep this many columns each, up to
+#: AUTO_MAX_GROUPS: a group costs 2^bits x 16 bits of table, which is 0.25 bit per weight at 4 bits
+#: and this width.
 AUTO_COLUMNS = 1024
 AUTO_MAX_GROUPS = 4
 
@@ -67,8 +69,9 @@ class SketchConfig:
 
     def __post_init__(self) -> None:
         for name in ("ignore", "without"):
-            if not isinstance(getattr(self, name), str):  # else it is a problem
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            if isinstance(value, Iterable) and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
         problems = []
         if type(self.bits) is not int or self.bits not in BITS:
             problems.append(f"bits must be 2, 3 or 4, found {self.bits!r}")
@@ -82,7 +85,7 @@ class SketchConfig:
             problems.append(f"table_dtype must be one of {accepted}, found {self.table_dtype!r}")
         if not (type(self.seed) is int and 0 <= self.seed < 2**32):
             problems.append(f"seed must be 0 to 2^32 - 1, found {self.seed!r}")
-        if isinstance(self.ignore, str):
+        if not _are_names(self.ignore):
             problems.append(f"ignore must be a sequence of patterns, found {self.ignore!r}")
         try:
             parse_size(self.max_shard_size)
@@ -101,13 +104,18 @@ class SketchConfig:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 problems.append(f"{name} must be at least {least}, found {value!r}")
-        if isinstance(self.without, str) or not set(self.without) <= set(STEPS):
+        steps = set(self.without) if _are_names(self.without) else {None}
+        if not steps <= set(STEPS):
             problems.append(f"without must be some of {STEPS}, found {self.without!r}")
+        if not isinstance(self.calibration, str | None):
+            problems.append(f"calibration must be a source of text, found {self.calibration!r}")
+        if type(self.fallback) is not bool:
+            problems.append(f"fallback must be True or False, found {self.fallback!r}")
         only = ("samples", "seqlen", "without", "heal", "fallback")
         unused = [name for name in only if getattr(self, name) != getattr(type(self), name)]
         if self.calibration is None and unused:
             problems.append(f"{', '.join(unused)}: only for a conversion with calibration")
-        computed = sorted({"compensation", "descent"} & set(self.without))
+        computed = sorted({"compensation", "descent"} & steps)
         if self.mapping == "hash" and computed:
             problems.append(
                 f"without {', '.join(computed)}: only for the mapping 'cluster'; codes of the "
@@ -153,9 +161,13 @@ class SketchConfig:
         return asdict(self) | {"ignore": list(self.ignore), "without": list(self.without)}
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+
+
 def parse_size(size: str | int) -> int:
     """Bytes of a size such as "500MB"; raises OptionError."""
-    if isinstance(size, int):
+    if type(size) is int:
         bytes_ = size
     else:
         match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None

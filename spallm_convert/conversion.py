@@ -104,7 +104,7 @@ def convert(
             else:
                 checkpoint, plan = ready or job.planned(staging.scratch("source"))
                 plan, report = _carry_out(job, staging, checkpoint, plan, texts, same)
-                _publish(staging, source, checkpoint, plan, report, older)
+                _publish(staging, checkpoint, plan, report, older)
     written = Report.read(folder)
     assert written is not None
     return written
@@ -260,7 +260,6 @@ def _write_shards(
 
 def _publish(
     staging: Staging,
-    source: Source,
     checkpoint: DenseCheckpoint,
     plan: Plan,
     report: Report,

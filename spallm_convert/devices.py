@@ -134,7 +134,8 @@ def peak_memory(device: torch.device) -> int | None:
 
 @contextlib.contextmanager
 def cpu_threads(threads: int | None) -> Iterator[None]:
-    """Runs numba's loops, and torch's, on that many threads inside the block; None: on all."""
+    """Runs numba's loops, and torch's, on that many threads inside the block; None: numba's on all,
+    torch's on as many as before."""
     import numba
     import torch
 

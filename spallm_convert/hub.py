@@ -51,10 +51,12 @@ def download(model: str, revision: str | None) -> tuple[Path, str]:
             folder = _cached(model, revision)
             return folder, folder.name
         # By the name of the revision, which the cache then knows when there is no network.
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=_small(info)))
+        small = _small(info)
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=small))
         read_config(folder / CONFIG_FILE)  # refuses before the large files come
         commit = folder.name
-        snapshot_download(model, revision=commit, allow_patterns=_weight_files(model, folder))
+        weights = _weight_files(model, folder, indexed=INDEX_FILE in small)
+        snapshot_download(model, revision=commit, allow_patterns=weights)
     return folder, commit
 
 
@@ -83,7 +85,7 @@ def remote_checkpoint(model: str, revision: str | None) -> DenseCheckpoint:
         names = {CONFIG_FILE, INDEX_FILE}
         needed = [name for name in _small(info) if name in names or name.endswith(".py")]
         folder = Path(snapshot_download(model, revision=info.sha, allow_patterns=needed))
-        files = _weight_files(model, folder)
+        files = _weight_files(model, folder, indexed=INDEX_FILE in needed)
         with ThreadPoolExecutor(max_workers=8) as pool:
             headers = pool.map(
                 lambda file: api.parse_safetensors_file_metadata(model, file, revision=info.sha),
@@ -197,16 +199,17 @@ def _cached(model: str, revision: str | None) -> Path:
             model, revision=revision, allow_patterns=[CONFIG_FILE], local_files_only=True
         )
     )
-    needed = [CONFIG_FILE, *_weight_files(model, folder)]
+    indexed = (folder / INDEX_FILE).exists() and not (folder / SINGLE_SHARD).exists()
+    needed = [CONFIG_FILE, *_weight_files(model, folder, indexed=indexed)]
     missing = [name for name in needed if not (folder / name).exists()]
     if missing:
         raise LocalEntryNotFoundError(f"{', '.join(missing)} not in {folder}")
     return folder
 
 
-def _weight_files(model: str, folder: Path) -> list[str]:
-    """The weight files that a folder's index names, or the single one."""
-    if not (folder / INDEX_FILE).exists():
+def _weight_files(model: str, folder: Path, *, indexed: bool) -> list[str]:
+    """The single weight file, or those that a folder's index names."""
+    if not indexed:
         return [SINGLE_SHARD]
     try:
         return sorted(set(read_index(folder / INDEX_FILE).values()))

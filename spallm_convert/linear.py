@@ -55,6 +55,10 @@ class SketchedLinear(nn.Linear):
         """Nothing: a sketch comes from a checkpoint, there is no random one to begin with."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.shape[-1] != self.in_features:  # packed codes do not tell how many there are
+            raise ValueError(
+                f"the layer takes {self.in_features} features, found an input {list(input.shape)}"
+            )
         index_map: Tensor = self.weight
         if index_map.dtype != torch.uint8:
             # FSDP2 of torch 2.9 casts all that it gathers. Floats hold bytes exactly.

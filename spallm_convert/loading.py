@@ -9,6 +9,7 @@ from spallm_formats import SketchedCheckpoint, SketchMetadata
 
 from .errors import FormatError, SourceError
 from .paths import user_path
+from .skeleton import remote_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,4 +87,10 @@ def model_class(config: Any) -> Any:
     """The class that a config names, or the one that finds it in the model's repository."""
     import transformers
 
-    return getattr(transformers, config.architectures[0], transformers.AutoModelForCausalLM)
+    if not config.architectures:
+        raise FormatError("config.json: no architectures are named, so no model class is known")
+    architecture = config.architectures[0]
+    remote = remote_class(getattr(config, "auto_map", None), architecture)
+    names = [architecture, *(remote or ())[:1]]
+    known = (getattr(transformers, name) for name in names if hasattr(transformers, name))
+    return next(known, transformers.AutoModelForCausalLM)

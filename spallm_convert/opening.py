@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spallm_formats import CONFIG_FILE, QUANT_METHOD, load_json
 
 from .devices import find_device
-from .errors import SourceError, one_line
+from .errors import SourceError, SpallmError, one_line
 from .hub import clear_errors
 from .loading import load_sketched, model_class
 from .source import Source, find_here, locate
@@ -40,7 +42,8 @@ def load_any(
         loaded = _load_gguf(source, dtype)
         tokenizer = load_tokenizer(source)
     elif _is_sketched(model, source, revision):
-        loaded = load_sketched(model, revision=revision, dtype=dtype, **trusted)
+        with _clear_loading(model):
+            loaded = load_sketched(model, revision=revision, dtype=dtype, **trusted)
         place = source.path if source else model
         tokenizer = _load_tokenizer(model, place, revision=revision, **trusted)
     else:
@@ -67,9 +70,9 @@ def _is_sketched(model: str, source: Source | None, revision: str | None) -> boo
 def _load_dense(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import AutoConfig
 
-    try:
+    loaded: PreTrainedModel
+    with _clear_loading(source.name):
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
-        loaded: PreTrainedModel
         loaded, found = model_class(config).from_pretrained(
             source.path,
             dtype=dtype,
@@ -77,14 +80,21 @@ def _load_dense(source: Source, dtype: str, trust_remote_code: bool) -> PreTrain
             use_safetensors=True,
             output_loading_info=True,
         )
-    except Exception as error:  # whatever a model's code makes of a checkpoint that does not suit
-        raise SourceError(
-            f"{source.name}: transformers cannot load it ({one_line(error)})"
-        ) from error
     if found["missing_keys"]:
         missing = ", ".join(sorted(found["missing_keys"])[:5])
         raise SourceError(f"{source.name}: tensors are missing: {missing}")
     return loaded
+
+
+@contextlib.contextmanager
+def _clear_loading(model: str) -> Iterator[None]:
+    """Turns whatever a model's code makes of a checkpoint that does not suit it into one line."""
+    try:
+        yield
+    except SpallmError:
+        raise
+    except Exception as error:
+        raise SourceError(f"{model}: transformers cannot load it ({one_line(error)})") from error
 
 
 def _load_gguf(source: Source, dtype: str) -> PreTrainedModel:

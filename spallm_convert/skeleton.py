@@ -141,8 +141,8 @@ def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
     known = getattr(transformers, architecture, None)
     if known is not None:
         return known
-    reference = _remote_class(config, architecture)
-    if reference is None:
+    remote = remote_class(config.get("auto_map"), architecture)
+    if remote is None:
         raise SourceError(
             f"transformers {transformers.__version__} does not know the architecture "
             f"{architecture!r}"
@@ -154,13 +154,15 @@ def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
         )
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    return get_class_from_dynamic_module(reference, str(folder))
+    return get_class_from_dynamic_module(remote[1], str(folder))
 
 
-def _remote_class(config: dict[str, Any], architecture: str) -> str | None:
-    references = (config.get("auto_map") or {}).values()  # names, and lists of them and null
-    names = [name for name in references if isinstance(name, str)]
-    return next((name for name in names if name.endswith("." + architecture)), None)
+def remote_class(auto_map: dict[str, Any] | None, architecture: str) -> tuple[str, str] | None:
+    """The Auto class that finds an architecture in the code of a model's repository, and where it
+    is there; None when it is not. auto_map: of the model's config."""
+    references = (auto_map or {}).items()  # names, and lists of them and null
+    named = [(auto, name) for auto, name in references if isinstance(name, str)]
+    return next((pair for pair in named if pair[1].endswith("." + architecture)), None)
 
 
 def build_empty(

@@ -41,17 +41,18 @@ def sketch_rows(
 ) -> SketchedRows:
     """Sketches rows `first_row`, ... of a module: weights, float32 [rows, in_features].
 
-    Codes are chosen for the tables as they are stored, after rounding. Raises ValueError for
-    weights that are not finite, OverflowError for tables that are not in their stored dtype.
+    Codes are chosen for the tables as they are stored, after rounding. Raises ValueError
+    (`cluster`) or OverflowError (`hash`) for weights that are not finite, OverflowError for tables
+    that are not in their stored dtype.
     """
-    importance = np.ones((1, module.in_features), np.float32)
     groups, bits = module.groups_per_row, module.bits
     if metadata.mapping == "hash":
         seed = metadata.hash_seed
         codes = hash_codes(len(weights), module.in_features, bits, seed, first_row)
-        wide = hash_table(weights, importance, groups, bits, seed, first_row)
+        wide = hash_table(weights, groups, bits, seed, first_row)
         return store_rows(weights, wide, lambda _: codes, module, metadata, first_row)
-    wide, _ = kmeans(weights, importance, groups, module.entries)
+    alike = np.ones((1, module.in_features), np.float32)
+    wide, _ = kmeans(weights, alike, groups, module.entries)
     nearest = functools.partial(assign, weights)
     return store_rows(weights, wide, nearest, module, metadata, first_row)
 

@@ -13,7 +13,7 @@ from .errors import OptionError
 from .linear import SketchedLinear
 from .tables import keep_apart, sketched_layers, sketched_model
 
-#: Bytes that AdamW keeps per trained parameter, beside the parameter and its gradient.
+#: Moments that AdamW keeps of each trained parameter, in its dtype.
 _MOMENTS = 2
 
 

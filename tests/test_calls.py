@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,12 @@ def values():
         HIDDEN + 1,
         SimpleNamespace(lengths=HIDDEN),
         SimpleNamespace(lengths=HIDDEN + 1),
+        np.zeros(2),
+        np.ones(2),
+        {1},
+        {2},
+        slice(0, 1),
+        slice(0, 2),
     ]
 
 

@@ -1,12 +1,13 @@
 """Loading: the logits of the decoded weights, generation, what trains, saving again."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers.tiny_models import save_tiny_llama
 from spallm_convert import (
@@ -17,6 +18,7 @@ from spallm_convert import (
     convert,
     load_sketched,
 )
+from spallm_convert.opening import load_any
 
 TOKENS = torch.arange(2, 40).reshape(2, 19)
 
@@ -167,6 +169,34 @@ def test_auto_classes_load_it_in_either_order_of_imports(sketched_folder, import
     assert float(total) == pytest.approx(logits.double().sum().item(), rel=1e-6)
 
 
+def test_code_in_the_folder_is_found_by_the_auto_class_that_names_it(tiny_llama, tmp_path):
+    """Which may be another than that of causal language models."""
+    theirs = shutil.copytree(tiny_llama.folder, tmp_path / "theirs")
+    tensors = load_file(theirs / "model.safetensors")
+    save_file(
+        {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
+        theirs / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (theirs / "theirs.py").write_text(
+        "from transformers import LlamaConfig, LlamaModel\n"
+        "class Config(LlamaConfig):\n    model_type = 'theirs'\n"
+        "class Model(LlamaModel):\n    config_class = Config\n"
+    )
+    config = json.loads((theirs / "config.json").read_text()) | {
+        "architectures": ["Model"],
+        "model_type": "theirs",
+        "auto_map": {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"},
+    }
+    (theirs / "config.json").write_text(json.dumps(config))
+    report = convert(theirs, tmp_path / "out", trust_remote_code=True)
+    model = load_sketched(tmp_path / "out", trust_remote_code=True)
+    assert type(model).__name__ == "Model"
+    assert sum(isinstance(m, SketchedLinear) for m in model.modules()) == len(report.modules)
+    with pytest.raises(SourceError, match="transformers cannot load it"):
+        load_any(str(tmp_path / "out"))  # not trusted
+
+
 def test_the_base_model_loads_from_a_causal_checkpoint(sketched_folder):
     from transformers import AutoModel
 
@@ -201,6 +231,27 @@ def test_tied_embeddings(tmp_path):
     convert(model.folder, tmp_path / "out")
     sketched = load_sketched(tmp_path / "out")
     assert sketched.lm_head.weight is sketched.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("mapping", ["cluster", "hash"])
+def test_inputs_of_another_width_are_refused(tiny_llama, tmp_path, mapping):
+    """Rows of packed codes are as long for some of them, and hashed ones have no length."""
+    convert(tiny_llama.folder, tmp_path / "out", SketchConfig(mapping=mapping))
+    layer = load_sketched(tmp_path / "out").model.layers[0].self_attn.q_proj
+    x = torch.zeros(2, 64, dtype=torch.bfloat16)
+    assert layer(x).shape == (2, 64)
+    for width in (62, 66):
+        with pytest.raises(ValueError, match=f"takes 64 features, found an input .2, {width}."):
+            layer(x.new_zeros(2, width))
+
+
+@pytest.mark.parametrize("architectures", [None, []])
+def test_a_config_that_names_no_architecture(sketched_folder, tmp_path, architectures):
+    folder = shutil.copytree(sketched_folder, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
+    with pytest.raises(FormatError, match="no architectures are named"):
+        load_sketched(folder)
 
 
 def test_refusals(sketched_folder, tiny_llama, tmp_path):

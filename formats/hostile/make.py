@@ -91,7 +91,11 @@ def cases() -> dict[str, tuple[str, dict[str, bytes | str | None]]]:
         ),
         "size-lies": (
             "its data_offsets span",
-            {in_file: with_header(lambda h: h[TABLE].update(shape=[2**40, 2**40, 2**40]))},
+            {in_file: with_header(lambda h: h[TABLE].update(shape=[2**20, 2**20, 2**20]))},
+        ),
+        "size-huge": (
+            "shape of 2^63 elements or more",
+            {in_file: with_header(lambda h: h[TABLE].update(shape=[10**3000, 10**3000]))},
         ),
         "negative-size": (
             "expected a list of sizes",

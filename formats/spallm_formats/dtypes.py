@@ -50,8 +50,8 @@ def to_float32(raw: bytes | bytearray | memoryview, dtype: str) -> npt.NDArray[n
 def from_float32(values: npt.ArrayLike, dtype: str) -> npt.NDArray[np.generic]:
     """Rounds to `dtype`, ties to even; bf16 comes back as uint16 bit patterns.
 
-    Values are first rounded to float32, so float64 input is rounded twice; for the mean of a
-    bucket the second rounding moves at most one tie in 2^28.
+    Values are first rounded to float32, so float64 input is rounded twice: one value in some 2^17
+    (bf16) or 2^14 (f16) ends at the other of two neighbours that are all but equally near.
     """
     wide = np.ascontiguousarray(values, dtype=np.float32)
     if dtype == "BF16":

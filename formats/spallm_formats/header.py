@@ -167,6 +167,8 @@ def _checked_entry(
         raise FormatError(f"{where} has shape {shape!r}, expected a list of sizes")
     if not (_is_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         raise FormatError(f"{where} has data_offsets {offsets!r}, expected [begin, end]")
+    if math.prod(shape) >= 1 << 63:  # nor may it be printed
+        raise FormatError(f"{where} has a shape of 2^63 elements or more")
     begin, end = offsets
     tensor = StoredTensor(name, dtype, tuple(shape), path, data_start + begin)
     if tensor.nbytes != end - begin:

@@ -26,7 +26,8 @@ def lut_linear(
     table: float [out_features, groups, 2^bits]; bias: [out_features]. With `hash_seed` the codes
     are computed and index_map is [out_features, 0]. Computes in the dtype of x; differentiable in
     x, table and bias, with the table's gradient summed in float32 or wider. `backend` and `path`
-    force what `dispatch.py` would choose. Raises ValueError when the shapes do not belong together.
+    force what `dispatch.py` would choose. Raises TypeError for an x of integers, ValueError for
+    shapes that cannot belong together: how many columns packed codes have only the caller knows.
     """
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, found {x.dtype}")

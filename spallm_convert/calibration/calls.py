@@ -7,6 +7,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -68,6 +69,6 @@ def _same(found: Any, expected: Any) -> bool:
         return len(found) == len(expected) and all(map(_same, found, expected))
     if isinstance(found, dict):
         return found.keys() == expected.keys() and all(_same(found[k], expected[k]) for k in found)
-    if isinstance(found, int | float | str):
-        return bool(found == expected)
-    return not hasattr(found, "__dict__") or _same(vars(found), vars(expected))
+    if hasattr(found, "__dict__"):
+        return _same(vars(found), vars(expected))
+    return np.array_equal(found, expected)  # which compares what is no array as it is

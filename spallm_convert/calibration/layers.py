@@ -128,8 +128,7 @@ def _fit_hashed(
         raise ValueError("weights must be finite")
     rows, columns = target.shape
     groups, bits = module.groups_per_row, module.bits
-    alike = np.ones((1, columns), np.float32)
-    means = hash_table(target.cpu().numpy(), alike, groups, bits, seed)
+    means = hash_table(target.cpu().numpy(), groups, bits, seed)
     table = torch.from_numpy(means).float().to(target.device)
     codes = torch.from_numpy(hash_codes(rows, columns, bits, seed)).to(target.device)
     if "least-squares" in without:

@@ -22,23 +22,17 @@ def hash_codes(
     return codes
 
 
-def hash_table(
-    weights: Singles, importance: Singles, groups: int, bits: int, seed: int, first_row: int = 0
-) -> Floats:
+def hash_table(weights: Singles, groups: int, bits: int, seed: int, first_row: int = 0) -> Floats:
     """Least-squares tables, float64 [rows, groups, 2^bits]; a bucket no weight hits holds 0.
 
-    weights: float32 [rows, columns]; importance: float32 [1 or rows, columns], non-negative. A
-    bucket whose weights all have importance 0 holds their plain mean.
+    weights: float32 [rows, columns]. Raises ValueError for groups that do not divide the columns.
     """
     rows, columns = weights.shape
-    if columns % groups or importance.shape not in {(1, columns), (rows, columns)}:
-        raise ValueError(
-            f"weights {weights.shape} do not match {groups} groups, importance {importance.shape}"
-        )
+    if columns % groups:
+        raise ValueError(f"weights {weights.shape} do not match {groups} groups")
     table = np.empty((rows, groups, 1 << bits))
     _table_rows(
         np.ascontiguousarray(weights),
-        np.ascontiguousarray(importance),
         np.uint32(seed),
         np.uint32(first_row),
         table,
@@ -67,29 +61,18 @@ def _hash_rows(
 
 
 @numba.njit(cache=True, parallel=True, nogil=True)
-def _table_rows(
-    weights: Singles, importance: Singles, seed: np.uint32, first_row: np.uint32, table: Floats
-) -> None:
+def _table_rows(weights: Singles, seed: np.uint32, first_row: np.uint32, table: Floats) -> None:
     rows, groups, entries = table.shape
     width = weights.shape[1] // groups
     mask = np.uint32(entries - 1)
     for row in numba.prange(rows):
         key = mix(np.uint32(first_row + np.uint32(row)) ^ mix(seed))
-        weighting = importance[min(np.int64(row), importance.shape[0] - 1)]
-        sums = np.empty((4, entries))
+        counts, sums = np.empty(entries), np.empty(entries)
         for group in range(groups):
-            sums[:] = 0.0
+            counts[:] = sums[:] = 0.0
             for column in range(group * width, (group + 1) * width):
                 code = mix(np.uint32(column) ^ key) & mask
-                value, mass = np.float64(weights[row, column]), np.float64(weighting[column])
-                sums[0, code] += mass
-                sums[1, code] += mass * value
-                sums[2, code] += 1.0
-                sums[3, code] += value
+                counts[code] += 1.0
+                sums[code] += np.float64(weights[row, column])
             for entry in range(entries):
-                if sums[0, entry] > 0.0:
-                    table[row, group, entry] = sums[1, entry] / sums[0, entry]
-                elif sums[2, entry] > 0.0:
-                    table[row, group, entry] = sums[3, entry] / sums[2, entry]
-                else:
-                    table[row, group, entry] = 0.0
+                table[row, group, entry] = sums[entry] / max(counts[entry], 1.0)

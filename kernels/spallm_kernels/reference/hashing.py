@@ -4,7 +4,7 @@ The code of the weight in row o and column i is a hash of both, so it is never s
 
     code = mix(i ^ mix(o ^ mix(seed))) mod 2^bits
 
-and a table entry is the least-squares optimum, the weighted mean of the weights that collide.
+and a table entry is the least-squares optimum, the mean of the weights that collide.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ def hash_codes(
 
 def hash_table(
     weights: npt.ArrayLike,
-    importance: npt.ArrayLike,
     groups: int,
     bits: int,
     seed: int,
@@ -46,20 +45,14 @@ def hash_table(
 ) -> npt.NDArray[np.float64]:
     """Least-squares tables, float64 [rows, groups, 2^bits]; a bucket no weight hits holds 0.
 
-    weights: [rows, columns]; importance: [1 or rows, columns], non-negative. A bucket whose
-    weights all have importance 0 holds their plain mean.
+    weights: [rows, columns].
     """
     values = np.asarray(weights, np.float64)
     rows, columns = values.shape
     codes = hash_codes(rows, columns, bits, seed, first_row).reshape(rows, groups, -1)
-    weighting = np.broadcast_to(np.asarray(importance, np.float64), values.shape)
     grouped = values.reshape(codes.shape)
-    weighting = weighting.reshape(codes.shape)
     table = np.zeros((rows, groups, 1 << bits))
     for code in range(1 << bits):
         hit = codes == code
-        for share in (hit * 1.0, hit * weighting):
-            total = share.sum(axis=2)
-            mean = (share * grouped).sum(axis=2) / np.where(total > 0, total, 1)
-            table[:, :, code] = np.where(total > 0, mean, table[:, :, code])
+        table[:, :, code] = (hit * grouped).sum(axis=2) / np.maximum(hit.sum(axis=2), 1)
     return table

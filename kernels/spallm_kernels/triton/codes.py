@@ -27,7 +27,7 @@ def row_keys(rows, first_row, seed):
 
 
 @triton.jit
-def stored_codes(words, row_words, columns, mask, BITS: tl.constexpr):
+def stored_codes(words, columns, mask, BITS: tl.constexpr):
     """Codes at any columns. words: pointers to the first word of each row."""
     bit = columns * BITS
     word, shift = bit // 32, bit % 32

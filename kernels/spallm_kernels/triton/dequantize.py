@@ -78,6 +78,6 @@ def dequantize_any_kernel(
     if HASHED:
         codes = hashed_codes(row_keys(row, first_row, seed), column, BITS)
     else:
-        codes = stored_codes(words + row * row_words, row_words, column, inside, BITS)
+        codes = stored_codes(words + row * row_words, column, inside, BITS)
     at = (row * (columns // width) + column // width) * 2**BITS + codes
     tl.store(weight + row * columns + column, tl.load(table + at, mask=inside), mask=inside)

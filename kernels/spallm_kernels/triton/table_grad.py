@@ -42,7 +42,7 @@ def table_grad_kernel(
         if HASHED:
             found = hashed_codes(keys, column, BITS)
         else:
-            found = stored_codes(words + line * row_words, row_words, column, inside, BITS)
+            found = stored_codes(words + line * row_words, column, inside, BITS)
         value = tl.load(weight_grad + line * columns + column, mask=inside, other=0.0).to(WIDE)
         chosen = found[None, :, :] == code[:, None, None]
         partial = tl.where(chosen, partial + value[None, :, :], partial)
