@@ -16,6 +16,7 @@ from spallm_formats import (
     CONFIG_FILE,
     INDEX_FILE,
     ITEM_BYTES,
+    SHARDS_GLOB,
     SINGLE_SHARD,
     TABLES_FILE,
     TABLES_METADATA_FILE,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 #: Weights that an earlier push may have left: transformers takes a single file before shards.
-_ALL_WEIGHTS = [SINGLE_SHARD, INDEX_FILE, "model-*-of-*.safetensors"]
+_ALL_WEIGHTS = [SINGLE_SHARD, INDEX_FILE, SHARDS_GLOB]
 
 
 def download(model: str, revision: str | None) -> tuple[Path, str]:

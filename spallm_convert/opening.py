@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from spallm_formats import CONFIG_FILE, QUANT_METHOD, load_json
 
-from .devices import find_device
+from .devices import AUTO_DEVICE, find_device
 from .errors import SourceError, SpallmError, one_line
 from .hub import clear_errors
 from .loading import load_sketched, model_class
@@ -24,7 +24,7 @@ def load_any(
     *,
     revision: str | None = None,
     dtype: str = "auto",
-    device: str = "auto",
+    device: str = AUTO_DEVICE,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """Loads a model and its tokenizer: a sketched or dense checkpoint, or a GGUF file.

@@ -22,7 +22,7 @@ from spallm_formats import (
 )
 
 from .calibration.choices import Choice, check_target, given
-from .config import SketchConfig
+from .config import AUTO, SketchConfig
 from .errors import OptionError, SourceError
 from .skeleton import is_in_block, read_skeleton
 from .source import DenseCheckpoint
@@ -188,7 +188,7 @@ def _sketched(shape: tuple[int, int], config: SketchConfig) -> SketchedModule:
 def _reason_to_keep(
     name: str, shape: tuple[int, int], weight: StoredTensor, config: SketchConfig
 ) -> str | None:
-    if config.groups_per_row == "auto":
+    if config.groups_per_row == AUTO:
         specs = _sketched(shape, config).tensors(name, config.mapping, config.table_dtype)
         if sum(spec.nbytes for spec in specs) >= weight.nbytes:
             return f"with {shape[1]} columns its tables would be larger than what they save"

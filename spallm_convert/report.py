@@ -126,6 +126,7 @@ def _is_report(document: Any) -> bool:
     outputs = {key: kind for key, kind in _OUTPUTS.items() if key in document["totals"]}
     return (
         _has(document["totals"], dict.fromkeys(_TOTALS, int | float) | outputs)
+        and document["totals"]["sketched_weights"] > 0
         and all(
             _has_numbers(document[key], names) for key, names in _NUMBERS.items() if key in document
         )

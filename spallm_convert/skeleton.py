@@ -134,6 +134,11 @@ def is_in_block(name: str) -> bool:
     return _IN_BLOCK.search(name) is not None
 
 
+def numbers_starred(name: str) -> str:
+    """A path with a star for each of its numbers: the same for a layer of every block."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> Any:
     import transformers
 

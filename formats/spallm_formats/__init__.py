@@ -3,7 +3,7 @@
 from .dtypes import FLOAT_STORAGE, ITEM_BYTES, TABLE_DTYPES, from_float32, to_float32
 from .errors import FormatError, SpallmError
 from .header import StoredTensor, TensorSpec, build_header, load_json, read_header, to_json
-from .layout import INDEX_FILE, SINGLE_SHARD, Shard, index_json, plan_shards
+from .layout import INDEX_FILE, SHARDS_GLOB, SINGLE_SHARD, Shard, index_json, plan_shards
 from .metadata import (
     FORMAT_VERSION,
     INDEX_MAP_SUFFIX,
@@ -41,6 +41,7 @@ __all__ = [
     "ITEM_BYTES",
     "MAPPINGS",
     "QUANT_METHOD",
+    "SHARDS_GLOB",
     "SINGLE_SHARD",
     "TABLES_FILE",
     "TABLES_METADATA_FILE",

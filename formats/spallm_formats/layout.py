@@ -6,6 +6,7 @@ depends on what has been computed so far.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from .header import TensorSpec, build_header, to_json
 
 SINGLE_SHARD = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+#: Names that `_filename` makes, and those of several files as a shell matches them.
+SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+SHARDS_GLOB = "model-*-of-*.safetensors"
 
 
 @dataclass(frozen=True)

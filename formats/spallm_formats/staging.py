@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -23,7 +22,7 @@ from typing import Any, BinaryIO, Self
 from .durable import flush_folder, write_atomic
 from .errors import FormatError, SpallmError
 from .header import load_json, to_json
-from .layout import INDEX_FILE, Shard
+from .layout import INDEX_FILE, SHARD_NAME, Shard
 from .shard_file import ShardFile
 
 PARTIAL_FOLDER = ".spallm-partial"
@@ -35,7 +34,6 @@ _FILES = "files"
 _SCRATCH = "scratch"
 #: Of file systems that have no locks, as some over a network: there it is as on Windows.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
-_SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 class Staging:
@@ -183,7 +181,7 @@ class Staging:
 
     def _older_shards(self) -> list[str]:
         names = [path.name for path in self.folder.iterdir()]
-        return [name for name in names if _SHARD_NAME.fullmatch(name) or name == INDEX_FILE]
+        return [name for name in names if SHARD_NAME.fullmatch(name) or name == INDEX_FILE]
 
     def _open_plan(self) -> None:
         path = self._partial / _PLAN_FILE

@@ -184,7 +184,7 @@ class Blocks:
             )
         head = self._head()
         if head is not None:
-            path = self._path_of_head()
+            path = next(path for path, m in self._model.named_modules() if m is head)
             self._weights.fill(head, path)
             if self._weights.missing(head, path):
                 self._model.tie_weights()
@@ -196,11 +196,6 @@ class Blocks:
                 f"{type(self._model).__name__} cannot predict: the checkpoint has no tensor for "
                 f"{', '.join(missing[:3])}"
             )
-
-    def _path_of_head(self) -> str:
-        head = self._head()
-        paths: dict[nn.Module, str] = {m: path for path, m in self._model.named_modules()}
-        return paths[head] if head else ""
 
     def _invoke(self, block: nn.Module, call: Call, hidden: Tensor) -> Any:
         with self._stand_ins.clear_errors():

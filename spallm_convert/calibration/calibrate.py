@@ -67,7 +67,7 @@ def draw_texts(source: Source, config: SketchConfig, *, trust_remote_code: bool)
             f"text {config.calibration!r} is too short: healing takes at least 2 samples of "
             f"{seqlen} tokens, to train on and to leave out"
         )
-    batch = max(1, _BATCH_TOKENS // seqlen)
+    batch = _at_once(seqlen)
     if len(healing) >= _HEALING_BATCHES * batch:
         healing = healing[: len(healing) // batch * batch]
     return Texts(shown, healing)
@@ -110,7 +110,7 @@ def open_blocks(
     if positions and 0 < positions < seqlen:
         raise OptionError(f"seqlen {seqlen} is more than the {positions} positions of the model")
     most = samples // min(samples, _HEALING_BATCHES) if to_heal else samples
-    batch = max(n for n in range(1, most + 1) if samples % n == 0 and _fits(n, seqlen))
+    batch = max(n for n in range(1, min(most, _at_once(seqlen)) + 1) if samples % n == 0)
     paths = plan.paths.values()
     return Blocks(model, checkpoint.tensors, paths, tokens, batch=batch, device=device)
 
@@ -188,6 +188,6 @@ def _replay(
     replay_block(blocks, number, weights, streams)
 
 
-def _fits(samples: int, seqlen: int) -> bool:
-    """Whether so many samples go through a block at once; one always does."""
-    return samples == 1 or samples * seqlen <= _BATCH_TOKENS
+def _at_once(seqlen: int) -> int:
+    """Samples that may go through a block at once."""
+    return max(1, _BATCH_TOKENS // seqlen)

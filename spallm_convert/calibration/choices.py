@@ -10,10 +10,9 @@ from typing import NamedTuple
 from spallm_convert.config import BITS, SketchConfig
 from spallm_convert.errors import OptionError
 from spallm_formats import SketchedModule
+from spallm_kernels.triton.tiles import ALIGNMENT
 
 _SEVERAL_GROUPS = (2, 4)
-#: Columns of a group are a multiple of it where there are several: others are slow on GPUs.
-_ALIGNMENT = 32
 
 
 class Choice(NamedTuple):
@@ -88,7 +87,7 @@ def budget_for(sizes: Sequence[Sequence[int]], weights: int, target: float) -> i
 def _several(module: SketchedModule, bits: int, config: SketchConfig) -> list[Choice]:
     found = []
     for groups in _SEVERAL_GROUPS:
-        if module.in_features % (groups * _ALIGNMENT) == 0:
+        if module.in_features % (groups * ALIGNMENT) == 0:  # others are slow on GPUs
             choice = Choice(bits, groups)
             _, table = given(module, choice).tensors("", config.mapping, config.table_dtype)
             if 8 * table.nbytes < module.weights:

@@ -20,13 +20,12 @@ from torch import Tensor
 from spallm_convert.sketch import SketchedRows, store_rows
 from spallm_formats import SketchedModule, SketchMetadata
 from spallm_kernels import hash_codes, hash_table
+from spallm_kernels.cpu.calibrated import SWEEPS
 
 from .numerics import Numerics, choose_numerics
 
 #: Of the mean of the Hessian's diagonal, added to it. GPTQ takes 0.01, LeanQuant 0.1.
 DAMPING = 0.03
-
-_SWEEPS = 3  # of descent, per round
 
 Singles = npt.NDArray[np.float32]
 
@@ -60,7 +59,7 @@ def fit_options(without: Collection[str]) -> dict[str, Any]:
     return {
         "compensation": "compensation" not in without,
         "refit": "least-squares" not in without,
-        "sweeps": 0 if "descent" in without else _SWEEPS,
+        "sweeps": 0 if "descent" in without else SWEEPS,
     }
 
 

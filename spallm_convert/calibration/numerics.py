@@ -7,8 +7,7 @@ have tensors in either case: on the CPU they share their memory with the arrays.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,15 +23,6 @@ from spallm_kernels import (
 )
 
 
-class Fitted(NamedTuple):
-    """table: float32 [rows, groups, entries], ascending; codes: uint8 [rows, n]; losses: after
-    every step, by its name."""
-
-    table: Tensor
-    codes: Tensor
-    losses: Sequence[tuple[str, float]]
-
-
 class Numerics(Protocol):
     """Functions of tensors on one device, documented in `spallm_kernels.cpu`. A prepared Hessian
     goes back to those that made it; its `full` is the damped matrix, float64 [n, n]."""
@@ -41,7 +31,7 @@ class Numerics(Protocol):
 
     def fit(
         self, weights: Tensor, hessian: Any, groups: int, entries: int, **how: Any
-    ) -> Fitted: ...
+    ) -> batched.Fitted: ...
 
     def descend(
         self, weights: Tensor, table: Tensor, codes: Tensor, hessian: Any, sweeps: int
@@ -67,9 +57,11 @@ class OnCpu:
     def prepare_hessian(self, hessian: Tensor, damping: float) -> Any:
         return prepare_hessian(hessian.numpy(), damping)
 
-    def fit(self, weights: Tensor, hessian: Any, groups: int, entries: int, **how: Any) -> Fitted:
-        found = fit(weights.numpy(), hessian, groups, entries, **how)
-        return Fitted(torch.from_numpy(found.table), torch.from_numpy(found.codes), found.losses)
+    def fit(
+        self, weights: Tensor, hessian: Any, groups: int, entries: int, **how: Any
+    ) -> batched.Fitted:
+        table, codes, losses = fit(weights.numpy(), hessian, groups, entries, **how)
+        return batched.Fitted(torch.from_numpy(table), torch.from_numpy(codes), losses)
 
     def descend(
         self, weights: Tensor, table: Tensor, codes: Tensor, hessian: Any, sweeps: int

@@ -9,7 +9,6 @@ they are.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from spallm_convert.config import SketchConfig
 from spallm_convert.errors import CalibrationError
 from spallm_convert.plan import Plan
+from spallm_convert.skeleton import numbers_starred
 from spallm_formats import SketchedModule
 
 from .blocks import Blocks
@@ -114,7 +114,7 @@ def fused(stages: list[list[str]], shapes: Mapping[str, tuple[int, int]]) -> lis
     """
 
     def kind_of(name: str) -> tuple[str, tuple[int, int]]:
-        return re.sub(r"(?<![^.])\d+(?![^.])", "*", name), shapes[name]
+        return numbers_starred(name), shapes[name]
 
     kinds: list[set[tuple[str, tuple[int, int]]]] = []
     for names in stages:

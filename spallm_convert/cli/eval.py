@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from spallm_convert.devices import AUTO_DEVICE
+
 
 @click.command("eval", context_settings={"show_default": True})
 @click.argument("model")
@@ -35,7 +37,7 @@ import click
 @click.option(
     "--device",
     metavar="auto|cpu|cuda|cuda:N",
-    default="auto",
+    default=AUTO_DEVICE,
     help="Where to run; auto is a GPU if there is one.",
 )
 @click.option(

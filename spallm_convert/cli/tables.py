@@ -11,6 +11,7 @@ from rich.table import Table
 
 from spallm_convert.plan import Plan
 from spallm_convert.report import Report
+from spallm_convert.skeleton import numbers_starred
 from spallm_convert.terminal import print_table
 
 
@@ -27,7 +28,7 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
     merged: dict[tuple[str, ...], int] = {}
     for name, module in plan.metadata.modules.items():
         row: tuple[str, ...] = (
-            _numbers_starred(name),
+            numbers_starred(name),
             f"{module.out_features} x {module.in_features}",
             str(module.bits),
             str(module.groups_per_row),
@@ -84,14 +85,10 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _numbers_starred(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
 def _print_left_dense(left_dense: dict[str, str]) -> None:
     merged: dict[tuple[str, str], int] = {}
     for name, why in left_dense.items():
-        key = (_numbers_starred(name), why)
+        key = (numbers_starred(name), why)
         merged[key] = merged.get(key, 0) + 1
     for (name, why), count in merged.items():
         click.echo(f"left dense: {count} x {name}: {why}")

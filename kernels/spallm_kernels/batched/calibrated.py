@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spallm_kernels.cpu.calibrated import POWERS, ROUNDS, SWEEPS, TOLERANCE
 from spallm_kernels.cpu.kmeans import kmeans
 
 from .compensate import compensate
@@ -32,12 +33,11 @@ def fit(
     groups: int,
     entries: int,
     *,
-    powers: Sequence[float | None] = (2.5, None),
+    powers: Sequence[float | None] = POWERS,
     compensation: bool = True,
     refit: bool = True,
-    rounds: int = 5,
-    sweeps: int = 3,
-    tolerance: float = 3e-3,
+    rounds: int = ROUNDS,
+    sweeps: int = SWEEPS,
 ) -> Fitted:
     """Sketches rows such that their loss by a Hessian is small; `cpu.calibrated.fit` has the terms.
 
@@ -64,7 +64,7 @@ def fit(
             for whole, rows in zip(best, after, strict=True):
                 whole[active] = rows
             steps.append((name, float(best.losses.sum())))
-        active = active[before - best.losses[active] > tolerance * before]
+        active = active[before - best.losses[active] > TOLERANCE * before]
         if len(active) == 0:
             break
     return Fitted(best.table, best.codes, steps)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spallm_kernels.cpu.least_squares import RIDGE
+
 from . import quadratic
 from .hessian import PreparedHessian
 from .quadratic import look_up, quadratic_loss, slopes_and_losses
 
 
 def least_squares(
-    weights: Tensor, table: Tensor, codes: Tensor, hessian: PreparedHessian, ridge: float = 1e-9
+    weights: Tensor, table: Tensor, codes: Tensor, hessian: PreparedHessian
 ) -> tuple[Tensor, Tensor]:
     """Tables, float32 [rows, groups, entries], ascending, and the codes that go with them.
 
@@ -24,7 +26,7 @@ def least_squares(
     together = max(1, quadratic.SCRATCH // (groups * entries * weights.shape[1]))
     for first in range(0, rows, together):
         some = slice(first, first + together)
-        steps[some] = _solve(codes[some], slopes[some], hessian.single, groups, entries, ridge)
+        steps[some] = _solve(codes[some], slopes[some], hessian.single, groups, entries)
     moved = (table.double() + steps.reshape(table.shape)).float()
     new, order = moved.sort(dim=2, stable=True)
     names = order.argsort(dim=2).to(torch.uint8)
@@ -36,9 +38,7 @@ def least_squares(
     )
 
 
-def _solve(
-    codes: Tensor, slopes: Tensor, hessian: Tensor, groups: int, entries: int, ridge: float
-) -> Tensor:
+def _solve(codes: Tensor, slopes: Tensor, hessian: Tensor, groups: int, entries: int) -> Tensor:
     """Changes of the tables of some rows, float64 [rows, groups * entries]; 0 where unsolvable."""
     rows, n = codes.shape
     grouped = codes.reshape(rows, groups, 1, -1)
@@ -54,7 +54,7 @@ def _solve(
     along = slopes.double().reshape(rows, groups, -1)
     right = -torch.einsum("rgew,rgw->rge", choice.double(), along)
     normal.diagonal(dim1=1, dim2=2).add_(
-        ridge * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+        RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
     )
     lower, failed = torch.linalg.cholesky_ex(normal)
     lower = torch.where(failed[:, None, None] > 0, torch.eye(lower.shape[1]).to(lower), lower)

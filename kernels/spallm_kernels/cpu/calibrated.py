@@ -29,6 +29,13 @@ from .quadratic import Measured, check_columns, keep_better, measure
 Singles = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
 
+#: Of the pivots, for the importance of columns in clustering; each row goes on from the best.
+POWERS = (2.5, None)
+#: Times that tables and codes are improved in turn, at most, and sweeps of descent in each.
+ROUNDS, SWEEPS = 5, 3
+#: A row is done when a round lowered its loss by less than this part of it.
+TOLERANCE = 3e-3
+
 
 class Fitted(NamedTuple):
     """What `fit` returns.
@@ -48,12 +55,11 @@ def fit(
     groups: int,
     entries: int,
     *,
-    powers: Sequence[float | None] = (2.5, None),
+    powers: Sequence[float | None] = POWERS,
     compensation: bool = True,
     refit: bool = True,
-    rounds: int = 5,
-    sweeps: int = 3,
-    tolerance: float = 3e-3,
+    rounds: int = ROUNDS,
+    sweeps: int = SWEEPS,
 ) -> Fitted:
     """Sketches rows such that their loss by a Hessian is small.
 
@@ -61,7 +67,7 @@ def fit(
     clustering (`importance`); with several, each row goes on from the best of them. compensation:
     whether codes make up for each other from the start. refit: whether tables are solved for.
     sweeps: of descent per round, 0 for none. A row is done after `rounds`, or when a round lowered
-    its loss by less than `tolerance` of it. Raises ValueError for shapes that do not match.
+    its loss by less than TOLERANCE of it. Raises ValueError for shapes that do not match.
     """
     check_columns(weights, hessian.columns)
     best: Measured | None = None
@@ -83,7 +89,7 @@ def fit(
         for name, after in _round(weights[active], part, hessian, compensation, refit, sweeps):
             best.put(active, after)
             steps.append((name, float(best.losses.sum())))
-        active = active[before - best.losses[active] > tolerance * before]
+        active = active[before - best.losses[active] > TOLERANCE * before]
         if len(active) == 0:
             break
     return Fitted(best.table, best.codes, steps)

@@ -17,6 +17,7 @@ Singles = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.uint8]
 
+#: Of the mean diagonal of S^T H S, added to it.
 RIDGE = 1e-9
 #: Columns of H, and rows of weights, that are worked on while they lie in the cache.
 _TILE = 256
@@ -24,29 +25,27 @@ _TOGETHER = 8
 
 
 def least_squares(
-    weights: Singles, table: Singles, codes: Codes, hessian: PreparedHessian, ridge: float = RIDGE
+    weights: Singles, table: Singles, codes: Codes, hessian: PreparedHessian
 ) -> tuple[Singles, Codes]:
     """Tables, float32 [rows, groups, entries], ascending, and the codes that go with them.
 
     weights: float32 [rows, n]; table: float32 [rows, groups, entries], ascending; codes: uint8
-    [rows, n]. What is lowered is the loss of the damped Hessian, plus `ridge` times the mean
+    [rows, n]. What is lowered is the loss of the damped Hessian, plus RIDGE times the mean
     diagonal of S^T H S for every entry's squared distance from the old one; so an entry that no
     code uses stays. Entries are sorted afterwards and codes renamed. A row that would lose more is
     left as it is. Raises ValueError for shapes that do not match.
     """
     check_shapes(weights, table, codes, hessian.columns)
     start = measure(weights, table, codes, hessian.full)
-    end = measure(weights, *solve_from(start, hessian, ridge), hessian.full)
+    end = measure(weights, *solve_from(start, hessian), hessian.full)
     best = keep_better(start, end)
     return best.table, best.codes
 
 
-def solve_from(
-    start: Measured, hessian: PreparedHessian, ridge: float = RIDGE
-) -> tuple[Singles, Codes]:
+def solve_from(start: Measured, hessian: PreparedHessian) -> tuple[Singles, Codes]:
     """Tables and codes of the least loss; rounding may have raised it where little was to gain."""
     table, codes = start.table.copy(), start.codes.copy()
-    _solve_rows(table, codes, start.slopes, hessian.single, ridge)
+    _solve_rows(table, codes, start.slopes, hessian.single, RIDGE)
     return table, codes
 
 
