@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from spallm_convert import load_sketched, save_tables, set_trainable
 
+JSON_LINES = {".jsonl", ".jsonlines", ".ndjson"}
 IGNORED = -100  # the label that the loss leaves out
 PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
@@ -27,6 +28,10 @@ PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n#
 
 def main() -> None:
     options = parse()
+    checkpoints = options.output / "checkpoints"
+    resumed = options.resume and any(checkpoints.glob("checkpoint-*"))
+    if options.resume and not resumed:
+        print(f"no checkpoint in {checkpoints} yet: training from the start")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     records = read_records(options.data)
     held_out = encode(records[: options.held_out], tokenizer, options.max_length)
@@ -47,7 +52,6 @@ def main() -> None:
         model.gradient_checkpointing_enable()
     print(set_trainable(model, options.tables or True, norms=options.norms))
 
-    checkpoints = options.output / "checkpoints"
     steps = options.epochs * -(-len(train) // options.batch_size)
     trainer = Trainer(
         model=model,
@@ -74,7 +78,7 @@ def main() -> None:
         eval_dataset=held_out or None,
         data_collator=Collator(tokenizer),
     )
-    trainer.train(resume_from_checkpoint=options.resume and any(checkpoints.glob("checkpoint-*")))
+    trainer.train(resume_from_checkpoint=resumed)
     if held_out:
         print(f"held-out loss {trainer.evaluate()['eval_loss']:.4f}")
     print(f"tables saved in {save_tables(model, options.output, overwrite=options.overwrite)}")
@@ -88,10 +92,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("data", help="JSON or JSONL file, or a dataset on the Hub")
     parser.add_argument("--output", type=Path, default=Path("tuned"), help="folder of the tables")
     parser.add_argument("--overwrite", action="store_true", help="replace tables in the output")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3, help="times through the data")
     parser.add_argument("--batch-size", type=int, default=16, help="examples per step")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="examples at once")
-    parser.add_argument("--learning-rate", type=float, default=8e-5)
+    parser.add_argument("--learning-rate", type=float, default=8e-5, help="highest, of AdamW")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of an example")
     parser.add_argument("--held-out", type=int, default=200, help="first records, to evaluate on")
     parser.add_argument("--tables", action="append", help="train these modules only: a pattern")
@@ -99,7 +103,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--checkpoints", action="store_true", help="save after every epoch")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the order of examples")
     options = parser.parse_args()
     if options.batch_size % options.micro_batch_size:
         parser.error("--batch-size must be a multiple of --micro-batch-size")
@@ -112,13 +116,18 @@ def read_records(source: str) -> list[dict[str, Any]]:
     """Records of a JSON list, of JSON lines, or of the training split of a dataset on the Hub."""
     path = Path(source)
     if not path.exists():
+        if path.suffix in {".json", *JSON_LINES}:
+            raise SystemExit(f"no such file: {source}")
         from datasets import load_dataset
 
         records = list(load_dataset(source, split="train"))
     else:
         text = path.read_text(encoding="utf-8-sig")
         lines = (line for line in text.split("\n") if line.strip())
-        records = list(map(json.loads, lines)) if path.suffix == ".jsonl" else json.loads(text)
+        try:
+            records = [*map(json.loads, lines)] if path.suffix in JSON_LINES else json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SystemExit(f"{source}: is no JSON ({error})") from error
     for number, record in enumerate(records):
         if not isinstance(record, dict) or not {"instruction", "output"} <= record.keys():
             found = sorted(record) if isinstance(record, dict) else type(record).__name__

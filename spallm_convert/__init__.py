@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .report import Report
     from .tables import load_tables, save_tables, set_tables, table_sets
     from .trainable import TrainableSummary, set_trainable, trainable_summary
+    from .verification import verify
 
 __all__ = [
     "CalibrationError",
@@ -54,6 +55,7 @@ __all__ = [
     "set_trainable",
     "table_sets",
     "trainable_summary",
+    "verify",
 ]
 
 __version__ = "0.1.0"
@@ -81,6 +83,7 @@ _HOMES = {
     "set_trainable": "trainable",
     "table_sets": "tables",
     "trainable_summary": "trainable",
+    "verify": "verification",
 }
 
 

@@ -18,6 +18,9 @@ from .source import Source, find_here, locate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+#: One of them is there in any folder with a tokenizer.
+_OF_TOKENIZERS = ("*token*", "*vocab*", "*.model", "*.spm", "*.gguf")
+
 
 def load_any(
     model: str,
@@ -127,4 +130,7 @@ def _load_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
     except SourceError:
         raise
     except Exception as error:  # what it raises without files of a tokenizer differs by model
-        raise SourceError(f"{model}: its tokenizer cannot be loaded ({one_line(error)})") from error
+        folder = Path(place)
+        lacks = folder.is_dir() and not any(any(folder.glob(p)) for p in _OF_TOKENIZERS)
+        why = f"no file of one is in {folder}" if lacks else one_line(error)
+        raise SourceError(f"{model}: its tokenizer cannot be loaded ({why})") from error

@@ -106,9 +106,9 @@ class Report:
         return left_dense
 
     @classmethod
-    def read(cls, folder: Path) -> Report | None:
+    def read(cls, folder: str | Path) -> Report | None:
         """The report in a folder; None when there is none. Raises FormatError when damaged."""
-        path = folder / REPORT_FILE
+        path = user_path(folder) / REPORT_FILE
         if not path.is_file():
             return None
         document = load_json(path.read_bytes(), REPORT_FILE)

@@ -127,10 +127,12 @@ def find_here(model: str, revision: str | None = None) -> Source | None:
     if not model:
         raise SourceError("no model is named: expected a folder, a .gguf file or a Hub id")
     path = user_path(model)
+    if path.exists() and revision is not None:
+        raise SourceError(f"--revision is for models on the Hub, {path} is on this machine")
     if path.suffix == ".gguf" and path.is_file():
         return Source(path.name, path.resolve())
     if path.is_dir():
-        return _local(path, revision)
+        return _local(path)
     if path.exists():
         raise SourceError(f"{model} is a file, expected a folder, a .gguf file or a Hub id")
     if not _REPOSITORY.fullmatch(model) or path.suffix == ".gguf":
@@ -186,9 +188,7 @@ def _matches(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/") and fnmatch.fnmatch(name, pattern)
 
 
-def _local(path: Path, revision: str | None) -> Source:
-    if revision is not None:
-        raise SourceError(f"--revision is for models on the Hub, {path} is a local folder")
+def _local(path: Path) -> Source:
     if not (path / CONFIG_FILE).is_file():
         raise SourceError(f"{path}: no {CONFIG_FILE} in it")
     return Source(path.resolve().name, path.resolve())

@@ -11,10 +11,11 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 #: Progress and remarks go to stderr, results to stdout. rich honours NO_COLOR.
@@ -47,7 +48,7 @@ class _Rate(ProgressColumn):
     """Units per second, in units of `scale`."""
 
     def __init__(self, unit: str, scale: float) -> None:
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))
         self._unit, self._scale = unit, scale
 
     def render(self, task: Task) -> Text:
@@ -63,14 +64,16 @@ class _WorkProgress:
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
+            TaskProgressColumn(),
             _Rate(unit, scale),
             TimeRemainingColumn(),
             console=stderr,
             disable=hidden or not stderr.is_terminal,
         )
         self._total = self._done = 0
-        self._task = self._bar.add_task(first, total=None)
+        # One line at a time: of what is not counted there is no share, no rate and no time left.
+        self._counted = self._bar.add_task("", visible=False)
+        self._uncounted = self._bar.add_task(first, total=None)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -86,11 +89,13 @@ class _WorkProgress:
 
     def _start(self, total: int, description: str) -> None:
         self._total = total
-        self._bar.reset(self._task, total=total, description=description)
+        self._bar.reset(self._counted, total=total, description=description, visible=True)
+        self._bar.update(self._uncounted, visible=False)
 
     def _advance(self, amount: int, description: str, line: str) -> None:
         before, self._done = self._done, self._done + amount
-        self._bar.update(self._task, advance=amount, description=description)
+        self._bar.update(self._counted, advance=amount, description=description, visible=True)
+        self._bar.update(self._uncounted, visible=False)
         tenth = 10 * self._done // self._total
         if not self._hidden and not stderr.is_terminal and tenth > 10 * before // self._total:
             stderr.print(f"{10 * tenth}% of {line}", soft_wrap=True)
@@ -110,7 +115,8 @@ class ConversionProgress(_WorkProgress):
         self._advance(weights, f"sketching {tensor}", line)
 
     def say(self, line: str) -> None:
-        self._bar.update(self._task, description=line)
+        self._bar.update(self._uncounted, description=line, visible=True)
+        self._bar.update(self._counted, visible=False)
         if not stderr.is_terminal:
             self.remark(line)
 

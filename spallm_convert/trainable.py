@@ -42,7 +42,7 @@ class TrainableSummary:
             f"{self.weights:,} weights that are sketched",
             f"  sketch tables  {self.trained_tables:,} of {self.tables:,}",
             f"  others         {self.trained_others:,}",
-            f"memory: {_megabytes(self._model_bytes() + self._training_bytes())}",
+            f"memory without activations: {_megabytes(self._bytes())}",
             f"  index maps     {_megabytes(self.index_map_bytes)}",
             f"  sketch tables  {_megabytes(self.table_bytes)}",
             f"  the rest       {_megabytes(self.other_bytes)}",
@@ -51,11 +51,9 @@ class TrainableSummary:
         ]
         return "\n".join(lines)
 
-    def _model_bytes(self) -> int:
-        return self.index_map_bytes + self.table_bytes + self.other_bytes
-
-    def _training_bytes(self) -> int:
-        return self.gradient_bytes + self.optimizer_bytes
+    def _bytes(self) -> int:
+        model = self.index_map_bytes + self.table_bytes + self.other_bytes
+        return model + self.gradient_bytes + self.optimizer_bytes
 
 
 def set_trainable(

@@ -187,6 +187,13 @@ def test_no_name_at_all(fails, tmp_path):
     assert "no model is named" in fails(1, "", "-o", tmp_path / "out")
 
 
+def test_revisions_are_for_the_hub(fails, source, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for model in (source, tmp_path / "model.gguf"):
+        line = fails(1, model, "--revision", "main", "-o", tmp_path / "out")
+        assert f"--revision is for models on the Hub, {model} is on this machine" in line
+
+
 @pytest.mark.parametrize("zeros", [50, 2])
 def test_damaged_gguf(fails, tmp_path, zeros):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\3\0\0\0" + b"\1" * 9 + b"\0" * zeros)
@@ -352,7 +359,7 @@ main()
         rest = process.stderr.read()
     assert process.returncode == 130, (process.returncode, line, rest)
     assert rest.splitlines()[-1] == (
-        "spallm-convert: interrupted; a conversion goes on with --resume in place of --overwrite"
+        "spallm-convert: interrupted; --resume goes on, without --overwrite"
     )
     assert "Traceback" not in rest
     with pytest.raises(FormatError):

@@ -10,11 +10,10 @@ import sys
 import pytest
 from rich.console import Console
 
-from spallm_convert import terminal
+from spallm_convert import Report, terminal, verify
 from spallm_convert.cli import main
 from spallm_convert.cli.convert import default_output
 from spallm_convert.cli.tables import print_report
-from spallm_convert.report import Report
 
 
 @pytest.fixture
@@ -59,6 +58,10 @@ def test_dry_run_writes_nothing(run, tiny_llama, tmp_path, monkeypatch):
     out = run(tiny_llama.folder, "--dry-run")
     assert "2 x model.layers.*.mlp.down_proj" in out
     assert "times smaller" in out
+    totals = run(tiny_llama.folder, "--dry-run", "-q")
+    assert out.endswith(totals)
+    assert "model.layers" not in totals
+    assert "times larger" in run(tiny_llama.folder, "--dry-run", "--groups-per-row", "32")
     plan = json.loads(run(tiny_llama.folder, "--dry-run", "--json"))
     assert len(plan["modules"]) == 14
     assert not list(tmp_path.iterdir())
@@ -78,7 +81,7 @@ def test_json_is_the_report(run, tiny_llama, tmp_path):
     ("options", "advised"),
     [
         (["--bits", "3"], True),
-        (["--bits", "2", "--mapping", "hash"], True),
+        (["--mapping", "hash"], True),
         ([], False),
         (["--bits", "3", "--calibration", "builtin"], False),
         (["--bits", "3", "--json"], False),
@@ -100,13 +103,27 @@ def test_remarks_stay_on_a_terminal_and_lines_do_not(monkeypatch):
     monkeypatch.setattr(terminal, "stderr", shown)
     with terminal.ConversionProgress() as progress:
         progress.start(10)
-        progress.say("a line for now")
+        progress.advance(5, "layer")
+        progress.say("a line for now")  # of work whose end the weights do not tell
+        progress._bar.refresh()
+        assert "%" not in shown.file.getvalue().splitlines()[-1]
         progress.remark("a remark that is longer than the terminal is wide, to its very end")
-        progress.advance(10, "layer")
+        progress.advance(5, "layer")
+        progress._bar.refresh()
+        assert "100%" in shown.file.getvalue().splitlines()[-1]
     last = shown.file.getvalue()
     assert "a remark that is longer than the terminal is wide, to its very end\n" in last.replace(
         "\r", ""
     )
+
+
+def test_a_checkpoint_without_a_report(run, tiny_llama, tmp_path):
+    run(tiny_llama.folder, "-o", tmp_path / "out", "-q")
+    assert verify(tmp_path / "out") == []
+    (tmp_path / "out/conversion.json").unlink()
+    (problem,) = verify(tmp_path / "out")
+    assert problem == "conversion.json is missing, so there are no hashes to compare with"
+    assert Report.read(str(tmp_path / "out")) is None
 
 
 def test_verify_finds_one_flipped_bit(run, tiny_llama, tmp_path):

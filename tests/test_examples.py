@@ -105,8 +105,9 @@ def test_json_lines_and_a_choice_of_modules(run, capsys):
     assert "others         320" in printed  # five norms of 64
 
 
-def test_a_run_goes_on_from_its_last_checkpoint(run, monkeypatch):
-    output = run("--checkpoints", "--resume")  # nothing to go on from yet: from the start
+def test_a_run_goes_on_from_its_last_checkpoint(run, monkeypatch, capsys):
+    output = run("--checkpoints", "--resume")
+    assert "checkpoints yet: training from the start" in capsys.readouterr().out
     whole = (output / "sketch_tables.safetensors").read_bytes()
     _, last = sorted((output / "checkpoints").iterdir())
     shutil.rmtree(last)
@@ -141,6 +142,16 @@ def test_tables_that_are_there_are_kept(run, capsys):
 def test_data_that_cannot_be_used(run, records, message):
     with pytest.raises(SystemExit, match=message):
         run(records=records)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    import finetune
+
+    with pytest.raises(SystemExit, match="no such file"):
+        finetune.read_records(str(tmp_path / "trian.json"))
+    (tmp_path / "train.ndjson").write_text('{"instruction": 1,')
+    with pytest.raises(SystemExit, match=r"train\.ndjson: is no JSON"):
+        finetune.read_records(str(tmp_path / "train.ndjson"))
 
 
 def held_out_loss(model):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -291,8 +292,13 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if isinstance(was, dict) and isinstance(is_now, dict):
             found += _differences(was, is_now)
         elif was != is_now:
-            found.append(f"{key} was {was!r}, now {is_now!r}")
+            digests = _is_digest(was) or _is_digest(is_now)  # which tell a reader nothing
+            found.append(f"other {key}" if digests else f"{key} was {was!r}, now {is_now!r}")
     return found
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _locked(path: Path, folder: Path) -> BinaryIO:

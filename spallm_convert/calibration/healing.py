@@ -96,7 +96,7 @@ def _tuned(
         )
         tables |= found
         say(
-            f"healing: block {number + 1} of {len(blocks)}, relative squared error of its outputs "
+            f"healing: block {number + 1} of {len(blocks)}, squared error of outputs "
             f"{before:.5f} -> {after:.5f}"
         )
     streams.sketched.clear()

@@ -200,7 +200,7 @@ def command(
         plan = plan_conversion(
             model, config, revision=revision, trust_remote_code=trust_remote_code, device=device
         )
-        print_plan(plan, as_json=as_json)
+        print_plan(plan, as_json=as_json, totals_alone=quiet)
         return
     output = output_dir or default_output(model, target_bits or config.bits)
     with ConversionProgress(hidden=quiet or as_json) as progress:
@@ -236,9 +236,11 @@ def _advise(config: SketchConfig) -> None:
     """Says what few bits ask for, before the time is spent (docs/quality.md has the figures)."""
     from spallm_convert.terminal import stderr
 
-    if config.calibration is None and config.bits < _DEFAULTS.bits:
+    hashed = config.mapping == "hash"
+    if config.calibration is None and (hashed or config.bits < _DEFAULTS.bits):
+        what = "hashed index maps" if hashed else f"{config.bits} bits"
         stderr.print(
-            f"{config.bits} bits lose much of a model that is sketched for its weights alone: "
+            f"{what} lose much of a model that is sketched for its weights alone: "
             f"consider --calibration builtin, or a text of your own, and --heal 300",
             soft_wrap=True,
         )

@@ -62,7 +62,7 @@ def cli() -> None:
 
     \b
     spallm-convert meta-llama/Llama-3.2-1B          sketch a model of the Hub
-    spallm-convert ./my-model -o out --bits 3       sketch a local folder
+    spallm-convert ./my-model -o out                sketch a local folder
     spallm-convert convert --help                   all options of a conversion
 
     MODEL is an id on the Hub, a folder, or a GGUF file. With --debug anywhere, an error shows its
@@ -89,7 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         if debug:
             raise
-        _say("interrupted; a conversion goes on with --resume in place of --overwrite")
+        converting = arguments[0] == "convert" or arguments[0] not in _COMMANDS
+        _say("interrupted" + "; --resume goes on, without --overwrite" * converting)
         code = EXIT_INTERRUPTED
     except SpallmError as error:
         if debug:

@@ -15,7 +15,7 @@ from spallm_convert.skeleton import numbers_starred
 from spallm_convert.terminal import print_table
 
 
-def print_plan(plan: Plan, *, as_json: bool) -> None:
+def print_plan(plan: Plan, *, as_json: bool, totals_alone: bool = False) -> None:
     """What a conversion would do, for `--dry-run`."""
     totals = plan.totals()
     if as_json:
@@ -37,8 +37,9 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
         merged[row] = merged.get(row, 0) + 1
     for row, count in merged.items():
         table.add_row(f"{count} x {row[0]}", *row[1:])
-    print_table(table)
-    _print_left_dense(plan.left_dense)
+    if not totals_alone:
+        print_table(table)
+        _print_left_dense(plan.left_dense)
     _print_totals(totals)
     click.echo(f"{len(plan.shards)} weight file(s) would be written")
 
@@ -96,13 +97,15 @@ def _print_left_dense(left_dense: dict[str, str]) -> None:
 
 def _print_totals(totals: dict[str, Any], *, healed: bool = False) -> None:
     share = totals["sketched_weights"] / (totals["sketched_weights"] + totals["kept_weights"])
+    ratio = totals["ratio"]
+    change = f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
     click.echo(
         f"{totals['sketched_weights']:,} weights sketched ({share:.1%} of the model) at "
         f"{totals['bits_per_weight']:.3f} bits each, tables included"
     )
     click.echo(
         f"{totals['source_bytes'] / 1e6:,.1f} MB -> {totals['sketched_bytes'] / 1e6:,.1f} MB "
-        f"({totals['ratio']:.2f} times smaller)"
+        f"({change})"
     )
     if "relative_error" in totals:
         click.echo(f"relative error of the sketched weights: {totals['relative_error']:.4f}")
