@@ -546,6 +546,24 @@ def test_offline_with_a_warm_cache(hub, work, pushed, tmp_path):
     assert contents(tmp_path / "shards") == contents(work / "shards")
 
 
+@pytest.mark.slow
+def test_offline_with_an_index_beside_the_weights(hub, tmp_path):
+    """As transformers caches it: where both are there, the single file is the one that counts."""
+    online = hub.environment(home=tmp_path / "home")
+    cases = {"convert": ("", "org/tiny", "-o", tmp_path / "online", "-q")}
+    assert command_lines(online, cases)["convert"].code == 0
+    (weights,) = (tmp_path / "home").rglob(f"snapshots/*/{WEIGHTS}")
+    stale = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (weights.parent / INDEX).write_text(json.dumps(stale))
+    cases = {
+        "convert": ("", "org/tiny", "-o", tmp_path / "offline", "-q"),
+        "dry run": ("", "org/tiny", "--dry-run", "-q"),
+    }
+    answers = command_lines(online | {"HF_HUB_OFFLINE": "1"}, cases)
+    assert [answer.code for answer in answers.values()] == [0, 0], answers
+    assert contents(tmp_path / "offline") == contents(tmp_path / "online")
+
+
 def test_offline_with_a_cold_cache(hub, tmp_path):
     before = len(hub.requests)
     answers = command_lines(
