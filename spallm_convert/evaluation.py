@@ -244,10 +244,17 @@ def _check_request(model: Any, tokens: torch.Tensor, window: int, stride: int) -
             f"{name} does not predict the next token, so it has no perplexity: a causal language "
             f"model is needed"
         )
+    check_tokens(model, tokens, min(window, len(tokens)), f"window {window}")
+
+
+def check_tokens(model: Any, tokens: torch.Tensor, length: int, option: str) -> None:
+    """Raises OptionError for tokens that a model has no embeddings for, or for more of them at once
+    than it has positions. length: tokens at once; option: what asks for so many."""
+    name = type(model).__name__
     text_config = model.config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
-    if positions and 0 < positions < min(window, len(tokens)):
-        raise OptionError(f"window {window} is more than the {positions} positions of {name}")
+    if positions and 0 < positions < length:
+        raise OptionError(f"{option} is more than the {positions} positions of {name}")
     vocabulary = getattr(text_config, "vocab_size", None)
     least, most = (int(value) for value in tokens.aminmax())
     if least < 0 or (vocabulary and most >= vocabulary):

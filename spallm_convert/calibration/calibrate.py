@@ -8,10 +8,10 @@ memory, with the hidden states of the text and the sums over the inputs of one l
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from spallm_convert.config import SketchConfig
-from spallm_convert.errors import CalibrationError, OptionError, SourceError
+from spallm_convert.errors import CalibrationError, SourceError
 from spallm_convert.plan import Plan
 from spallm_convert.skeleton import build_empty
 from spallm_convert.source import DenseCheckpoint, Source
@@ -89,7 +89,7 @@ def open_blocks(
     Raises CalibrationError when that cannot be done, or the model is no causal language model;
     OptionError for samples that are longer than the model takes.
     """
-    from spallm_convert.evaluation import predicts_next_token
+    from spallm_convert.evaluation import check_tokens, predicts_next_token
 
     from .blocks import Blocks
 
@@ -99,16 +99,7 @@ def open_blocks(
             f"{type(model).__name__} is no causal language model, and calibration needs one"
         )
     samples, seqlen = tokens.shape
-    embedding: Any = model.get_input_embeddings()
-    vocabulary = embedding.num_embeddings
-    if int(tokens.max()) >= vocabulary:
-        raise OptionError(
-            f"token {int(tokens.max())} is beyond the model's {vocabulary} embeddings: is the "
-            f"tokenizer its own?"
-        )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and 0 < positions < seqlen:
-        raise OptionError(f"seqlen {seqlen} is more than the {positions} positions of the model")
+    check_tokens(model, tokens, seqlen, f"seqlen {seqlen}")
     most = samples // min(samples, _HEALING_BATCHES) if to_heal else samples
     batch = max(n for n in range(1, min(most, _at_once(seqlen)) + 1) if samples % n == 0)
     paths = plan.paths.values()
