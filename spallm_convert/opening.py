@@ -18,8 +18,8 @@ from .source import Source, find_here, locate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: One of them is there in any folder with a tokenizer.
-_OF_TOKENIZERS = ("*token*", "*vocab*", "*.model", "*.spm", "*.gguf")
+#: One of them is in any folder with a tokenizer that has a vocabulary.
+_OF_TOKENIZERS = ("tokenizer.json", "*vocab*", "*.model", "*.spm", "*.tiktoken", "*.gguf")
 
 
 def load_any(
