@@ -25,6 +25,8 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 from helpers.calibration import save_source, save_text  # noqa: E402
 from helpers.tiny_models import TinyModel, save_tiny_llama  # noqa: E402
+from helpers.tiny_tokenizer import tiny_tokenizer  # noqa: E402
+from spallm_convert import SketchConfig, convert  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -56,6 +58,16 @@ def source(tmp_path_factory) -> Path:
 def text(tmp_path_factory) -> Path:
     """To calibrate it on."""
     return save_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory) -> dict[str, Path]:
+    """A tiny dense checkpoint with a tokenizer, and its sketch, to evaluate."""
+    root = tmp_path_factory.mktemp("evaluated")
+    save_tiny_llama(root / "dense", initializer_range=0.2)
+    tiny_tokenizer().save_pretrained(root / "dense")
+    convert(root / "dense", root / "sketched", SketchConfig(bits=3))
+    return {kind: root / kind for kind in ("dense", "sketched")}
 
 
 @pytest.fixture

@@ -1,46 +1,26 @@
-"""The Hub, on a loopback server: convert from it, push to it, load from it, and what goes wrong.
-
-The client reads its settings when it is imported, so all that talks to the server runs in
-subprocesses, several command lines or models in each.
-"""
+"""The Hub, on a loopback server: convert from it, push to it, load from it, with a network and
+without."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from helpers import hub_server
+from helpers.hub_client import (
+    INDEX,
+    READ,
+    WEIGHTS,
+    WRITE,
+    assert_one_line,
+    command_lines,
+    contents,
+    on_server,
+    run,
+    with_card,
+)
 from helpers.hub_server import HubServer
 from helpers.tiny_tokenizer import tiny_tokenizer
 from spallm_convert import FormatError, convert, load_sketched, push_to_hub, save_tables
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-WRITE, READ = "write-token", "read-token"
-GPTQ = {"quant_method": "gptq", "bits": 4}
-
-#: Runs command lines from stdin, each with its token; what escapes them is on this stderr.
-COMMAND_LINES = """
-import contextlib, io, json, os, sys
-from spallm_convert.cli import main
-answers = {}
-for name, (token, arguments) in json.load(sys.stdin).items():
-    os.environ["HF_TOKEN"] = token
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main(arguments)
-        except SystemExit as stop:
-            code = stop.code
-        except Exception as error:
-            code = repr(error)
-    answers[name] = code, out.getvalue(), err.getvalue()
-print(json.dumps(answers))
-"""
 
 #: Loads models from stdin, by `load_sketched` or by the Auto class, to digests of their logits.
 LOADS = """
@@ -65,65 +45,9 @@ print(json.dumps(digests))
 """
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a command line gave."""
-
-    code: int | str
-    out: str
-    err: str
-
-
-def run(script, stdin, environment):
-    """Runs a script in a fresh process; it must succeed and leave nothing on stderr."""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        input=json.dumps(stdin),
-        env=os.environ | {"TRANSFORMERS_VERBOSITY": "error"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), done.stderr
-
-
-def command_lines(environment, cases):
-    """Runs command lines, each a token and arguments, one after the other in one process."""
-    cases = {name: (token, [*map(str, words)]) for name, (token, *words) in cases.items()}
-    answers, escaped = run(COMMAND_LINES, cases, environment)
-    assert escaped == ""
-    return {name: Answer(*answer) for name, answer in answers.items()}
-
-
-def assert_one_line(answer, *wanted):
-    """An error: exit code 1 and exactly one line, with these words in it."""
-    assert answer.code == 1, answer
-    assert answer.err.count("\n") == 1, answer.err
-    assert answer.err.startswith("spallm-convert: error: ")
-    for words in wanted:
-        assert words in answer.err
-
-
-def contents(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and not path.name.startswith(".")
-    }
-
-
-def on_server(hub, repo_id, revision="main"):
-    files = hub.files(repo_id, revision)
-    return {name: data for name, data in files.items() if name != ".gitattributes"}
-
-
 @pytest.fixture(scope="module")
 def tiny(tiny_llama):
-    """The files of a small random Llama with a card."""
-    card = b"---\nlicense: apache-2.0\n---\n# tiny\n"
-    return contents(tiny_llama.folder) | {"README.md": card}
+    return with_card(tiny_llama)
 
 
 @pytest.fixture(scope="module")
@@ -396,131 +320,6 @@ def test_dry_run_reads_headers_alone(hub, work, pushed, tmp_path, monkeypatch):
     sizes = json.loads(answers["json"].out)["totals"]
     for size in (sizes["source_bytes"], sizes["sketched_bytes"]):
         assert f"{size / 1e6:,.1f} MB" in answers["table"].out
-
-
-@pytest.fixture(scope="module")
-def sketched():
-    """A sketched checkpoint, to push."""
-    return Path(__file__).parent.parent / "formats" / "golden" / "cluster-4bit"
-
-
-#: Name: token, arguments, words of the error. Pushes are refused at their last step.
-REFUSED = {
-    "missing": ("", ["org/missing"], ["org/missing: no such repository"]),
-    "missing, dry run": ("", ["org/missing", "--dry-run"], ["org/missing: no such repository"]),
-    "missing, with a token": (READ, ["org/missing"], ["org/missing: no such repository"]),
-    "private": ("", ["org/private"], ["org/private: no such repository", "private"]),
-    "gated": ("", ["org/gated"], ["org/gated is gated", "HF_TOKEN"]),
-    "gated, dry run": ("", ["org/gated", "--dry-run"], ["org/gated is gated", "HF_TOKEN"]),
-    "gated, other account": (READ, ["org/gated"], ["org/gated is gated", "HF_TOKEN"]),
-    "wrong token": ("stale", ["org/tiny"], ["org/tiny", "401"]),
-    "pickle": ("", ["org/pickle"], ["org/pickle: no model.safetensors", "pytorch_model.bin"]),
-    "pickle, dry run": ("", ["org/pickle", "--dry-run"], ["org/pickle: no model.safetensors"]),
-    "no config": ("", ["org/no-config"], ["org/no-config: no config.json"]),
-    "revision": ("", ["org/tiny", "--revision=v9"], ["org/tiny: no such revision"]),
-    "revision, dry run": (
-        "",
-        ["org/tiny", "--dry-run", "--revision=v9"],
-        ["org/tiny: no such revision"],
-    ),
-    "quantized": ("", ["org/quantized"], ["org--quantized", "already quantized (gptq)"]),
-    "broken index": ("", ["org/broken-index"], ["org/broken-index", INDEX]),
-    "broken index, dry run": ("", ["org/broken-index", "--dry-run"], ["org/broken-index"]),
-    "broken header": ("", ["org/broken-header"], [WEIGHTS]),
-    "broken header, dry run": ("", ["org/broken-header", "--dry-run"], ["org/broken-header"]),
-    "push, no token": ("", ["push", "SKETCHED", "org/new"], ["org/new", "HF_TOKEN"]),
-    "convert and push, no token": (
-        "",
-        ["org/tiny", "--push-to-hub=org/new"],
-        ["org/new", "HF_TOKEN"],
-    ),
-    "push, read-only": (READ, ["push", "SKETCHED", "org/new"], ["org/new", "403"]),
-    "push over, read-only": (READ, ["push", "SKETCHED", "org/mine"], ["org/mine", "403"]),
-    "push over, private": (
-        WRITE,
-        ["push", "SKETCHED", "org/mine", "--private"],
-        ["org/mine", "public"],
-    ),
-    "push, refused": (WRITE, ["push", "SKETCHED", "org/mine"], ["org/mine", "over the limit"]),
-    "push, bad name": (WRITE, ["push", "SKETCHED", "org//x"], ["org//x: not a repository id"]),
-    "push, dense": (WRITE, ["push", "DENSE", "org/new"], ["config.json"]),
-}
-
-
-@pytest.fixture(scope="module")
-def refusals(tiny, sketched, work):
-    """The answers to REFUSED, with output below `work`; then the server."""
-    dense = work / "dense"
-    dense.mkdir()
-    (dense / "config.json").write_bytes(tiny["config.json"])
-    (dense / WEIGHTS).write_bytes(tiny[WEIGHTS])
-    places = {"SKETCHED": sketched, "DENSE": dense}
-    config, card = {"config.json": tiny["config.json"]}, {"README.md": b"# no metadata\n"}
-    with HubServer() as hub:
-        hub.add_repo("org/tiny", tiny)
-        hub.add_repo("org/private", tiny, private=True)
-        hub.add_repo("org/gated", tiny, gated=True)
-        hub.add_repo("org/pickle", {**config, "pytorch_model.bin": b"\0"})
-        hub.add_repo("org/no-config", {WEIGHTS: tiny[WEIGHTS]})
-        quantized = json.loads(tiny["config.json"]) | {"quantization_config": GPTQ}
-        hub.add_repo("org/quantized", {**tiny, "config.json": json.dumps(quantized).encode()})
-        hub.add_repo("org/broken-index", {**config, INDEX: b"[]"})
-        hub.add_repo("org/broken-header", {**config, **card, WEIGHTS: b"\xff" * 64})
-        hub.add_repo("org/mine", card)
-        hub.refuse_push = "This account is over the limit.\nSee the page of plans…"
-        cases = {}
-        for name, (token, words, _) in REFUSED.items():
-            output = [] if words[0] == "push" else ["--output-dir", work / "refused" / name]
-            cases[name] = (token, *(places.get(word, word) for word in words), *output)
-        yield command_lines(hub.environment(home=work / "refused-home"), cases), hub
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refusal_is_one_line(refusals, work, name):
-    answers, _ = refusals
-    assert_one_line(answers[name], *REFUSED[name][2])
-    assert not (work / "refused" / name).exists()
-
-
-def test_refusals_leave_no_trace(refusals):
-    _, hub = refusals
-    assert "org/new" not in hub.repos
-    assert on_server(hub, "org/mine").keys() == {"README.md"}
-    weights = [path for _, path in hub.requests if "quantized" in path and path.endswith(WEIGHTS)]
-    assert weights == []
-
-
-def test_no_network(sketched, tmp_path):
-    """Also that what can be refused without a request is: here a request would fail otherwise."""
-    (tmp_path / "empty").mkdir()
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # not listening, so connections are refused
-        environment = {
-            "HF_ENDPOINT": f"http://127.0.0.1:{closed.getsockname()[1]}",
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "no_proxy": "127.0.0.1",
-        }
-        answers = command_lines(
-            environment,
-            {
-                "convert": ("", "org/tiny", "--output-dir", tmp_path / "output"),
-                "dry run": ("", "org/tiny", "--dry-run"),
-                "push": (WRITE, "push", sketched, "org/new"),
-                "no token": ("", "push", sketched, "org/new"),
-                "not a checkpoint": (WRITE, "push", tmp_path / "empty", "org/new"),
-                "not there": (WRITE, "push", tmp_path / "missing", "org/new"),
-            },
-        )
-    assert_one_line(answers["convert"], "org/tiny: the Hub cannot be reached")
-    assert_one_line(answers["dry run"], "org/tiny: the Hub cannot be reached")
-    assert_one_line(answers["push"], "org/new: the Hub cannot be reached")
-    assert_one_line(answers["no token"], "org/new", "HF_TOKEN")
-    assert_one_line(answers["not a checkpoint"], str(tmp_path / "empty"))
-    assert_one_line(answers["not there"], str(tmp_path / "missing"))
-    assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.slow

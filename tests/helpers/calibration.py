@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from helpers.tiny_models import save_tiny_llama
@@ -16,6 +17,20 @@ def save_source(folder: Path) -> Path:
     """A Llama of two blocks, smaller than `save_tiny_llama` makes it by itself."""
     sizes = {"hidden_size": 32, "intermediate_size": 48}
     save_tiny_llama(folder, num_attention_heads=2, num_key_value_heads=1, **sizes)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_uneven_source(folder: Path) -> Path:
+    """A larger one, whose second block matters more than its first."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256}
+    save_tiny_llama(folder, initializer_range=0.1, **sizes)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    for name in tensors:
+        if "layers.0" in name and name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensors[name] *= 0.05
+    save_file(tensors, weights, metadata={"format": "pt"})
     word_tokenizer().save_pretrained(folder)
     return folder
 
