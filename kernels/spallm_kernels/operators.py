@@ -1,7 +1,7 @@
 """The sketched linear layer as torch operators, `torch.ops.spallm`: what torch.compile sees.
 
-Each is a single node with known shapes, whatever runs inside. `Library.define` and `impl` cost
-about 5 us less per call than `torch.library.custom_op`, which one token of one layer would notice.
+Each is a single node with known shapes, whatever runs inside. `Library.define` and `impl` take
+less per call than `torch.library.custom_op`, which one token of one layer would notice.
 
 Neither pass keeps a dense weight for the other: the forward saves its inputs only, the backward
 looks the weight up again, and the gradient of the weight exists for a block of rows at a time.
