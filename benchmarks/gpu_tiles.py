@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gpu_operands import GROUPS, LARGE, LLAMA, random_input, random_sketches
 from gpu_timing import Bench, Call
+from spallm_kernels.operators import GRAD_ROWS
 from spallm_kernels.triton import linear
 from spallm_kernels.triton.tiles import DEQUANTIZE_UNITS, TABLE_GRAD, DecodeTile, decode_tile
 
@@ -22,15 +23,13 @@ Trial = Callable[[Choice], dict[str, list[Call]]]
 
 _DECODE = {
     "stages": (1, 2, 3, 4, 5),
-    "units": (4, 8, 16, 32, 64),
+    "columns": (64, 128, 256, 512),
     "slots": (1, 2, 4, 8, 16),
     "rows": (16, 32, 64),
     "registers": (64, 96, 128, 168, 255),
 }
 _DEQUANTIZE = {"rows": (2, 4, 8, 16, 32), "columns": (256, 512, 1024, 2048), "warps": (2, 4, 8)}
 _TABLE_GRAD = {"rows": (1, 2, 4, 8, 16), "columns": (64, 128, 256, 512), "warps": (2, 4, 8)}
-
-_GRAD_ROWS = 1024  # of the weight's gradient that exist at once in the backward pass
 
 
 class Search(NamedTuple):
@@ -103,7 +102,7 @@ def _table_grad(bits: int, bench: Bench) -> Search:
     trials = []
     for layer in LAYERS:
         index_map, table = random_sketches(bench, layer, bits=bits)[0]
-        rows = slice(0, _GRAD_ROWS)
+        rows = slice(0, GRAD_ROWS)
         weight_grad = bench.randn(*index_map[rows].shape[:1], bench.size(layer.in_features))
         trials.append(partial(_try_table_grad, (weight_grad, index_map[rows], table[rows])))
     return Search(_TABLE_GRAD, asdict(TABLE_GRAD), trials)

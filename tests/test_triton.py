@@ -12,7 +12,7 @@ import triton.language as tl
 from helpers.sketches import TOLERANCE, passes, random, random_sketch, relative_error
 from spallm_kernels import dequantize, dispatch, lut_linear, operators
 from spallm_kernels.triton import linear as triton_linear
-from spallm_kernels.triton import lookup, tiles
+from spallm_kernels.triton import lookup, ptx, tiles
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -181,7 +181,9 @@ def test_tiles_fit_the_layer(tokens, bits):
                 start // width == (start + span - 1) // width for start in range(0, columns, span)
             )
             assert tile.tokens >= tokens
-            assert tile.units % 4 == 0
+            unit = ptx.UNIT_CODES[bits] * (4 if tile.quads else 1)
+            assert tile.columns % (4 * unit) == 0
+            assert span % unit == 0
 
 
 def test_maps_of_other_strides_and_slices_of_rows():
@@ -205,7 +207,7 @@ def test_results_do_not_depend_on_tiles():
     found = triton_linear.table_grad(weight_grad, index_map, table, tile=tile)
     torch.testing.assert_close(found, triton_linear.table_grad(weight_grad, index_map, table))
     x = random(3, 128).to(DEVICE, torch.float16)
-    smaller = tiles.DecodeTile(slots=2, rows=16, tokens=8, units=4, stages=2, registers=255)
+    smaller = tiles.DecodeTile(slots=2, rows=16, tokens=8, columns=32, stages=2, registers=255)
     expected = triton_linear.decode(x, index_map, table)
     found = triton_linear.decode(x, index_map, table, tile=smaller)
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)

@@ -111,11 +111,13 @@ def choose_path(
     return "decode" if few else "dense"
 
 
+@functools.cache
 def load_backend(name: str) -> Backend:
     """The module of a backend."""
     return cast(Backend, importlib.import_module(_MODULES[name]))
 
 
+@functools.cache
 def load_decoder(name: str) -> Decoder:
     """The module of a backend that has the decode path."""
     return cast(Decoder, importlib.import_module(_MODULES[name]))

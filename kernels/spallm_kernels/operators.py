@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .dispatch import choose_backend, choose_path, load_backend, load_decoder
 
-#: Rows of the dense weight's gradient that exist at once in the backward pass.
-GRAD_ROWS = 1024
+#: Rows of the dense weight's gradient that exist at once in the backward pass. On an H100, products
+#: over 1024 rows take 3 to 10 % longer than whole ones, over 2048 at most 2 %.
+GRAD_ROWS = 2048
 
 
 def _lut_linear(
@@ -72,17 +73,19 @@ def _table_grad(
 ) -> Tensor:
     chosen = load_backend(choose_backend(x.device, _bits(table), backend))
     y_rows, x_rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (y_grad, x))
-    gradient = torch.empty(table.shape, dtype=_wide(x.dtype), device=table.device)
+    parts = []
     for start in range(0, table.shape[0], GRAD_ROWS):
         rows = slice(start, start + GRAD_ROWS)
-        gradient[rows] = chosen.table_grad(
-            y_rows[:, rows].T @ x_rows,
-            index_map[rows],
-            table[rows],
-            hash_seed=hash_seed,
-            first_row=start,
+        parts.append(
+            chosen.table_grad(
+                y_rows[:, rows].T @ x_rows,
+                index_map[rows],
+                table[rows],
+                hash_seed=hash_seed,
+                first_row=start,
+            )
         )
-    return gradient
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

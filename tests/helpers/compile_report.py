@@ -29,6 +29,7 @@ ROWS, COLUMNS, GROUPS = 4096, 4096, 4
 
 def main() -> None:
     capability = int(sys.argv[1])
+    linear._generation = lambda device: capability // 10  # tiles follow the GPU
     report = {}
     with recorded(linear, *KERNELS) as launches:
         for name, call in cases().items():
@@ -96,6 +97,7 @@ def describe(code, options):
         "registers": code.registers,
         "spilled_bytes": code.spilled_bytes,
         "shared_bytes": code.shared_bytes,
+        "warps": options["num_warps"],
     }
     if "SLOTS" in options:
         loop = code.loop("HMMA")
