@@ -8,7 +8,6 @@ arithmetic: there, tables are looked up by `tl.gather` in float32.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from .decode import decode_kernel
 from .dequantize import dequantize_any_kernel, dequantize_units_kernel
+from .device import on
 from .ptx import UNIT_CODES, UNIT_WORDS
 from .table_grad import table_grad_kernel
 from .tiles import (
@@ -84,7 +84,7 @@ def decode(
     y = torch.empty(tokens, rows, dtype=exact, device=x.device)
     span = table_span(columns, width, tile.slots)
     words, row_words = _words(index_map)
-    with _on(x.device):
+    with on(x.device):
         decode_kernel[(triton.cdiv(rows, tile.rows),)](
             x.contiguous(),
             words,
@@ -137,7 +137,7 @@ def dequantize(
     words, row_words = _words(index_map)
     sizes = (rows, in_features, row_words, width, first_row, hash_seed or 0)
     hashed = hash_seed is not None
-    with _on(table.device):
+    with on(table.device):
         if bits in UNIT_CODES and table.dtype in _HALVES and width % ALIGNMENT == 0:
             tile = tile or DEQUANTIZE_UNITS
             dequantize_units_kernel[(triton.cdiv(rows, tile.rows), groups)](
@@ -189,7 +189,7 @@ def table_grad(
     wide = torch.promote_types(weight_grad.dtype, torch.float32)
     sums = torch.empty(table.shape, dtype=wide, device=table.device)
     words, row_words = _words(index_map)
-    with _on(table.device):
+    with on(table.device):
         table_grad_kernel[(triton.cdiv(rows, tile.rows), groups)](
             words,
             weight_grad.contiguous(),
@@ -223,8 +223,3 @@ def _words(index_map: Tensor) -> tuple[Tensor, int]:
 @functools.cache
 def _generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
-def _on(device: torch.device) -> Any:
-    """Launches go to the current device, which need not be the one that the tensors are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
