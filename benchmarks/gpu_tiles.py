@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpu_operands import GROUPS, LARGE, LLAMA, random_input, random_sketches
 from gpu_timing import Bench, Call
-from spallm_kernels.operators import GRAD_ROWS
+from spallm_kernels.operators import GRAD_ELEMENTS
 from spallm_kernels.triton import linear
 from spallm_kernels.triton.tiles import DEQUANTIZE_UNITS, TABLE_GRAD, DecodeTile, decode_tile
 
@@ -102,7 +102,7 @@ def _table_grad(bits: int, bench: Bench) -> Search:
     trials = []
     for layer in LAYERS:
         index_map, table = random_sketches(bench, layer, bits=bits)[0]
-        rows = slice(0, GRAD_ROWS)
+        rows = slice(0, GRAD_ELEMENTS // bench.size(layer.in_features))
         weight_grad = bench.randn(*index_map[rows].shape[:1], bench.size(layer.in_features))
         trials.append(partial(_try_table_grad, (weight_grad, index_map[rows], table[rows])))
     return Search(_TABLE_GRAD, asdict(TABLE_GRAD), trials)

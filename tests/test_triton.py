@@ -102,8 +102,8 @@ def test_a_bias_with_gaps(path):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_forward_and_gradients(monkeypatch, bits, hash_seed, dtype, shape):
     """Both passes of the op, tables in float32 where the rest is narrower, as in training."""
-    monkeypatch.setattr(operators, "GRAD_ROWS", 8)  # several blocks, the last one partial
     rows, columns, groups = SHAPES[shape]
+    monkeypatch.setattr(operators, "GRAD_ELEMENTS", 8 * columns)  # several blocks, the last partial
     sketch = random_sketch(bits, groups, rows, columns, dtype=dtype, hash_seed=hash_seed)
     wide = torch.promote_types(dtype, torch.float32)
     inputs = [

@@ -22,6 +22,8 @@ _MODULES = {
     "triton": "spallm_kernels.triton.linear",
 }
 PATHS = ("decode", "dense")
+#: What can go through the columns of a layer in calibration.
+_COLUMN_BACKENDS = ("torch", "triton")
 
 #: Widest codes that the Triton kernels take.
 _TRITON_BITS = 4
@@ -91,6 +93,22 @@ def choose_backend(device: torch.device, bits: int = 4, backend: str | None = No
     if backend == "triton" and (obstacle := _why_not_triton(device, bits)) is not None:
         raise ValueError(f"backend 'triton' cannot serve this call: {obstacle}")
     return backend
+
+
+def choose_column_backend(device: torch.device, entries: int, backend: str | None = None) -> str:
+    """Returns `triton` or `torch`, which go through the columns of a layer in calibration.
+
+    entries: entries of a table; backend: the one to use, by default Triton on a GPU that can run
+    it. Tensors on the CPU are for Triton's interpreter, on request. Raises ValueError if there is
+    no such backend or if it cannot take the tensors.
+    """
+    bits = (entries - 1).bit_length()
+    if backend is None:
+        gpu = device.type == "cuda" and _why_not_triton(device, bits) is None
+        return "triton" if gpu else "torch"
+    if backend not in _COLUMN_BACKENDS:
+        raise ValueError(f"backend must be one of {list(_COLUMN_BACKENDS)}, found {backend!r}")
+    return choose_backend(device, bits, backend) if backend == "triton" else backend
 
 
 def choose_path(

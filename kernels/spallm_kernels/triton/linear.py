@@ -7,9 +7,7 @@ arithmetic: there, tables are looked up by `tl.gather` in float32.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from .decode import decode_kernel
 from .dequantize import dequantize_any_kernel, dequantize_units_kernel
+from .device import on
 from .ptx import UNIT_CODES, UNIT_WORDS
 from .table_grad import table_grad_kernel
 from .tiles import (
@@ -90,7 +89,7 @@ def decode(
     exact = torch.float32 if INTERPRETED else x.dtype
     y = torch.empty(tokens, rows, dtype=exact, device=x.device)
     span = table_span(columns, width, tile.slots)
-    with _on(x.device):
+    with on(x.device):
         decode_kernel[(triton.cdiv(rows, tile.rows),)](
             x.contiguous(),
             words,
@@ -143,7 +142,7 @@ def dequantize(
     words, row_words = _words(index_map)
     sizes = (rows, in_features, row_words, width, first_row, hash_seed or 0)
     hashed = hash_seed is not None
-    with _on(table.device):
+    with on(table.device):
         if bits in UNIT_CODES and table.dtype in _HALVES and width % ALIGNMENT == 0:
             tile = tile or DEQUANTIZE_UNITS
             dequantize_units_kernel[(triton.cdiv(rows, tile.rows), groups)](
@@ -195,7 +194,7 @@ def table_grad(
     wide = torch.promote_types(weight_grad.dtype, torch.float32)
     sums = torch.empty(table.shape, dtype=wide, device=table.device)
     words, row_words = _words(index_map)
-    with _on(table.device):
+    with on(table.device):
         table_grad_kernel[(triton.cdiv(rows, tile.rows), groups)](
             words,
             weight_grad.contiguous(),
@@ -235,10 +234,3 @@ _tile = functools.lru_cache(maxsize=1024)(decode_tile)
 @functools.cache
 def _generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
-def _on(device: torch.device) -> Any:
-    """Launches go to the current device, which need not be the one that the tensors are on."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
