@@ -32,7 +32,7 @@ from common import RESULTS, machine, versions, write_results
 from dense import dense_folder, model_name
 from spallm_convert import SketchConfig, convert
 from spallm_convert.calibration import layers
-from spallm_convert.terminal import quiet_libraries
+from spallm_convert.cli.terminal import quiet_libraries
 from spallm_kernels import batched
 from spallm_kernels.batched import calibrated
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from memory import LlamaShape, write_checkpoint
-from spallm_convert.demo import demo_model
+from spallm_convert.cli.demo_run import demo_model
 from spallm_convert.errors import OptionError
-from spallm_convert.gguf import dequantized
-from spallm_convert.skeleton import read_skeleton
+from spallm_convert.source.gguf import dequantized
+from spallm_convert.source.skeleton import read_skeleton
 from spallm_formats import CONFIG_FILE, sha256
 
 SHAPES = {

@@ -24,7 +24,7 @@ from common import quantiles, resident, write_results
 from dense import read_linears
 from finetune_data import Batch, Data, evaluate, load_data, random_data
 from finetune_methods import METHODS, Method, adapter_parameters, load
-from spallm_convert.terminal import quiet_libraries
+from spallm_convert.cli.terminal import quiet_libraries
 
 _FORGET_PEAK = Path("/proc/self/clear_refs")
 _SECONDS_BETWEEN_LINES = 30

@@ -17,8 +17,8 @@ from torch import Tensor
 from common import cores
 from gpu_operands import BITS, GROUPS, Layer, Task
 from gpu_timing import Bench
+from spallm_convert.calibration.backends import Numerics, OnCpu
 from spallm_convert.calibration.layers import DAMPING
-from spallm_convert.calibration.numerics import Numerics, OnCpu
 from spallm_convert.devices import full_float32
 from spallm_kernels import batched
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common import quantiles
 from gpu_operands import BITS, GROUPS, Task
 from gpu_timing import Bench, Call
-from spallm_convert.linear import SketchedLinear
+from spallm_convert.runtime.linear import SketchedLinear
 from spallm_formats import SketchedModule
 
 if TYPE_CHECKING:

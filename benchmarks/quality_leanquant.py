@@ -21,8 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from spallm_convert.calibration.blocks import Blocks
-from spallm_convert.calibration.stand_ins import Enough
+from spallm_convert.calibration.blocks.blocks import Blocks
+from spallm_convert.calibration.blocks.stand_ins import Enough
 from spallm_kernels import compensate, importance, kmeans, look_up, prepare_hessian
 
 DAMPING = 0.1

@@ -29,12 +29,12 @@ from quality_methods import (
 )
 from spallm_convert import SketchConfig, convert
 from spallm_convert.calibration.calibrate import calibrate, draw_texts, open_blocks
-from spallm_convert.calibration.healing import heal
+from spallm_convert.calibration.healing.heal import heal
+from spallm_convert.cli.terminal import ConversionProgress
 from spallm_convert.devices import full_float32
-from spallm_convert.opening import load_tokenizer
-from spallm_convert.plan import Plan, make_plan
-from spallm_convert.source import DenseCheckpoint, locate
-from spallm_convert.terminal import ConversionProgress
+from spallm_convert.evaluation.opening import load_tokenizer
+from spallm_convert.sketch.plan import Plan, make_plan
+from spallm_convert.source.locate import DenseCheckpoint, locate
 from spallm_formats import SketchedCheckpoint, read_bytes, to_float32, unpack
 from spallm_kernels import hash_codes, look_up
 

@@ -19,8 +19,8 @@ import torch
 from common import resident, write_results
 from quality_methods import CALIBRATED, METHODS, PEERS
 from quality_quantize import open_subject, quantize
-from spallm_convert.evaluation import evaluate_text
-from spallm_convert.terminal import EvaluationProgress, quiet_libraries
+from spallm_convert.cli.terminal import EvaluationProgress, quiet_libraries
+from spallm_convert.evaluation.perplexity import evaluate_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,12 @@ from spallm_convert import (
     convert,
     load_sketched,
 )
-from spallm_convert.calibration import allocation
-from spallm_convert.calibration.allocation import fit_into, solve
-from spallm_convert.calibration.choices import Choice, budget_for, choices, stored_bits
+from spallm_convert.calibration.allocation import allocate
+from spallm_convert.calibration.allocation.allocate import fit_into, solve
 from spallm_convert.calibration.store import CalibratedModules
 from spallm_convert.cli import main
-from spallm_convert.conversion import plan_conversion
+from spallm_convert.conversion.convert import plan_conversion
+from spallm_convert.sketch.widths import Choice, budget_for, choices, stored_bits
 from spallm_formats import SketchedCheckpoint, SketchedModule
 
 
@@ -291,13 +291,13 @@ def test_the_command_line(source, text, tmp_path, capsys, monkeypatch):
 
 
 def test_an_allocation_is_kept_as_it_is_or_not_at_all(tmp_path):
-    made = allocation.Allocation({"a": Choice(2, 4)}, {"chosen": 1 / 3, "2": 0.1})
-    assert allocation.Allocation.read(tmp_path) is None
+    made = allocate.Allocation({"a": Choice(2, 4)}, {"chosen": 1 / 3, "2": 0.1})
+    assert allocate.Allocation.read(tmp_path) is None
     made.write(tmp_path)
-    assert allocation.Allocation.read(tmp_path) == made
+    assert allocate.Allocation.read(tmp_path) == made
     (file,) = tmp_path.iterdir()
     file.write_text(file.read_text().replace("0.1", "0.2"))
-    assert allocation.Allocation.read(tmp_path) is None
+    assert allocate.Allocation.read(tmp_path) is None
 
 
 def test_a_damaged_allocation_is_made_anew(converted, source, text, tmp_path):

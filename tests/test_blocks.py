@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from helpers.blocks import open_blocks, run_through
 from spallm_convert import CalibrationError, SketchConfig
-from spallm_convert.calibration.blocks import Blocks
-from spallm_convert.plan import make_plan
-from spallm_convert.skeleton import build_empty, by_model_name, read_skeleton
-from spallm_convert.source import find_here
+from spallm_convert.calibration.blocks.blocks import Blocks
+from spallm_convert.sketch.plan import make_plan
+from spallm_convert.source.locate import find_here
+from spallm_convert.source.skeleton import build_empty, by_model_name, read_skeleton
 
 SIZES = {
     "hidden_size": 64,

@@ -24,15 +24,16 @@ from spallm_convert import (
     convert,
     load_sketched,
 )
-from spallm_convert.calibration import numerics, tuning
+from spallm_convert.calibration import backends
+from spallm_convert.calibration.healing import tuning
 from spallm_convert.calibration.sketching import Streams, sketch_block
 from spallm_convert.calibration.windows import CalibrationText
 from spallm_convert.cli import main
-from spallm_convert.demo import demo_model
-from spallm_convert.gguf import dequantized
-from spallm_convert.opening import load_tokenizer
-from spallm_convert.plan import make_plan
-from spallm_convert.source import find_here
+from spallm_convert.cli.demo_run import demo_model
+from spallm_convert.evaluation.opening import load_tokenizer
+from spallm_convert.sketch.plan import make_plan
+from spallm_convert.source.gguf import dequantized
+from spallm_convert.source.locate import find_here
 from spallm_kernels import fit
 
 
@@ -152,7 +153,7 @@ def test_steps_can_be_left_out(source, text, tmp_path, without, monkeypatch):
         names.update(name for name, _ in fitted.losses)
         return fitted
 
-    monkeypatch.setattr(numerics, "fit", spied)
+    monkeypatch.setattr(backends, "fit", spied)
     convert(source, tmp_path / "out", options(text, without=(without,) if without else ()))
     assert names == {"k-means", *STEPS_OF_FIT.values()} - {STEPS_OF_FIT.get(without)}
     last = load_file(source / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].float()
@@ -335,7 +336,7 @@ def test_no_step_raises_the_loss_of_a_real_layer(bits, smollm2, tmp_path, monkey
         if name.startswith(prefix)
     }
     steps = []
-    monkeypatch.setattr(numerics, "fit", lambda *a, **k: steps.append(fit(*a, **k)) or steps[-1])
+    monkeypatch.setattr(backends, "fit", lambda *a, **k: steps.append(fit(*a, **k)) or steps[-1])
     streams = Streams(list(blocks.inputs), list(blocks.inputs))
     found = dict(sketch_block(blocks, 0, shapes, streams, plan.metadata))
     assert list(found)[:3] == [f"self_attn.{name}_proj" for name in "qkv"]

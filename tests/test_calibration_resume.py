@@ -12,7 +12,7 @@ import pytest
 
 from helpers.calibration import StopAt, contents
 from spallm_convert import FormatError, SketchConfig, SpallmError, convert, load_sketched
-from spallm_convert.calibration import tuning
+from spallm_convert.calibration.healing import tuning
 from spallm_formats.staging import PARTIAL_FOLDER
 
 SCRIPT = Path(__file__).parent / "helpers" / "killed_conversion.py"
@@ -104,7 +104,7 @@ def test_healed_tables_go_with_their_blocks(source, text, tmp_path, mapping, mon
     for damaged in (None, "block-00000-", "block-00001-", "healed-"):
         output = tmp_path / f"out-{damaged}"
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("spallm_convert.conversion._write_shards", _interrupt)
+            patched.setattr("spallm_convert.conversion.convert._write_shards", _interrupt)
             with pytest.raises(KeyboardInterrupt):
                 convert(source, output, config, device="cpu", progress=StopAt())
         (file,) = output.rglob(f"{damaged or 'healed-'}*.safetensors")

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from spallm_convert import SourceError
-from spallm_convert.calibration import text as text_module
-from spallm_convert.calibration.text import english_text, read_documents
+from spallm_convert.source import text as text_module
+from spallm_convert.source.text import english_text, read_documents
 
 
 def lines(*records):

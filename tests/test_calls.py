@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spallm_convert import CalibrationError
-from spallm_convert.calibration.calls import Call
+from spallm_convert.calibration.blocks.calls import Call
 
 HIDDEN = torch.arange(6.0).reshape(1, 2, 3)
 

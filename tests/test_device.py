@@ -14,22 +14,23 @@ from spallm_convert import (
     OptionError,
     SketchConfig,
     SpallmError,
-    conversion,
     convert,
     load_sketched,
     plan_conversion,
 )
-from spallm_convert.calibration import allocation, numerics
-from spallm_convert.calibration.blocks import Blocks
+from spallm_convert.calibration import backends
+from spallm_convert.calibration.allocation import allocate
+from spallm_convert.calibration.blocks.blocks import Blocks
 from spallm_convert.calibration.calibrate import Texts
 from spallm_convert.cli import main
+from spallm_convert.conversion import convert as conversion
+from spallm_convert.conversion.report import identity
 from spallm_convert.devices import (
     clear_memory_errors,
     find_device,
     full_float32,
     has_fast_bfloat16,
 )
-from spallm_convert.report import identity
 from spallm_formats import unpack
 from spallm_kernels import batched
 
@@ -46,7 +47,7 @@ def test_a_device_gives_the_sketches_of_the_cpu(source, text, tmp_path, device, 
     config = options(text, mapping=mapping, ignore=("model.layers.1.*",))
     ran = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(numerics, "prepare_hessian", lambda *a: ran.append("numba"))
+        patched.setattr(backends, "prepare_hessian", lambda *a: ran.append("numba"))
         with device:
             found = convert(source, tmp_path / "device", config)
             convert(source, tmp_path / "again", config)
@@ -88,15 +89,15 @@ def test_a_device_predicts_what_the_cpu_does(source, text, tmp_path, device, mon
     choice = {"bits": 4, "groups_per_row": "auto", "table_dtype": "bfloat16", "target_bits": 8}
     config = options(text, ignore=("model.layers.1.*",), **choice)
     sets, given, ran = [], [], []
-    choose, run = allocation.choose, Blocks.run
+    choose, run = allocate.choose, Blocks.run
 
     def spied_run(self, number, block, hidden):
         given.append((hidden.device.type, hidden.requires_grad))
         return run(self, number, block, hidden)
 
-    monkeypatch.setattr(allocation, "choose", lambda s, *a: sets.append(s) or choose(s, *a))
+    monkeypatch.setattr(allocate, "choose", lambda s, *a: sets.append(s) or choose(s, *a))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(numerics, "prepare_hessian", lambda *a: ran.append("numba"))
+        patched.setattr(backends, "prepare_hessian", lambda *a: ran.append("numba"))
         patched.setattr(Blocks, "run", spied_run)
         with device:
             found = convert(source, tmp_path / "device", config)
@@ -167,7 +168,7 @@ def test_how_a_device_multiplies_counts_for_healing_alone(monkeypatch):
     config = SketchConfig(calibration="text")
     for fast, name in ((True, "cpu, bfloat16"), (False, "cpu")):
         monkeypatch.setattr(
-            "spallm_convert.report.has_fast_bfloat16", lambda device, fast=fast: fast
+            "spallm_convert.conversion.report.has_fast_bfloat16", lambda device, fast=fast: fast
         )
         for healing, expected in ((tokens, name), (None, "cpu")):
             same = identity(config, {}, Texts(tokens, healing), cpu)
@@ -207,7 +208,7 @@ def test_a_devices_memory_that_is_not_enough(source, text, tmp_path, monkeypatch
     def fail(*arguments, **how):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
 
-    monkeypatch.setattr(numerics, "prepare_hessian", fail)
+    monkeypatch.setattr(backends, "prepare_hessian", fail)
     with pytest.raises(SpallmError, match=r"device cpu: .* Tried to allocate 3\.00 GiB\.$"):
         convert(source, tmp_path / "out", options(text), device="cpu")
     with (
@@ -264,13 +265,13 @@ def test_settings_by_their_newer_names_come_back():
 
 def test_calibration_runs_in_full_float32(source, text, tmp_path, monkeypatch):
     seen = []
-    prepare = numerics.prepare_hessian
+    prepare = backends.prepare_hessian
 
     def spied(*arguments):
         seen.append(torch.get_float32_matmul_precision())
         return prepare(*arguments)
 
-    monkeypatch.setattr(numerics, "prepare_hessian", spied)
+    monkeypatch.setattr(backends, "prepare_hessian", spied)
     torch.set_float32_matmul_precision("high")
     try:
         convert(source, tmp_path / "out", options(text), device="cpu")

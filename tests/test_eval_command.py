@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from helpers.tiny_tokenizer import tiny_tokenizer
-from spallm_convert import evaluation, perplexity
-from spallm_convert.calibration.text import english_text
+from spallm_convert import perplexity
 from spallm_convert.cli import main
-from spallm_convert.opening import load_any
+from spallm_convert.evaluation import perplexity as evaluation
+from spallm_convert.evaluation.opening import load_any
+from spallm_convert.source.text import english_text
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_the_command_measures_either_kind(run, evaluated, kind):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # GGUF reading is transformers' and gguf's own
 def test_the_command_measures_a_gguf_file(run):
-    from spallm_convert.demo import demo_model
+    from spallm_convert.cli.demo_run import demo_model
 
     document = json.loads(run("eval", demo_model(), "--text=builtin", "--tokens=256", "--json"))
     assert document["tokens"] == 255

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from helpers.tiny_tokenizer import tiny_tokenizer
-from spallm_convert import OptionError, evaluation, perplexity
-from spallm_convert.calibration.text import english_text
+from spallm_convert import OptionError, perplexity
 from spallm_convert.errors import EvaluationError
-from spallm_convert.evaluation import evaluate_text, text_loss
-from spallm_convert.opening import load_any
+from spallm_convert.evaluation import perplexity as evaluation
+from spallm_convert.evaluation.opening import load_any
+from spallm_convert.evaluation.perplexity import evaluate_text, text_loss
+from spallm_convert.source.text import english_text
 
 TOKENS = torch.randint(0, 128, (100,), generator=torch.Generator().manual_seed(0))
 

@@ -11,8 +11,8 @@ from helpers.tiny_models import save_tiny_llama
 from helpers.training import word_tokenizer
 from spallm_convert import SketchConfig, convert
 from spallm_convert.calibration.sketching import Streams, replay_block, sketch_block
-from spallm_convert.plan import make_plan
-from spallm_convert.source import find_here
+from spallm_convert.sketch.plan import make_plan
+from spallm_convert.source.locate import find_here
 
 
 @pytest.fixture(scope="module")

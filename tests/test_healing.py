@@ -13,13 +13,13 @@ from torch.nn.functional import kl_div, log_softmax
 from helpers.blocks import open_blocks
 from helpers.tiny_models import save_tiny_llama
 from spallm_convert import CalibrationError, devices
-from spallm_convert.calibration import tuning
-from spallm_convert.calibration.distillation import Divergence, distill
-from spallm_convert.calibration.healing import MOST_TOKENS, samples_for
-from spallm_convert.calibration.reconstruction import reconstruct
+from spallm_convert.calibration.healing import tuning
+from spallm_convert.calibration.healing.distillation import Divergence, distill
+from spallm_convert.calibration.healing.heal import MOST_TOKENS, samples_for
+from spallm_convert.calibration.healing.reconstruction import reconstruct
+from spallm_convert.calibration.healing.tuning import TableTuner, at_random, parted, rate_factor
 from spallm_convert.calibration.sketching import Streams
-from spallm_convert.calibration.tuning import TableTuner, at_random, parted, rate_factor
-from spallm_convert.linear import SketchedLinear
+from spallm_convert.runtime.linear import SketchedLinear
 from spallm_formats import SketchedModule, pack
 from spallm_kernels import assign, kmeans
 

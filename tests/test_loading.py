@@ -18,7 +18,7 @@ from spallm_convert import (
     convert,
     load_sketched,
 )
-from spallm_convert.opening import load_any
+from spallm_convert.evaluation.opening import load_any
 
 TOKENS = torch.arange(2, 40).reshape(2, 19)
 

@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM
 from helpers.blocks import open_blocks
 from helpers.calibration import save_text, save_uneven_source
 from spallm_convert import CalibrationError, SketchConfig, convert
-from spallm_convert.calibration import prediction, sensitivity
-from spallm_convert.calibration.choices import Choice
-from spallm_convert.calibration.prediction import draw_rows, fused, predict
-from spallm_convert.calibration.sensitivity import Sensitivity
-from spallm_convert.plan import make_plan
-from spallm_convert.source import find_here
+from spallm_convert.calibration.allocation import prediction, sensitivity
+from spallm_convert.calibration.allocation.prediction import draw_rows, fused, predict
+from spallm_convert.calibration.allocation.sensitivity import Sensitivity
+from spallm_convert.sketch.plan import make_plan
+from spallm_convert.sketch.widths import Choice
+from spallm_convert.source.locate import find_here
 from spallm_kernels import fit, look_up, prepare_hessian
 
 TOKENS = torch.randint(2, 128, (8, 32), generator=torch.Generator().manual_seed(0))

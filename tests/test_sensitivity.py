@@ -10,8 +10,8 @@ from transformers.models.llama import modeling_llama
 from helpers.blocks import open_blocks, run_through
 from helpers.tiny_models import save_tiny_llama
 from spallm_convert import CalibrationError
-from spallm_convert.calibration import sensitivity
-from spallm_convert.calibration.sensitivity import draw_labels, sensitivities
+from spallm_convert.calibration.allocation import sensitivity
+from spallm_convert.calibration.allocation.sensitivity import draw_labels, sensitivities
 
 TOKENS = torch.randint(2, 128, (6, 24), generator=torch.Generator().manual_seed(3))
 

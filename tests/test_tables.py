@@ -26,7 +26,7 @@ from spallm_convert import (
     set_trainable,
     table_sets,
 )
-from spallm_convert.tables import model_fingerprint
+from spallm_convert.runtime.tables import model_fingerprint
 from spallm_formats import TABLES_FILE, TABLES_METADATA_FILE
 
 TOKENS = torch.arange(2, 40).reshape(2, 19)

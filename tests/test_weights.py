@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from spallm_convert.calibration.weights import Weights, forget
+from spallm_convert.calibration.blocks.weights import Weights, forget
 from spallm_formats import read_header
 
 
