@@ -17,18 +17,13 @@ ROOT = Path(__file__).parent.parent
 LAYERS = ("4096x4096", "14336x4096", "4096x14336", "8192x28672")
 
 
-@pytest.fixture(autouse=True)
-def _benchmarks_can_be_imported(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """The document of a smoke run."""
     output = tmp_path_factory.mktemp("smoke") / "gpu.json"
     folders = (ROOT, ROOT / "formats", ROOT / "kernels")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
-    command = [sys.executable, ROOT / "benchmarks/gpu.py", "--smoke", "--output", output]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--output", output]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     return json.loads(output.read_text())
@@ -36,7 +31,7 @@ def smoke(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_smoke_run_goes_through_every_section(smoke):
-    from gpu_sections import SECTIONS
+    from benchmarks.gpu.sections import SECTIONS
 
     assert list(smoke["sections"]) == list(SECTIONS)
     for name, section in smoke["sections"].items():
@@ -57,7 +52,7 @@ def test_a_smoke_run_says_that_it_holds_no_figures(smoke):
 
 @pytest.mark.slow
 def test_bars_come_from_the_sections_of_the_same_file(smoke):
-    from gpu_bars import judge
+    from benchmarks.gpu.bars import judge
 
     assert judge(smoke["sections"]) == smoke["bars"]
     rows = smoke["sections"]["forward"]["rows"]
@@ -70,7 +65,7 @@ def test_bars_come_from_the_sections_of_the_same_file(smoke):
 
 
 def test_a_smoke_run_never_writes_over_figures_unasked(monkeypatch):
-    import gpu
+    from benchmarks.gpu import __main__ as gpu
 
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke"])
     assert ROOT not in gpu._options().output.resolve().parents
@@ -88,7 +83,7 @@ def forward(**speedups):
 
 
 def bar(sections, name):
-    from gpu_bars import judge
+    from benchmarks.gpu.bars import judge
 
     (found,) = [row for row in judge(sections) if row["bar"] == name]
     return found["figure"], found["met"]
@@ -108,7 +103,7 @@ def test_a_bar_is_met_by_its_worst_layer_only_when_all_are_measured():
 
 
 def test_the_share_of_a_copy_is_of_the_copy_in_the_same_run():
-    from gpu_bars import add_shares
+    from benchmarks.gpu.bars import add_shares
 
     sections = forward(**{"8192x28672": 4.0})
     name = "1 token, share of the copy's bandwidth"
@@ -131,8 +126,8 @@ def test_not_a_number_meets_no_bar():
 
 def run(monkeypatch, tmp_path, sections, seconds=60.0):
     """What sections leave in the file, and whether the process may go on."""
-    import gpu_sections
-    from gpu_timing import Bench
+    from benchmarks.gpu import sections as gpu_sections
+    from benchmarks.gpu.timing import Bench
 
     monkeypatch.setattr(gpu_sections, "SECTIONS", sections)
     document = {"sections": {}}
@@ -143,8 +138,8 @@ def run(monkeypatch, tmp_path, sections, seconds=60.0):
 
 
 def test_what_fails_or_is_missing_is_recorded_and_the_rest_goes_on(monkeypatch, tmp_path):
-    from gpu_operands import Task, UnavailableError
-    from gpu_sections import Section
+    from benchmarks.gpu.operands import Task, UnavailableError
+    from benchmarks.gpu.sections import Section
 
     def raises():
         raise RuntimeError("out of resources")
@@ -170,8 +165,8 @@ def test_what_fails_or_is_missing_is_recorded_and_the_rest_goes_on(monkeypatch, 
 
 
 def test_a_section_stops_between_tasks_when_time_is_up(monkeypatch, tmp_path):
-    from gpu_operands import Task
-    from gpu_sections import Section
+    from benchmarks.gpu.operands import Task
+    from benchmarks.gpu.sections import Section
 
     def slow():
         time.sleep(0.6)
@@ -184,7 +179,7 @@ def test_a_section_stops_between_tasks_when_time_is_up(monkeypatch, tmp_path):
 
 
 def test_a_process_that_died_is_recorded_with_what_it_was_doing(tmp_path):
-    import gpu
+    from benchmarks.gpu import __main__ as gpu
 
     output = tmp_path / "gpu.json"
     sections = forward(**{"14336x4096": 3.0})
@@ -201,7 +196,7 @@ def test_a_process_that_died_is_recorded_with_what_it_was_doing(tmp_path):
 
 @pytest.mark.parametrize("name", ["published, in torch", "published, with our kernels"])
 def test_the_published_runtime_computes_the_same_layer(name):
-    from published import STEPS, published_linear
+    from benchmarks.gpu.published import STEPS, published_linear
 
     generator = torch.Generator().manual_seed(0)
     index_map = torch.randint(0, 256, (6, 32), dtype=torch.uint8, generator=generator)
@@ -218,9 +213,9 @@ def test_the_published_runtime_computes_the_same_layer(name):
 
 
 def test_tuning_finds_the_fastest_tile_and_lists_what_cannot_be_used(monkeypatch):
-    import tune
-    from gpu_tiles import Search
-    from gpu_timing import Bench
+    from benchmarks.gpu import tune
+    from benchmarks.gpu.tiles import Search
+    from benchmarks.gpu.timing import Bench
 
     costs = {1: 4.0, 2: 1.0, 3: 2.0}
 
@@ -244,11 +239,11 @@ def test_tuning_finds_the_fastest_tile_and_lists_what_cannot_be_used(monkeypatch
 
 
 def test_plotting_without_figures_says_why(tmp_path):
-    import plot
-    from drawing import PlotError
+    from benchmarks.gpu import roofline
+    from benchmarks.shared.drawing import PlotError
 
     with pytest.raises(PlotError, match="does not exist: `make gpu` writes it"):
-        plot.read(tmp_path / "gpu.json")
+        roofline.read(tmp_path / "gpu.json")
     (tmp_path / "gpu.json").write_text('{"smoke": true}')
     with pytest.raises(PlotError, match="smoke run and holds no figures"):
-        plot.read(tmp_path / "gpu.json")
+        roofline.read(tmp_path / "gpu.json")

@@ -1,20 +1,16 @@
 """The benchmark of whole calibrated conversions: both sides do the same, by other means."""
 
 import json
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from helpers.calibration import save_source
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
 
 @pytest.mark.slow  # starts processes for scikit-learn
 def test_loops_arrive_at_about_the_same_error(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import calibrated_model
+    from benchmarks.cpu import calibrated_model
 
     source, output = save_source(tmp_path / "model"), tmp_path / "results.json"
     clustered = []

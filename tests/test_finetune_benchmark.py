@@ -32,12 +32,6 @@ SMOLLM2 = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _benchmarks_can_be_imported(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "finetune", raising=False)  # the example has this name too
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A random Llama whose tokens are bytes."""
@@ -79,7 +73,7 @@ def data(tmp_path_factory):
 
 def run(tmp_path, *options):
     """The command line in this process; runs too, but for importing they are the same."""
-    import finetune
+    from benchmarks.finetune import __main__ as finetune
 
     common = ("--cache", tmp_path / "cache", "--output", tmp_path / "finetune.json")
     arguments = [str(option) for option in (*options, *common, "--device", "cpu")]
@@ -93,14 +87,14 @@ def document(tmp_path):
 @pytest.fixture
 def in_process(monkeypatch):
     """Jobs go through JSON as they do on their way to a process. Lists what was run."""
-    import finetune
-    import finetune_run
+    from benchmarks.finetune import __main__ as finetune
+    from benchmarks.finetune import one_run
 
     jobs = []
 
     def run_job(job, scratch):
         jobs.append((job.methods, job.learning_rate))
-        carry_out = finetune_run.time_in_turn if job.in_turn else finetune_run.train
+        carry_out = one_run.time_in_turn if job.in_turn else one_run.train
         return json.loads(json.dumps(carry_out(job)))
 
     monkeypatch.setattr(finetune, "run_job", run_job)
@@ -114,7 +108,7 @@ def test_a_run_in_a_process_of_its_own(tmp_path):
     few = ("--steps", "3", "--batch-size", "2", "--tokens", "8")
     process = subprocess.run(
         [
-            *(sys.executable, ROOT / "benchmarks/finetune.py", *options, *few),
+            *(sys.executable, "-m", "benchmarks.finetune", *options, *few),
             *("--cache", tmp_path / "cache", "--output", output),
         ],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))},
@@ -190,7 +184,7 @@ def test_a_file_of_other_settings_is_refused(tmp_path, in_process, model, data):
     ],
 )
 def test_options_that_cannot_be_used(tmp_path, monkeypatch, options, message):
-    import finetune
+    from benchmarks.finetune import __main__ as finetune
 
     monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name: None)
     result = run(tmp_path, *options)
@@ -199,7 +193,7 @@ def test_options_that_cannot_be_used(tmp_path, monkeypatch, options, message):
 
 
 def test_batches_depend_on_the_seed_alone_and_prompts_do_not_count(tokenizer, data):
-    from finetune_data import load_data
+    from benchmarks.finetune.data import load_data
 
     options = {"steps": 3, "batch_size": 4, "held_out": 2, "max_length": 200}
     loaded = load_data(data, tokenizer, **options, seed=1)
@@ -229,7 +223,7 @@ def test_loss_and_accuracy_are_those_of_the_plain_way(model, tokenizer, options)
     """Options that share a pass with the example, and options that need one of their own."""
     from transformers import AutoModelForCausalLM
 
-    from finetune_data import Data, ask, evaluate
+    from benchmarks.finetune.data import Data, ask, evaluate
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     torch.manual_seed(0)
@@ -261,7 +255,7 @@ def test_loss_and_accuracy_are_those_of_the_plain_way(model, tokenizer, options)
 
 
 def test_records_that_offer_no_options_are_refused(tokenizer, data, tmp_path):
-    from finetune_data import ask, load_data
+    from benchmarks.finetune.data import ask, load_data
 
     with pytest.raises(OptionError, match="one of the options that it offers; found output"):
         ask(record(1, "answer3"), tokenizer, 200)
@@ -274,7 +268,7 @@ def test_records_that_offer_no_options_are_refused(tokenizer, data, tmp_path):
 
 
 def test_options_that_are_spelled_out_are_answers_in_words():
-    from finetune_data import in_words, offered
+    from benchmarks.finetune.data import in_words, offered
 
     spelled = record(1, "answer2") | {
         "instruction": "Please choose the correct answer to the question: What is red?\n\n"
@@ -287,7 +281,7 @@ def test_options_that_are_spelled_out_are_answers_in_words():
 
 
 def test_the_matched_rank_is_the_largest_within_the_tables_parameters():
-    from finetune_methods import METHODS, adapter_parameters, matched_rank, table_entries
+    from benchmarks.finetune.methods import METHODS, adapter_parameters, matched_rank, table_entries
 
     budget = table_entries(SMOLLM2, 4, 4)
     assert budget == 9_953_280
@@ -299,7 +293,7 @@ def test_the_matched_rank_is_the_largest_within_the_tables_parameters():
 
 
 def test_layers_with_adapters_are_those_that_are_sketched(model):
-    from dense import read_linears
+    from benchmarks.shared.dense import read_linears
 
     linears = read_linears(model)
     assert len(linears) == 14
@@ -307,7 +301,7 @@ def test_layers_with_adapters_are_those_that_are_sketched(model):
 
 
 def test_the_learning_rate_goes_up_and_then_down():
-    from finetune_run import rate_factor
+    from benchmarks.finetune.one_run import rate_factor
 
     factors = [rate_factor(step, 40) for step in range(40)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
@@ -329,7 +323,7 @@ def finished(method, rate, loss, **changes):
 
 
 def test_a_method_is_judged_by_its_best_rate():
-    from finetune_runs import summarise
+    from benchmarks.finetune.schedule import summarise
 
     diverged = finished("full", 1e-2, 0.0, diverged=True)
     del diverged["held_out"]
@@ -350,11 +344,13 @@ def test_a_method_is_judged_by_its_best_rate():
 
 
 def test_there_is_nothing_to_draw_without_held_out_losses(tmp_path):
-    import finetune_plot
-    from drawing import PlotError
+    from benchmarks.finetune import plot
+    from benchmarks.shared.drawing import PlotError
 
-    with pytest.raises(PlotError, match=r"does not exist: benchmarks/finetune\.py writes it"):
-        finetune_plot.read(tmp_path / "finetune.json")
+    with pytest.raises(
+        PlotError, match=r"does not exist: `python -m benchmarks\.finetune` writes it"
+    ):
+        plot.read(tmp_path / "finetune.json")
     (tmp_path / "finetune.json").write_text('{"summary": [{"held_out_loss": null}]}')
     with pytest.raises(PlotError, match="has no held-out losses"):
-        finetune_plot.read(tmp_path / "finetune.json")
+        plot.read(tmp_path / "finetune.json")

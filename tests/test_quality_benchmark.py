@@ -24,11 +24,6 @@ OWN = ("dense", "rtn-4bit-g128", "leanquant-3bit", "hash-4bit-gpr4", "sketch-2bi
 WEIGHTS = 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 160)
 
 
-@pytest.fixture(autouse=True)
-def _benchmarks_can_be_imported(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = save_tiny_llama(tmp_path_factory.mktemp("model") / "tiny").folder
@@ -46,21 +41,21 @@ def text(tmp_path_factory):
 @pytest.fixture
 def in_process(monkeypatch):
     """Jobs go through JSON as they do on their way to a process. Lists what was run."""
-    import quality
-    import quality_run
+    from benchmarks.quality import __main__ as quality
+    from benchmarks.quality import one_run
 
     jobs = []
 
     def run_job(job, scratch):
         jobs.append(job.method)
-        return json.loads(json.dumps(quality_run.measure(job)))
+        return json.loads(json.dumps(one_run.measure(job)))
 
     monkeypatch.setattr(quality, "run_job", run_job)
     return jobs
 
 
 def run(tmp_path, model, text, *options):
-    import quality
+    from benchmarks.quality import __main__ as quality
 
     common = ("--model", model, "--text", text, "--output", tmp_path / "quality.json")
     common += ("--cache", tmp_path / "cache")
@@ -83,7 +78,7 @@ def test_a_run_in_a_process_of_its_own(tmp_path, model, text):
     folders = (ROOT, ROOT / "formats", ROOT / "kernels")
     process = subprocess.run(
         [
-            *(sys.executable, ROOT / "benchmarks/quality.py", *FEW, "--method", "dense"),
+            *(sys.executable, "-m", "benchmarks.quality", *FEW, "--method", "dense"),
             *("--model", model, "--text", text, "--output", output),
             *("--cache", tmp_path / "cache"),
         ],
@@ -178,7 +173,7 @@ def test_a_text_that_is_too_short_is_refused(tmp_path, in_process, model, text):
 
 
 def test_methods_whose_packages_are_missing_are_refused(tmp_path, monkeypatch, model, text):
-    import quality_methods
+    from benchmarks.quality import methods as quality_methods
 
     monkeypatch.setitem(quality_methods.PEERS, "rtn", ("no_such_package",))
     result = run(tmp_path, model, text, *methods("rtn-4bit-g128"))
@@ -188,7 +183,7 @@ def test_methods_whose_packages_are_missing_are_refused(tmp_path, monkeypatch, m
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_rounding_is_that_of_the_plain_way(bits):
-    from quality_quantize import round_to_nearest
+    from benchmarks.quality.quantize import round_to_nearest
 
     rng = np.random.default_rng(bits)
     weights = rng.standard_normal((5, 22)).astype(np.float32)
@@ -211,7 +206,7 @@ def test_rounding_is_that_of_the_plain_way(bits):
 @pytest.mark.parametrize("bits", [3, 4])
 def test_leanquant_is_a_plain_loop_over_columns(bits):
     """GPTQ's loop with the factor of the inverse, in float64, for tables with their weights."""
-    from quality_leanquant import quantize_layer
+    from benchmarks.quality.leanquant import quantize_layer
 
     rng = np.random.default_rng(bits)
     columns, rows = 24, 6
@@ -236,7 +231,7 @@ def test_leanquant_is_a_plain_loop_over_columns(bits):
 
 
 def test_leanquants_tables_are_weighted_by_the_factor_of_the_inverse():
-    from quality_leanquant import POWERS, quantize_layer
+    from benchmarks.quality.leanquant import POWERS, quantize_layer
     from spallm_kernels import kmeans
 
     assert POWERS == {4: 4, 3: 3, 2: 3}
@@ -255,9 +250,9 @@ def test_leanquants_tables_are_weighted_by_the_factor_of_the_inverse():
 
 
 def test_healed_sketches_go_on_with_calibrated_ones(tmp_path, model, text, in_process, monkeypatch):
-    import quality_quantize
-    import quality_table
-    from drawing import PlotError
+    from benchmarks.quality import quantize as quality_quantize
+    from benchmarks.quality import table as quality_table
+    from benchmarks.shared.drawing import PlotError
     from spallm_convert.calibration import calibrate
 
     monkeypatch.setattr(quality_quantize, "HEAL_STEPS", 2)
@@ -281,8 +276,8 @@ def test_healed_sketches_go_on_with_calibrated_ones(tmp_path, model, text, in_pr
 
 
 def test_blocks_of_a_run_that_was_stopped_are_not_gone_on_with(model, text, tmp_path, monkeypatch):
-    import quality_quantize
-    from quality_methods import METHODS
+    from benchmarks.quality import quantize as quality_quantize
+    from benchmarks.quality.methods import METHODS
 
     monkeypatch.setattr(quality_quantize, "HEAL_STEPS", 2)
     drawn = {"samples": 4, "seqlen": 16, "seed": 0}
@@ -302,7 +297,7 @@ def _interrupt(*arguments):
 
 
 def test_what_is_kept_is_of_the_same_sources(monkeypatch):
-    import quality
+    from benchmarks.quality import __main__ as quality
 
     document = {"settings": {}, "versions": {}}
     before = quality._identity(document)
@@ -318,9 +313,9 @@ def test_leanquant_sees_the_inputs_behind_quantized_layers(model, text, tmp_path
     """The second block's first layers, quantized by hand behind a first block as it came out."""
     from transformers import AutoModelForCausalLM
 
-    from quality_leanquant import quantize_layer
-    from quality_methods import METHODS
-    from quality_quantize import open_subject, quantize
+    from benchmarks.quality.leanquant import quantize_layer
+    from benchmarks.quality.methods import METHODS
+    from benchmarks.quality.quantize import open_subject, quantize
     from spallm_convert.calibration.windows import CalibrationText
     from spallm_kernels import look_up
 

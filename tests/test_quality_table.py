@@ -8,13 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def _benchmarks_can_be_imported(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-
 def finished(method, perplexity, bits_per_weight):
-    from quality_methods import METHODS
+    from benchmarks.quality.methods import METHODS
 
     known = METHODS[method]
     return {
@@ -32,7 +27,7 @@ def finished(method, perplexity, bits_per_weight):
 
 
 def test_the_table_goes_by_width_and_perplexity():
-    from quality_table import table
+    from benchmarks.quality.table import table
 
     runs = [
         finished("rtn-2bit-g128", 2e4, 2.2),
@@ -52,7 +47,7 @@ def test_the_table_goes_by_width_and_perplexity():
 
 
 def test_what_is_beyond_the_picture_is_told_apart():
-    from quality_plot import split
+    from benchmarks.quality.plot import split
 
     runs = [
         finished("dense", 10.0, 16.0),
@@ -66,9 +61,9 @@ def test_what_is_beyond_the_picture_is_told_apart():
 
 
 def test_every_kind_can_be_run_and_drawn():
-    from quality_methods import METHODS
-    from quality_plot import STYLES
-    from quality_quantize import KINDS
+    from benchmarks.quality.methods import METHODS
+    from benchmarks.quality.plot import STYLES
+    from benchmarks.quality.quantize import KINDS
 
     assert {method.kind for method in METHODS.values()} == KINDS.keys()
     drawn = {(method.kind, method.groups) for method in METHODS.values()} - {("dense", 1)}
@@ -76,10 +71,12 @@ def test_every_kind_can_be_run_and_drawn():
 
 
 def test_a_picture_without_figures_is_refused(tmp_path):
-    from drawing import PlotError
-    from quality_plot import read
+    from benchmarks.quality.plot import read
+    from benchmarks.shared.drawing import PlotError
 
-    with pytest.raises(PlotError, match=r"does not exist: benchmarks/quality\.py writes it"):
+    with pytest.raises(
+        PlotError, match=r"does not exist: `python -m benchmarks\.quality` writes it"
+    ):
         read(tmp_path / "quality.json")
     (tmp_path / "quality.json").write_text('{"runs": [{"kind": "dense"}]}')
     with pytest.raises(PlotError, match="needs runs of the dense model and of another"):
@@ -87,7 +84,7 @@ def test_a_picture_without_figures_is_refused(tmp_path):
 
 
 def test_the_summary_compares_losses_and_finds_what_is_better_in_both():
-    from quality_table import beside_leanquant, better_in_both
+    from benchmarks.quality.table import beside_leanquant, better_in_both
 
     def row(kind, bits, size, perplexity, groups=1):
         return {
