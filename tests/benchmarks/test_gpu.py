@@ -13,7 +13,7 @@ import torch
 
 from spallm_kernels import lut_linear
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LAYERS = ("4096x4096", "14336x4096", "4096x14336", "8192x28672")
 
 

@@ -1,6 +1,6 @@
 """What healing is made of: blocks and predictions to be met, and how tables are trained for it.
 
-What it gains for a whole model: test_calibration.py.
+What it gains for a whole model: calibration/test_calibrate.py.
 """
 
 from __future__ import annotations

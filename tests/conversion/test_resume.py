@@ -14,7 +14,7 @@ from spallm_convert import FormatError, SketchConfig, SpallmError, convert, load
 from spallm_formats import SketchedCheckpoint, Staging
 from spallm_formats.staging import PARTIAL_FOLDER
 
-SCRIPT = Path(__file__).parent / "helpers" / "killed_conversion.py"
+SCRIPT = Path(__file__).parents[1] / "helpers" / "killed_conversion.py"
 
 
 def contents(folder):

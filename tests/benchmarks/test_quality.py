@@ -17,7 +17,7 @@ from helpers.tiny_models import save_tiny_llama
 from helpers.tiny_tokenizer import tiny_tokenizer
 from spallm_formats import sha256
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WORDS = "the river runs to the sea and the rain comes back to the hills. "
 FEW = ("--samples", "4", "--seqlen", "16", "--eval-tokens", "64", "--window", "32")
 OWN = ("dense", "rtn-4bit-g128", "leanquant-3bit", "hash-4bit-gpr4", "sketch-2bit-gpr1")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.slow
-HELPERS = Path(__file__).parent / "helpers"
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 #: Instructions of the inner loop per weight, for one token. At 5 on an H100, issuing them takes as
 #: long as reading the codes of 4 bits.

@@ -34,7 +34,7 @@ def work(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sketched():
     """A sketched checkpoint, to push."""
-    return Path(__file__).parent.parent / "formats" / "golden" / "cluster-4bit"
+    return Path(__file__).parents[2] / "formats" / "golden" / "cluster-4bit"
 
 
 #: Name: token, arguments, words of the error. Pushes are refused at their last step.

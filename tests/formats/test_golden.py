@@ -10,7 +10,7 @@ import torch
 from spallm_formats import FormatError, SketchedCheckpoint, build_header, pack, unpack
 from spallm_kernels import dequantize
 
-FORMATS = Path(__file__).parent.parent / "formats"
+FORMATS = Path(__file__).parents[2] / "formats"
 GOLDEN = sorted(path.parent for path in FORMATS.glob("golden/*/config.json"))
 HOSTILE = sorted(path.parent for path in FORMATS.glob("hostile/*/error.txt"))
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from helpers.tiny_models import save_tiny_llama
 from spallm_convert import OptionError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ANSWER = "the correct answer is "
 SMOLLM2 = {
     f"{block}.{name}": shape
