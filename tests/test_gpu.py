@@ -12,9 +12,9 @@ from helpers.exact_layers import exact_layer
 from helpers.hessians import correlated_hessian, sorted_tables, weight_rows
 from helpers.sketches import TOLERANCE, relative_error
 from spallm_convert import SketchConfig, convert, load_sketched
-from spallm_convert.calibration import numerics
+from spallm_convert.calibration import backends
 from spallm_convert.devices import full_float32
-from spallm_convert.linear import SketchedLinear
+from spallm_convert.runtime.linear import SketchedLinear
 from spallm_formats import SketchedModule
 from spallm_kernels import batched, choose_backend, dispatch, lut_linear
 
@@ -248,7 +248,7 @@ def test_a_calibrated_conversion_gives_the_sketches_of_the_cpu(
 ):
     config, ran = options(text, mapping=mapping), []
     with monkeypatch.context() as patched:
-        patched.setattr(numerics, "prepare_hessian", lambda *a: ran.append("numba"))
+        patched.setattr(backends, "prepare_hessian", lambda *a: ran.append("numba"))
         torch.set_float32_matmul_precision("high")  # as a user may have allowed it
         try:
             found = convert(source, tmp_path / "gpu", config)

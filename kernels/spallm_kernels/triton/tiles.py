@@ -1,6 +1,6 @@
 """Tile choices: how much of a layer one program of each kernel takes, per GPU generation.
 
-Nothing is searched for at run time. `benchmarks/tune.py` measures the alternatives on a device;
+Nothing is searched for at run time. `benchmarks/gpu/tune.py` measures the alternatives on a device;
 what it finds better belongs here.
 """
 
