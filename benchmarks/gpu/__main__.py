@@ -39,7 +39,7 @@ _NO_FIGURES = (
 )
 #: The files with tests marked `gpu`; others import what a machine with a GPU need not have.
 #: Warnings of its libraries are no failures.
-_TEST_FILES = ("test_gpu.py", "kernels/test_triton.py")
+_TEST_FILES = ("test_gpu.py", "kernels/test_triton.py", "kernels/test_columns.py")
 _TEST_COMMAND = [
     *(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-rfE", "--tb=short"),
     *(str(ROOT / "tests" / name) for name in _TEST_FILES),
