@@ -1,0 +1,141 @@
+"""Print the figures of `gpu.json` as the Markdown tables that docs/performance.md shows.
+
+A test compares the page with these tables, so the page holds no figure that was not measured.
+
+    python -m benchmarks.gpu.table [--input FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.shared.drawing import PlotError
+from benchmarks.shared.machine import RESULTS
+
+from .roofline import read
+
+Row = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--input", type=Path, default=RESULTS / "gpu.json")
+    try:
+        print("\n\n".join(tables(read(parser.parse_args().input))))
+    except PlotError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def tables(document: dict[str, Any]) -> list[str]:
+    """Return all tables: products, widths, training, other runtimes, the model, sketching, bars."""
+    rows = {name: section["rows"] for name, section in document["sections"].items()}
+    return [
+        _products(rows["forward"]),
+        _widths(rows["widths"]),
+        _training(rows["backward"], rows["memory"]),
+        _rivals(rows["published"], rows["nf4"]),
+        _model(rows["model"][0], rows["block"][0]),
+        _sketching(rows["conversion"]),
+        _bars(document["bars"]),
+    ]
+
+
+def _products(rows: list[Row]) -> str:
+    counts = sorted({row["tokens"] for row in rows})
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    times = {(row["layer"], row["tokens"]): row["us"] for row in rows}
+    body = [
+        (str(count), *(_pair(times[layer, count], "ours", "cublas") for layer in layers))
+        for count in counts
+    ]
+    return _table(("tokens", *layers), body)
+
+
+def _widths(rows: list[Row]) -> str:
+    names = list(rows[0]["us"])
+    body = [(row["layer"], *(f"{row['us'][name]['p50']:.1f}" for name in names)) for row in rows]
+    return _table(("layer", *names), body)
+
+
+def _training(rows: list[Row], memory: list[Row]) -> str:
+    peaks = {row["layer"]: row["ours_times_dense_weight"]["peak"] for row in memory}
+    body = [
+        (
+            row["layer"],
+            f"{row['us_graph']['ours']['p50']:.0f}",
+            f"{row['us_graph']['dense']['p50']:.0f}",
+            f"{row['time_over_dense_graph']:.2f}",
+            f"{row['time_over_dense']:.2f}",
+            f"{peaks[row['layer']]:.2f}",
+        )
+        for row in rows
+    ]
+    head = ("layer", "ours, us", "dense, us", "ratio", "ratio without a graph", "peak memory")
+    return _table(head, body)
+
+
+def _rivals(published: list[Row], nf4: list[Row]) -> str:
+    body = []
+    for row in (*published, *nf4):
+        what = "1 token" if row["tokens"] == 1 else f"{row['tokens']} tokens"
+        if row["tokens"] > 16:
+            what += ", forward and backward"
+        for name, speedup in row["speedup"].items():
+            if name != "cublas":
+                ours, theirs = row["us"]["ours"]["p50"], row["us"][name]["p50"]
+                body.append(
+                    (row["layer"], what, name, f"{ours:.1f}", f"{theirs:.1f}", f"{speedup:.2f} x")
+                )
+    return _table(("layer", "what", "other runtime", "ours, us", "theirs, us", "ours is"), body)
+
+
+def _model(model: Row, block: Row) -> str:
+    replayed, eager = model["tokens_per_second"], model["tokens_per_second_eager"]
+    size = model["parameter_bytes"]
+    body = [
+        ("seven layers of a block, us", *_both(block["us"], "ours", "cublas", ".1f")),
+        ("tokens/s, graph of a step", f"{replayed['ours']:.1f}", f"{replayed['dense']:.1f}"),
+        ("tokens/s, no graph", f"{eager['ours']:.1f}", f"{eager['dense']:.1f}"),
+        ("parameters, GB", f"{size['ours'] / 1e9:.2f}", f"{size['dense'] / 1e9:.2f}"),
+    ]
+    return _table(("Llama-3-8B, 4 bits, one sequence", "sketched", "dense bf16"), body)
+
+
+def _sketching(rows: list[Row]) -> str:
+    body = []
+    for row in rows:
+        times = [sum(row["seconds"][name].values()) for name in ("device", "numba")]
+        body.append((row["layer"], *(f"{time:.2f}" for time in times), f"{row['speedup']:.1f} x"))
+    return _table(("layer", "GPU, s", "numba on 16 cores, s", "the GPU is"), body)
+
+
+def _bars(bars: list[Row]) -> str:
+    verdicts = {True: "met", False: "not met", None: "not known"}
+    body = [
+        (bar["bar"], bar["limit"], f"{bar['figure']:.4g}", verdicts[bar["met"]]) for bar in bars
+    ]
+    return _table(("target, worst layer", "target", "figure", ""), body)
+
+
+def _pair(us: dict[str, dict[str, float]], ours: str, theirs: str) -> str:
+    """Return both medians in microseconds, and how many times as fast ours is."""
+    first, second = _both(us, ours, theirs, ".1f")
+    return f"{first} / {second} ({us[theirs]['p50'] / us[ours]['p50']:.2f} x)"
+
+
+def _both(us: dict[str, dict[str, float]], ours: str, theirs: str, form: str) -> tuple[str, str]:
+    return format(us[ours]["p50"], form), format(us[theirs]["p50"], form)
+
+
+def _table(head: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
+    rows = [head, ("---", *["---:"] * (len(head) - 1)), *body]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
