@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .runtime import registration
 
 if TYPE_CHECKING:
-    from .config import SketchConfig
+    from .config import CalibrationConfig, SketchConfig
     from .conversion.convert import convert, plan_conversion
     from .conversion.report import Report
     from .conversion.verify import verify
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .source.hub import push_to_hub
 
 __all__ = [
+    "CalibrationConfig",
     "CalibrationError",
     "EvaluationError",
     "FormatError",
@@ -61,6 +62,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CalibrationConfig": "config",
     "CalibrationError": "errors",
     "EvaluationError": "errors",
     "FormatError": "errors",

@@ -30,26 +30,77 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SketchConfig:
-    """Options of a conversion that decide its bytes. Raises OptionError naming every bad one.
+class CalibrationConfig:
+    """Options of calibration: the text that layers are fitted to, and how.
 
-    bits: 2, 3 or 4 bits per code, so 4, 8 or 16 entries per sketch table.
-    groups_per_row: tables per row ("GPR" in the SketchTune paper), a divisor of every sketched
-        layer's columns, or "auto".
-    mapping: "cluster" (index map from exact 1-D k-means) or "hash" (computed, not stored).
-    table_dtype: "bfloat16", "float16" or "float32" on disk.
-    seed: of the hash mapping and of all that calibration and healing draw, 0 to 2^32 - 1.
-    ignore: patterns, as in a shell, of module paths to leave dense.
-    max_shard_size: of the files written, as "5GB" or in bytes; units are powers of 1000.
-    calibration: text to sketch for, as `calibration.text.read_documents` takes it; None: sketches
-        depend on the weights alone. samples, seqlen: how much of it, so many times so many tokens.
-    without: of STEPS, what calibration leaves out; with "hash", whose codes are not chosen, only
-        "correction" and "least-squares".
-    heal: steps of tuning all tables, so that the model predicts what the dense one predicts on a
-        larger draw of the text; 0 for none.
-    fallback: sketch without calibration a model that cannot be gone through block by block.
-    target_bits: bits per sketched weight, tables included, in place of `bits`: calibration chooses
-        each layer's bits and groups such that the predicted loss is least.
+    Args:
+        text: Source of the text, as `read_documents` takes it: "builtin", a text or JSON file, or a
+            dataset on the Hub.
+        samples: Number of samples drawn from the text, at least 1.
+        seqlen: Tokens per sample, at least 2.
+        without: Steps of `STEPS` to leave out.
+        heal: Optimizer steps that tune all tables afterwards, so that the model predicts what the
+            dense model predicts on a larger draw of the text. 0: no healing.
+        fallback: Sketch the weights alone, without calibration, if the model cannot be run block
+            by block. Not together with `heal` or `target_bits`, which need calibration.
+        target_bits: Bits per sketched weight, tables included. Each layer then gets the bits and
+            groups for which the predicted loss is smallest, in place of `SketchConfig.bits`.
+
+    Raises:
+        OptionError: Names every value that is not accepted.
+    """
+
+    text: str = "builtin"
+    samples: int = 128
+    seqlen: int = 512
+    without: tuple[str, ...] = ()
+    heal: int = 0
+    fallback: bool = False
+    target_bits: float | None = None
+
+    def __post_init__(self) -> None:
+        _freeze_names(self, "without")
+        problems = []
+        if not isinstance(self.text, str):
+            problems.append(f"text must be a source of text, found {self.text!r}")
+        for name, least in (("samples", 1), ("seqlen", 2), ("heal", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                problems.append(f"{name} must be at least {least}, found {value!r}")
+        if not _are_names(self.without) or not set(self.without) <= set(STEPS):
+            problems.append(f"without must be some of {STEPS}, found {self.without!r}")
+        if type(self.fallback) is not bool:
+            problems.append(f"fallback must be True or False, found {self.fallback!r}")
+        target = self.target_bits
+        if target is not None:
+            if type(target) not in (int, float) or not (math.isfinite(target) and target > 0):
+                problems.append(f"target_bits must be a number above 0, found {target!r}")
+            if self.fallback:
+                problems.append("target_bits: not with fallback, which may leave calibration out")
+        if problems:
+            raise OptionError("; ".join(problems))
+        if target is not None:
+            object.__setattr__(self, "target_bits", float(target))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SketchConfig:
+    """Options of a conversion. Together with the source they decide every byte of the result.
+
+    Args:
+        bits: 2, 3 or 4 bits per code, so 4, 8 or 16 entries per sketch table.
+        groups_per_row: Tables per row ("GPR" in the SketchTune paper), a divisor of the columns of
+            every sketched layer. "auto": as many as leave 1,024 columns each, at most 4.
+        mapping: "cluster" (index map from exact 1-D k-means) or "hash" (computed, not stored).
+        table_dtype: "bfloat16", "float16" or "float32", the type of tables on disk.
+        seed: Seed of the hash mapping and of everything that calibration and healing draw at
+            random, 0 to 2^32 - 1.
+        ignore: Shell patterns of module paths to leave dense.
+        max_shard_size: Largest size of a weight file, such as "5GB" (powers of 1000), or in bytes.
+        calibration: How to fit layers to a text. None: sketch the weights alone.
+
+    Raises:
+        OptionError: Names every value that is not accepted.
     """
 
     bits: int = 4
@@ -59,19 +110,10 @@ class SketchConfig:
     seed: int = 0
     ignore: tuple[str, ...] = ()
     max_shard_size: str | int = "5GB"
-    calibration: str | None = None
-    samples: int = 128
-    seqlen: int = 512
-    without: tuple[str, ...] = ()
-    heal: int = 0
-    fallback: bool = False
-    target_bits: float | None = None
+    calibration: CalibrationConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ignore", "without"):
-            value = getattr(self, name)
-            if isinstance(value, Iterable) and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
+        _freeze_names(self, "ignore")
         problems = []
         if type(self.bits) is not int or self.bits not in BITS:
             problems.append(f"bits must be 2, 3 or 4, found {self.bits!r}")
@@ -91,55 +133,35 @@ class SketchConfig:
             parse_size(self.max_shard_size)
         except OptionError as error:
             problems.append(f"max_shard_size: {error}")
-        problems += self._calibration_problems()
-        problems += self._target_problems()
+        if isinstance(self.calibration, CalibrationConfig):
+            problems += self._calibration_problems(self.calibration)
+        elif self.calibration is not None:
+            problems.append(f"calibration must be a CalibrationConfig, found {self.calibration!r}")
         if problems:
             raise OptionError("; ".join(problems))
-        if self.target_bits is not None:
-            object.__setattr__(self, "target_bits", float(self.target_bits))
 
-    def _calibration_problems(self) -> list[str]:
+    def _calibration_problems(self, calibration: CalibrationConfig) -> list[str]:
+        """Return what the options of calibration contradict here."""
         problems = []
-        for name, least in (("samples", 1), ("seqlen", 2), ("heal", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                problems.append(f"{name} must be at least {least}, found {value!r}")
-        steps = set(self.without) if _are_names(self.without) else {None}
-        if not steps <= set(STEPS):
-            problems.append(f"without must be some of {STEPS}, found {self.without!r}")
-        if not isinstance(self.calibration, str | None):
-            problems.append(f"calibration must be a source of text, found {self.calibration!r}")
-        if type(self.fallback) is not bool:
-            problems.append(f"fallback must be True or False, found {self.fallback!r}")
-        only = ("samples", "seqlen", "without", "heal", "fallback")
-        unused = [name for name in only if getattr(self, name) != getattr(type(self), name)]
-        if self.calibration is None and unused:
-            problems.append(f"{', '.join(unused)}: only for a conversion with calibration")
-        computed = sorted({"compensation", "descent"} & steps)
+        computed = sorted({"compensation", "descent"} & set(calibration.without))
         if self.mapping == "hash" and computed:
             problems.append(
                 f"without {', '.join(computed)}: only for the mapping 'cluster'; codes of the "
                 f"mapping 'hash' are not chosen"
             )
-        return problems
-
-    def _target_problems(self) -> list[str]:
-        target = self.target_bits
-        if target is None:
-            return []
-        if type(target) not in (int, float) or not (math.isfinite(target) and target > 0):
-            return [f"target_bits must be a number above 0, found {target!r}"]
-        problems = []
-        if self.calibration is None:
-            problems.append("target_bits: only for a conversion with calibration")
+        if calibration.target_bits is None:
+            return problems
         if self.mapping != "cluster":
             problems.append(f"target_bits is for the mapping 'cluster', found {self.mapping!r}")
-        if self.fallback:
-            problems.append("target_bits: not with fallback, which may leave calibration out")
         for name, chosen in (("bits", self.bits), ("groups_per_row", self.groups_per_row)):
             if chosen != getattr(type(self), name):
                 problems.append(f"target_bits chooses {name} itself, found {chosen!r}")
         return problems
+
+    @property
+    def target_bits(self) -> float | None:
+        """Bits per sketched weight to allocate among layers; None if all get `bits`."""
+        return None if self.calibration is None else self.calibration.target_bits
 
     @property
     def max_shard_bytes(self) -> int:
@@ -157,8 +179,22 @@ class SketchConfig:
         return next(fitting, 1)
 
     def to_json(self) -> dict[str, Any]:
-        """The options as they stand in `conversion.json`."""
-        return asdict(self) | {"ignore": list(self.ignore), "without": list(self.without)}
+        """Return the options as they stand in `conversion.json`, those of calibration beside them.
+
+        `calibration` is the source of the text there, or None.
+        """
+        options = asdict(self) | {"ignore": list(self.ignore)}
+        nested = asdict(self.calibration or CalibrationConfig())
+        text = nested.pop("text")
+        nested["without"] = list(nested["without"])
+        return options | {"calibration": text if self.calibration else None} | nested
+
+
+def _freeze_names(config: Any, name: str) -> None:
+    """Turn a sequence of names into a tuple, so that the config can be hashed and compared."""
+    value = getattr(config, name)
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        object.__setattr__(config, name, tuple(value))
 
 
 def _are_names(value: Any) -> bool:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from spallm_convert import OptionError, SketchConfig
+from spallm_convert import CalibrationConfig, OptionError, SketchConfig
 from spallm_convert.config import parse_size
 
 
@@ -35,28 +35,53 @@ def test_every_bad_option_is_named_at_once():
         "seed": -1,
         "ignore": "*.q_proj",
         "max_shard_size": "many",
-        "calibration": 7,
-        "without": ([],),
-        "fallback": "yes",
+        "calibration": "text.txt",
     }
     with pytest.raises(OptionError) as caught:
         SketchConfig(**bad)
     assert all(f"found {value!r}" in str(caught.value) for value in bad.values())
 
 
+def test_every_bad_option_of_calibration_is_named_at_once():
+    bad = {
+        "text": None,
+        "samples": 0,
+        "seqlen": 1,
+        "without": ([],),
+        "heal": -1,
+        "fallback": "yes",
+        "target_bits": -2,
+    }
+    with pytest.raises(OptionError) as caught:
+        CalibrationConfig(**bad)
+    assert all(f"found {value!r}" in str(caught.value) for value in bad.values())
+
+
 @pytest.mark.parametrize(
-    "bad", [{"ignore": None}, {"ignore": (1,)}, {"without": None}, {"max_shard_size": True}]
+    ("kind", "bad"),
+    [
+        (SketchConfig, {"ignore": None}),
+        (SketchConfig, {"ignore": (1,)}),
+        (SketchConfig, {"max_shard_size": True}),
+        (CalibrationConfig, {"without": None}),
+    ],
 )
-def test_options_of_other_types_are_refused(bad):
+def test_options_of_other_types_are_refused(kind, bad):
     with pytest.raises(OptionError, match=next(iter(bad))):
-        SketchConfig(**bad)
+        kind(**bad)
 
 
-def test_options_of_a_report_make_the_same_config():
-    config = SketchConfig(bits=3, ignore=("a", "b"), max_shard_size=10**6)
-    document = json.loads(json.dumps(config.to_json()))
-    assert document == config.to_json()
-    assert SketchConfig(**document) == config
+def test_options_stand_in_a_report_side_by_side():
+    nested = CalibrationConfig(text="a.txt", samples=7, without=["descent"])
+    config = SketchConfig(bits=3, ignore=["a", "b"], max_shard_size=10**6, calibration=nested)
+    document = config.to_json()
+    assert json.loads(json.dumps(document)) == document
+    assert document["calibration"] == "a.txt"
+    assert (document["samples"], document["without"]) == (7, ["descent"])
+    assert (document["bits"], document["ignore"]) == (3, ["a", "b"])
+    plain = SketchConfig().to_json()
+    assert plain["calibration"] is None
+    assert plain.keys() == document.keys()
 
 
 @pytest.mark.parametrize(

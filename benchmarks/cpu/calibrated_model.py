@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.shared.dense import dense_folder, model_name
 from benchmarks.shared.machine import RESULTS, machine, versions, write_results
-from spallm_convert import SketchConfig, convert
+from spallm_convert import CalibrationConfig, SketchConfig, convert
 from spallm_convert.calibration import layers
 from spallm_convert.cli.terminal import quiet_libraries
 from spallm_kernels import batched
@@ -152,9 +152,7 @@ def main(
             SketchConfig(
                 bits=width,
                 groups_per_row=groups_per_row,
-                calibration="builtin",
-                samples=samples,
-                seqlen=seqlen,
+                calibration=CalibrationConfig(samples=samples, seqlen=seqlen),
             )
             for width in bits
         ]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.shared.dense import Linears
-from spallm_convert import SketchConfig, convert, load_sketched, set_trainable
+from spallm_convert import CalibrationConfig, SketchConfig, convert, load_sketched, set_trainable
 
 #: Packages that a kind of method needs beside those of the project.
 PEERS = {"lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
@@ -82,8 +82,8 @@ def matched_rank(linears: Linears, budget: int) -> int:
 def sketch_folder(method: Method, dense: Path, identity: str, cache: Path) -> Path:
     """The sketched model of a method, converted where it is not there yet."""
     folder = cache / f"{identity}-{method.base}"
-    text = {"calibration": "builtin", "samples": 32} if method.calibrated else {}
-    config = SketchConfig(bits=method.bits, groups_per_row=method.groups, **text)
+    calibration = CalibrationConfig(samples=32) if method.calibrated else None
+    config = SketchConfig(bits=method.bits, groups_per_row=method.groups, calibration=calibration)
     convert(dense, folder, config, resume=folder.exists())
     return folder
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spallm_convert import SketchConfig, convert
+from spallm_convert import CalibrationConfig, SketchConfig, convert
 from spallm_convert.calibration.calibrate import calibrate, draw_texts, open_blocks
 from spallm_convert.calibration.healing.heal import heal
 from spallm_convert.cli.terminal import ConversionProgress
@@ -78,12 +78,13 @@ class Subject:
             bits=method.bits, groups_per_row=method.groups, seed=self.seed, **options
         )
 
-    def calibrated_config(self, method: Method) -> SketchConfig:
-        return self.sketch_config(
-            method,
-            calibration=str(self.calibration),
-            samples=self.samples,
-            seqlen=self.seqlen,
+    def calibrated_config(self, method: Method, **options: Any) -> SketchConfig:
+        """Return the config of a method. options: further ones of calibration."""
+        return self.sketch_config(method, calibration=self.calibration_config(**options))
+
+    def calibration_config(self, **options: Any) -> CalibrationConfig:
+        return CalibrationConfig(
+            text=str(self.calibration), samples=self.samples, seqlen=self.seqlen, **options
         )
 
     def tokens(self, method: Method) -> Tensor:
@@ -217,12 +218,9 @@ def _sketch_healed(method: Method, subject: Subject) -> Quantized:
 
 
 def _sketch_allocated(method: Method, subject: Subject) -> Quantized:
-    usual = SketchConfig()
-    config = replace(
-        subject.calibrated_config(method),
-        bits=usual.bits,
-        groups_per_row=usual.groups_per_row,
-        target_bits=method.target,
+    config = SketchConfig(
+        seed=subject.seed,
+        calibration=subject.calibration_config(target_bits=method.target),
     )
     return _converted(subject, config)
 
@@ -232,7 +230,7 @@ def _kept(method: Method, subject: Subject) -> Path:
 
 
 def _calibrated(method: Method, subject: Subject, folder: Path, *, heal_steps: int) -> Quantized:
-    config = replace(subject.calibrated_config(method), heal=heal_steps)
+    config = subject.calibrated_config(method, heal=heal_steps)
     plan = make_plan(subject.checkpoint, config)
     source = locate(str(subject.checkpoint.folder))
     shown, for_healing = draw_texts(source, config, trust_remote_code=False)

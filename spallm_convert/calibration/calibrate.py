@@ -7,6 +7,7 @@ memory, with the hidden states of the text and the sums over the inputs of one l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,18 +54,19 @@ def draw_texts(source: Source, config: SketchConfig, *, trust_remote_code: bool)
 
     from .windows import CalibrationText
 
-    assert config.calibration is not None
+    calibration = config.calibration
+    assert calibration is not None
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    text = CalibrationText(tokenizer, config.calibration)
-    seqlen, seed = config.seqlen, config.seed
-    shown = text.draw(samples=config.samples, seqlen=seqlen, seed=seed)
-    if not config.heal:
+    text = CalibrationText(tokenizer, calibration.text)
+    seqlen, seed = calibration.seqlen, config.seed
+    shown = text.draw(samples=calibration.samples, seqlen=seqlen, seed=seed)
+    if not calibration.heal:
         return Texts(shown, None)
-    most = samples_for(config.heal, seqlen)
+    most = samples_for(calibration.heal, seqlen)
     healing = text.draw(samples=most, seqlen=seqlen, seed=seed, or_fewer=True)
     if len(healing) < 2:
         raise SourceError(
-            f"text {config.calibration!r} is too short: healing takes at least 2 samples of "
+            f"text {calibration.text!r} is too short: healing takes at least 2 samples of "
             f"{seqlen} tokens, to train on and to leave out"
         )
     batch = _at_once(seqlen)
@@ -114,6 +116,8 @@ def calibrate(
     """
     from .sketching import Streams
 
+    assert config.calibration is not None
+    without = config.calibration.without
     done = CalibratedModules(folder)
     inside = [plan.inside(blocks.path_of(number)) for number in range(len(blocks))]
     modules = [{n: plan.metadata.modules[n] for n in names.values()} for names in inside]
@@ -124,7 +128,7 @@ def calibrate(
     blocks.inputs = []
     for number, names in enumerate(inside):
         if number in missing:
-            done.write(number, _sketch(blocks, number, names, plan, config, streams, progress))
+            done.write(number, _sketch(blocks, number, names, plan, without, streams, progress))
             continue
         if missing and number < missing[-1]:  # a later block needs what comes out of this one
             _replay(blocks, number, names, plan, done, streams)
@@ -138,7 +142,7 @@ def _sketch(
     number: int,
     names: dict[str, str],
     plan: Plan,
-    config: SketchConfig,
+    without: Sequence[str],
     streams: Streams,
     progress: Progress,
 ) -> dict[str, CalibratedModule]:
@@ -147,9 +151,7 @@ def _sketch(
 
     layers = {inner: plan.metadata.modules[name] for inner, name in names.items()}
     found: dict[str, CalibratedModule] = {}
-    for inner, layer in sketch_block(
-        blocks, number, layers, streams, plan.metadata, config.without
-    ):
+    for inner, layer in sketch_block(blocks, number, layers, streams, plan.metadata, without):
         error, norm = layer.rows.sums.sum(axis=0).tolist()
         found[names[inner]] = CalibratedModule(
             layer.rows.index_map, layer.rows.table, (error, norm, *layer.output_sums)

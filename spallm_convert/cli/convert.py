@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from spallm_convert.config import AUTO, BITS, STEPS, SketchConfig
+from spallm_convert.config import AUTO, BITS, STEPS, CalibrationConfig, SketchConfig
 from spallm_convert.devices import AUTO_DEVICE
 from spallm_convert.errors import HubError
 from spallm_convert.paths import user_path
@@ -16,6 +16,8 @@ from spallm_formats.dtypes import TABLE_DTYPES
 from spallm_formats.metadata import MAPPINGS
 
 _DEFAULTS = SketchConfig()
+_CALIBRATION = CalibrationConfig()
+_OF_CALIBRATION = ("samples", "seqlen", "without", "heal", "fallback", "target_bits")
 
 
 def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str:
@@ -78,10 +80,13 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
     help="Sketch for a text: builtin, a text, .json or .jsonl file, or a dataset of the Hub.",
 )
 @click.option(
-    "--samples", type=click.IntRange(min=1), default=_DEFAULTS.samples, help="Samples of the text."
+    "--samples",
+    type=click.IntRange(min=1),
+    default=_CALIBRATION.samples,
+    help="Samples drawn.",
 )
 @click.option(
-    "--seqlen", type=click.IntRange(min=2), default=_DEFAULTS.seqlen, help="Tokens of a sample."
+    "--seqlen", type=click.IntRange(min=2), default=_CALIBRATION.seqlen, help="Tokens of a sample."
 )
 @click.option(
     "--without",
@@ -93,7 +98,7 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
     "--heal",
     metavar="STEPS",
     type=click.IntRange(min=0),
-    default=_DEFAULTS.heal,
+    default=_CALIBRATION.heal,
     help="Then tune all tables to predict what the dense model does, in so many steps.",
 )
 @click.option(
@@ -168,21 +173,31 @@ def command(
         raise click.UsageError("--private is for --push-to-hub")
     if target_bits is not None and _is_given("bits"):
         raise click.UsageError("--bits and --target-bits contradict each other")
+    nested = None
+    if calibration is not None:
+        nested = CalibrationConfig(
+            text=calibration,
+            samples=samples,
+            seqlen=seqlen,
+            without=without,
+            heal=heal,
+            fallback=fallback,
+            target_bits=target_bits,
+        )
+    elif alone := [f"--{n.replace('_', '-')}" for n in _OF_CALIBRATION if _is_given(n)]:
+        verb = "are" if len(alone) > 1 else "is"
+        raise click.UsageError(
+            f"{', '.join(alone)} {verb} for --calibration: add --calibration builtin, or a text"
+        )
     config = SketchConfig(
         bits=int(bits),
-        target_bits=target_bits,
         groups_per_row=groups_per_row,
         mapping=mapping,
         table_dtype=table_dtype,
         seed=seed,
-        calibration=calibration,
-        samples=samples,
-        seqlen=seqlen,
-        without=without,
-        heal=heal,
-        fallback=fallback,
         ignore=ignore,
         max_shard_size=max_shard_size,
+        calibration=nested,
     )
     from spallm_convert.conversion.convert import convert, plan_conversion
 

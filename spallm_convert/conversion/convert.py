@@ -212,12 +212,13 @@ def _calibrated(
     plan with the bits that were chosen, and notes for the report on that, or on why not."""
     folder = staging.scratch(_CALIBRATED, worth_keeping=True)
     config, progress = job.config, job.progress
+    assert config.calibration is not None
     try:
         blocks = job.blocks(checkpoint, plan, texts.calibration)
         if texts.healing is not None or config.target_bits is not None:
             blocks.check_predictions()
     except CalibrationError as error:
-        if not config.fallback:
+        if not config.calibration.fallback:
             raise
         progress.remark(f"not calibrated: {error}")
         return plan, None, {"not_calibrated": str(error)}

@@ -8,11 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from helpers.calibration import StopAt, contents, options
+from helpers.calibration import StopAt, calibrated, contents, options
 from helpers.pretend_device import DEVICE, PretendDevice
 from spallm_convert import (
     OptionError,
-    SketchConfig,
     SpallmError,
     convert,
     load_sketched,
@@ -165,7 +164,7 @@ def test_bfloat16_is_asked_of_the_device_itself(monkeypatch):
 
 def test_how_a_device_multiplies_counts_for_healing_alone(monkeypatch):
     tokens, cpu = torch.zeros(1, 2, dtype=torch.int64), torch.device("cpu")
-    config = SketchConfig(calibration="text")
+    config = calibrated("text")
     for fast, name in ((True, "cpu, bfloat16"), (False, "cpu")):
         monkeypatch.setattr(
             "spallm_convert.conversion.report.has_fast_bfloat16", lambda device, fast=fast: fast

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.models.llama import modeling_llama
 
 from helpers.blocks import open_blocks
-from helpers.calibration import save_text
+from helpers.calibration import calibrated, save_text
 from helpers.tiny_models import save_tiny_llama
 from helpers.training import word_tokenizer
 from spallm_convert import SketchConfig, convert
@@ -21,7 +21,7 @@ def text(tmp_path_factory):
 
 
 def options(text, **changes):
-    return SketchConfig(samples=8, seqlen=32, calibration=str(text), **changes)
+    return calibrated(text, samples=8, seqlen=32, **changes)
 
 
 class Experts(nn.Module):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.calibration import calibrated
 from helpers.hessians import correlated_hessian, weight_rows
 from spallm_convert import OptionError, SketchConfig, convert, load_sketched
 from spallm_convert.calibration.layers import DAMPING, prepare_inputs, sketch_layer
@@ -64,15 +65,15 @@ def test_weights_that_are_no_numbers_are_refused():
 
 def test_calibrated_models_are_nearer_to_the_dense_one(source, text, tmp_path):
     given = {"bits": 4, "groups_per_row": 1, "mapping": "hash", "seed": 5}
-    calibration = {"calibration": str(text), "samples": 16, "seqlen": 32}
-    report = convert(source, tmp_path / "calibrated", SketchConfig(**given | calibration))
+    config = calibrated(text, **given, samples=16, seqlen=32)
+    report = convert(source, tmp_path / "calibrated", config)
     convert(source, tmp_path / "plain", SketchConfig(**given))
     tokens = torch.randint(2, 128, (8, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        dense, plain, calibrated = (
+        dense, plain, fitted = (
             load(tmp_path / name, tokens) for name in (source, "plain", "calibrated")
         )
-    assert (calibrated - dense).norm() < 0.95 * (plain - dense).norm()
+    assert (fitted - dense).norm() < 0.95 * (plain - dense).norm()
     assert 0 < report.totals["relative_output_error"] < 1
     tensors = load_file(tmp_path / "calibrated/model.safetensors")
     assert all(tensors[f"{module['name']}.weight"].numel() == 0 for module in report.modules)
@@ -89,4 +90,4 @@ def load(folder, tokens):
 @pytest.mark.parametrize("step", ["compensation", "descent"])
 def test_steps_that_choose_codes_cannot_be_left_out(step, text):
     with pytest.raises(OptionError, match=f"without {step}: only for the mapping 'cluster'"):
-        SketchConfig(mapping="hash", calibration=str(text), without=(step,))
+        calibrated(text, mapping="hash", without=(step,))

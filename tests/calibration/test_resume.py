@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.calibration import StopAt, contents
-from spallm_convert import FormatError, SketchConfig, SpallmError, convert, load_sketched
+from helpers.calibration import StopAt, calibrated, contents
+from spallm_convert import FormatError, SpallmError, convert, load_sketched
 from spallm_convert.calibration.healing import tuning
 from spallm_formats.staging import PARTIAL_FOLDER
 
@@ -20,8 +20,7 @@ SCRIPT = Path(__file__).parents[1] / "helpers" / "killed_conversion.py"
 
 def options(text, **changes):
     """Those of `killed_conversion.py`."""
-    given = {"max_shard_size": "30KB", "samples": 16, "seqlen": 32, "calibration": str(text)}
-    return SketchConfig(**given | changes)
+    return calibrated(text, **{"max_shard_size": "30KB", "samples": 16, "seqlen": 32} | changes)
 
 
 def stopped(source, output, config, count):

@@ -2,6 +2,7 @@
 stop."""
 
 import random
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.tiny_models import save_tiny_llama
 from helpers.training import word_tokenizer
-from spallm_convert import SketchConfig, load_sketched
+from spallm_convert import CalibrationConfig, SketchConfig, load_sketched
 
 
 def save_source(folder: Path) -> Path:
@@ -44,8 +45,15 @@ def save_text(path: Path, words: int = 4000) -> Path:
 
 def options(text: Path, **changes: object) -> SketchConfig:
     """Two bits, two groups, float32 tables, unless they are changed."""
-    given = {"bits": 2, "groups_per_row": 2, "samples": 16, "seqlen": 32, "calibration": str(text)}
-    return SketchConfig(**given | {"table_dtype": "float32"} | changes)
+    given = {"bits": 2, "groups_per_row": 2, "samples": 16, "seqlen": 32}
+    return calibrated(text, **given | {"table_dtype": "float32"} | changes)
+
+
+def calibrated(text: Path | str, **given: object) -> SketchConfig:
+    """A config for a text; options of calibration are told by their names."""
+    names = {field.name for field in fields(CalibrationConfig)}
+    nested = {name: given.pop(name) for name in names & given.keys()}
+    return SketchConfig(calibration=CalibrationConfig(text=str(text), **nested), **given)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

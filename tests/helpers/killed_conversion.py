@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from spallm_convert import SketchConfig, convert
+from spallm_convert import CalibrationConfig, SketchConfig, convert
 from spallm_formats import staging
 
 moments = 0
@@ -63,12 +63,12 @@ Path.rmdir = before(Path.rmdir)
 os.fsync = before(os.fsync)
 
 texts = [option.partition("=")[2] for option in sys.argv if option.startswith("--calibration=")]
-calibrated = {"calibration": texts[0], "samples": 16, "seqlen": 32} if texts else {}
+calibration = CalibrationConfig(text=texts[0], samples=16, seqlen=32) if texts else None
 
 convert(
     sys.argv[1],
     sys.argv[2],
-    SketchConfig(max_shard_size="30KB", **calibrated),
+    SketchConfig(max_shard_size="30KB", calibration=calibration),
     device="cpu",
     resume="--resume" in sys.argv,
     overwrite="--overwrite" in sys.argv,

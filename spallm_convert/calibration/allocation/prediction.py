@@ -160,6 +160,8 @@ def _try(
     config: SketchConfig,
 ) -> dict[str, Trial]:
     """Trials of the layers of a stage. hessian: float64 [in_features, in_features], X^T X."""
+    assert config.calibration is not None
+    how = fit_options(config.calibration.without)
     numerics = choose_numerics(hessian.device)
     damped = numerics.prepare_hessian(hessian, DAMPING)
     found = {}
@@ -168,7 +170,7 @@ def _try(
         spreads = (wide - wide.mean(1, keepdim=True)).square() @ hessian.diagonal()
         rows, factors = draw_rows(costs[inner].rows, spreads.cpu().numpy(), SAMPLE_ROWS)
         sample = weights[inner][torch.from_numpy(rows).to(hessian.device)]
-        options, how = choices(modules[inner], config), fit_options(config.without)
+        options = choices(modules[inner], config)
         errors = []
         for choice in options:
             table, codes, _ = numerics.fit(sample, damped, choice.groups, 1 << choice.bits, **how)

@@ -80,6 +80,7 @@ def _tuned(
     done: CalibratedModules,
     say: Callable[[str], None],
 ) -> Distilled:
+    assert config.calibration is not None
     names = plan.names
     dtype: torch.dtype = getattr(torch, plan.metadata.table_dtype)
     seed = config.seed
@@ -107,7 +108,7 @@ def _tuned(
         tables,
         tokens,
         streams.dense,
-        steps=config.heal,
+        steps=config.calibration.heal,
         dtype=dtype,
         seed=seed,
         say=say,

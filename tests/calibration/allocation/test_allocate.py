@@ -13,10 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.calibration import StopAt, contents, divergence, save_text, save_uneven_source
+from helpers.calibration import (
+    StopAt,
+    calibrated,
+    contents,
+    divergence,
+    save_text,
+    save_uneven_source,
+)
 from spallm_convert import (
     OptionError,
-    SketchConfig,
     convert,
     load_sketched,
 )
@@ -135,7 +141,7 @@ def test_large_cases_leave_no_room_for_an_upgrade_and_print_nothing(capfd):
 
 
 def test_choices_are_sane_and_hold_the_uniform_ones():
-    config = SketchConfig(calibration="text", target_bits=3)
+    config = calibrated("text", target_bits=3)
 
     def of(columns, options=config):
         module = SketchedModule(in_features=columns, out_features=8, bits=4, groups_per_row=1)
@@ -162,8 +168,7 @@ def text(tmp_path_factory):
 
 
 def options(text, **changes):
-    given = {"target_bits": 4.25, "samples": 8, "seqlen": 32, "calibration": str(text)}
-    return SketchConfig(**given | changes)
+    return calibrated(text, **{"target_bits": 4.25, "samples": 8, "seqlen": 32} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +267,6 @@ def test_targets_that_cannot_be_met(source, text, tmp_path):
     ):
         with pytest.raises(OptionError, match=message):
             options(text, **change)
-    with pytest.raises(OptionError, match="target_bits: only for a conversion with calibration"):
-        SketchConfig(target_bits=3)
 
 
 def test_the_command_line(source, text, tmp_path, capsys, monkeypatch):

@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from helpers.blocks import open_blocks
-from helpers.calibration import save_text, save_uneven_source
-from spallm_convert import CalibrationError, SketchConfig, convert
+from helpers.calibration import calibrated, save_text, save_uneven_source
+from spallm_convert import CalibrationError, convert
 from spallm_convert.calibration.allocation import prediction, sensitivity
 from spallm_convert.calibration.allocation.prediction import draw_rows, fused, predict
 from spallm_convert.calibration.allocation.sensitivity import Sensitivity
@@ -31,7 +31,7 @@ def text(tmp_path_factory):
 
 
 def options(text, **changes):
-    return SketchConfig(target_bits=4.25, samples=8, seqlen=32, calibration=str(text), **changes)
+    return calibrated(text, target_bits=4.25, samples=8, seqlen=32, **changes)
 
 
 def test_what_engines_fuse():
