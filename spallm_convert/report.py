@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from spallm_formats import FORMAT_VERSION, FormatError, load_json
 from spallm_formats.staging import is_inside
 
-from . import __version__
 from .config import SketchConfig
 from .devices import device_name, has_fast_bfloat16
 from .paths import user_path
 from .plan import Plan
+from .version import __version__
 
 if TYPE_CHECKING:
     import torch
