@@ -4,6 +4,8 @@ A docstring names a parameter at the start of a line or a clause: `weights: floa
 such name starts a new line here, and so does a sentence that begins with "Raises". Text between
 backticks is code. Nothing else is markup: characters that reStructuredText would read as such are
 escaped.
+
+Signatures are shown as they are written: `Singles`, not what NumPy makes of the alias.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ _MARKUP = re.compile(r"([\\*|_<>])")
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", _rewrite)
+    app.connect("autodoc-process-signature", _as_written)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -30,16 +33,43 @@ def _rewrite(
     lines[:] = [line for text in paragraphs for line in (*_lines(text, names), "")]
 
 
+def _as_written(
+    app: Sphinx, what: str, name: str, documented: Any, options: Any, arguments: str, returned: str
+) -> tuple[str, str | None] | None:
+    if what not in {"function", "method", "class"}:
+        return None
+    signature = inspect.signature(documented)
+    parameters = [
+        parameter.replace(annotation=_Written(parameter.annotation))
+        for parameter in signature.parameters.values()
+        if parameter.name != "self"
+    ]
+    shown = signature.replace(parameters=parameters, return_annotation=signature.empty)
+    result = None if what == "class" else str(_Written(signature.return_annotation))
+    return str(shown), result
+
+
+class _Written:
+    """An annotation that prints as it stands in the source."""
+
+    __module__ = "builtins"  # so that `inspect` prints no module before it
+
+    def __init__(self, annotation: Any) -> None:
+        self._text = getattr(annotation, "__forward_arg__", annotation)
+
+    def __repr__(self) -> str:
+        return str(self._text)
+
+
 def _names(documented: Any) -> list[str]:
     """Names of parameters and fields, the longest first."""
     fields = [f.name for f in dataclasses.fields(documented)] if _is_data(documented) else []
-    annotated = list(getattr(documented, "__annotations__", {})) if _is_class(documented) else []
+    annotated = list(inspect.get_annotations(documented)) if _is_class(documented) else []
     try:
         parameters = list(inspect.signature(documented).parameters)
     except (TypeError, ValueError):
         parameters = []
-    others = ["weight", "weight_table", "optimizer_bytes", "gradient_bytes"]
-    return sorted({*fields, *annotated, *parameters, *others}, key=len, reverse=True)
+    return sorted({*fields, *annotated, *parameters}, key=len, reverse=True)
 
 
 def _is_class(documented: Any) -> bool:
@@ -56,13 +86,11 @@ def _lines(text: str, names: list[str]) -> list[str]:
     name = "|".join(map(re.escape, names))
     start = re.compile(rf"(?:^|(?<=[.;] ))((?:{name})(?:(?:, | and )(?:{name}))*): ")
     pieces = start.split(joined)
-    found = [pieces[0]] if pieces[0] else []
+    found = [_inline(pieces[0])] if pieces[0] else []
     found += [
         f"**{_escaped(named)}**: {_inline(said)}"
         for named, said in zip(pieces[1::2], pieces[2::2], strict=True)
     ]
-    if pieces[0]:
-        found[0] = _inline(pieces[0])
     split = [part for line in found for part in re.split(r"(?<=\.) (?=Raises [A-Z])", line)]
     if len(split) == 1:
         return split
