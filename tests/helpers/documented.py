@@ -110,7 +110,7 @@ def lay_out(folder: Path) -> None:
         hidden_size=128,
         intermediate_size=128,
         num_hidden_layers=1,
-        num_attention_heads=2,
+        num_attention_heads=1,
         num_key_value_heads=1,
         vocab_size=len(tokenizer),
         tie_word_embeddings=False,
@@ -121,7 +121,7 @@ def lay_out(folder: Path) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
     tokenizer.save_pretrained(model)
     words = (ROOT / "LICENSE").read_text()
-    (folder / TEXT).write_text(words * 12)
+    (folder / TEXT).write_text(words * 6)
     (folder / OTHER_TEXT).write_text((ROOT / "CHANGELOG.md").read_text() * 4)
     records = [{"instruction": f"Count to {n}.", "output": f"{n}"} for n in range(232)]
     (folder / RECORDS).write_text(json.dumps(records))
