@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import registration
-from .version import __version__
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .config import SketchConfig
