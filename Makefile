@@ -25,7 +25,8 @@ lint: .venv/.installed
 
 # A warning is an error: a broken link, or a public name without a page. The site is in build/docs.
 docs: .venv-docs/.installed
-	.venv-docs/bin/python -m sphinx -W --keep-going -n -q -j auto -d build/doctrees docs build/docs
+	.venv-docs/bin/python -m sphinx -W --keep-going -n -q -E -a -j auto \
+		-d build/doctrees docs build/docs
 
 bench: .venv/.installed
 	.venv/bin/python benchmarks/clustering.py --bits 4 --bits 3 --bits 2
