@@ -26,6 +26,8 @@ myst_enable_extensions = ["deflist"]
 copybutton_prompt_text = "$ "
 copybutton_only_copy_prompt_lines = True
 
+smartquotes = False  # "auto" is a value, not a quotation
+
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_inherit_docstrings = False  # torch's text about `forward` is no help here
