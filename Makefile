@@ -29,27 +29,27 @@ docs: .venv-docs/.installed
 		-d build/doctrees docs build/docs
 
 bench: .venv/.installed
-	.venv/bin/python benchmarks/clustering.py --bits 4 --bits 3 --bits 2
-	.venv/bin/python benchmarks/calibrated.py
-	.venv/bin/python benchmarks/calibrated_model.py
-	.venv/bin/python benchmarks/linear.py
-	.venv/bin/python benchmarks/memory.py
+	.venv/bin/python -m benchmarks.cpu.clustering --bits 4 --bits 3 --bits 2
+	.venv/bin/python -m benchmarks.cpu.calibrated
+	.venv/bin/python -m benchmarks.cpu.calibrated_model
+	.venv/bin/python -m benchmarks.cpu.linear
+	.venv/bin/python -m benchmarks.cpu.memory
 
 # DATA: a folder with train.json and test.json of instructions. The peers have their own environment.
 bench-finetune: .venv-peers/.installed
-	.venv-peers/bin/python benchmarks/finetune.py --data $(DATA)
-	.venv-peers/bin/python benchmarks/finetune.py --data $(DATA) --speed 10
-	.venv-peers/bin/python benchmarks/finetune_plot.py
+	.venv-peers/bin/python -m benchmarks.finetune --data $(DATA)
+	.venv-peers/bin/python -m benchmarks.finetune --data $(DATA) --speed 10
+	.venv-peers/bin/python -m benchmarks.finetune.plot
 
 # TEXT: a text file. llm-compressor takes no newer transformers, so constraints.txt does not hold here.
 bench-quality: .venv-quality/.installed
-	.venv-quality/bin/python benchmarks/quality.py --text $(TEXT)
-	.venv-quality/bin/python benchmarks/quality_table.py
-	.venv-quality/bin/python benchmarks/quality_plot.py
+	.venv-quality/bin/python -m benchmarks.quality --text $(TEXT)
+	.venv-quality/bin/python -m benchmarks.quality.table
+	.venv-quality/bin/python -m benchmarks.quality.plot
 
 # Runs on a machine with a GPU and its own torch: nothing is installed. ARGS: options of the script.
 gpu:
-	PYTHONUNBUFFERED=1 PYTHONPATH=.:formats:kernels $(PYTHON) benchmarks/gpu.py $(ARGS)
+	PYTHONUNBUFFERED=1 PYTHONPATH=.:formats:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 # The demo's environment holds the runtime dependencies only, so it shows that they are enough.
 .venv-demo/.installed: $(SOURCES)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import registration
+from .runtime import registration
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .config import SketchConfig
-    from .conversion import convert, plan_conversion
+    from .conversion.convert import convert, plan_conversion
+    from .conversion.report import Report
+    from .conversion.verify import verify
     from .errors import (
         CalibrationError,
         EvaluationError,
@@ -24,14 +26,12 @@ if TYPE_CHECKING:
         SourceError,
         SpallmError,
     )
-    from .evaluation import perplexity
-    from .hub import push_to_hub
-    from .linear import SketchedLinear
-    from .loading import load_sketched
-    from .report import Report
-    from .tables import load_tables, save_tables, set_tables, table_sets
-    from .trainable import TrainableSummary, set_trainable, trainable_summary
-    from .verification import verify
+    from .evaluation.perplexity import perplexity
+    from .runtime.linear import SketchedLinear
+    from .runtime.loading import load_sketched
+    from .runtime.tables import load_tables, save_tables, set_tables, table_sets
+    from .runtime.trainable import TrainableSummary, set_trainable, trainable_summary
+    from .source.hub import push_to_hub
 
 __all__ = [
     "CalibrationError",
@@ -65,24 +65,24 @@ _HOMES = {
     "FormatError": "errors",
     "HubError": "errors",
     "OptionError": "errors",
-    "Report": "report",
+    "Report": "conversion.report",
     "SketchConfig": "config",
-    "SketchedLinear": "linear",
+    "SketchedLinear": "runtime.linear",
     "SourceError": "errors",
     "SpallmError": "errors",
-    "TrainableSummary": "trainable",
-    "convert": "conversion",
-    "load_sketched": "loading",
-    "load_tables": "tables",
-    "perplexity": "evaluation",
-    "plan_conversion": "conversion",
-    "push_to_hub": "hub",
-    "save_tables": "tables",
-    "set_tables": "tables",
-    "set_trainable": "trainable",
-    "table_sets": "tables",
-    "trainable_summary": "trainable",
-    "verify": "verification",
+    "TrainableSummary": "runtime.trainable",
+    "convert": "conversion.convert",
+    "load_sketched": "runtime.loading",
+    "load_tables": "runtime.tables",
+    "perplexity": "evaluation.perplexity",
+    "plan_conversion": "conversion.convert",
+    "push_to_hub": "source.hub",
+    "save_tables": "runtime.tables",
+    "set_tables": "runtime.tables",
+    "set_trainable": "runtime.trainable",
+    "table_sets": "runtime.tables",
+    "trainable_summary": "runtime.trainable",
+    "verify": "conversion.verify",
 }
 
 

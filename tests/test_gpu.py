@@ -8,14 +8,15 @@ from transformers import StaticCache
 
 import spallm_kernels
 from helpers.calibration import contents, options
-from helpers.hessians import correlated_hessian, weight_rows
+from helpers.exact_layers import exact_layer
+from helpers.hessians import correlated_hessian, sorted_tables, weight_rows
 from helpers.sketches import TOLERANCE, relative_error
 from spallm_convert import SketchConfig, convert, load_sketched
-from spallm_convert.calibration import numerics
+from spallm_convert.calibration import backends
 from spallm_convert.devices import full_float32
-from spallm_convert.linear import SketchedLinear
+from spallm_convert.runtime.linear import SketchedLinear
 from spallm_formats import SketchedModule
-from spallm_kernels import batched, choose_backend, lut_linear
+from spallm_kernels import batched, choose_backend, dispatch, lut_linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -184,6 +185,44 @@ def test_a_whole_decoding_step_replays_from_a_cuda_graph(folder):
     assert torch.equal(decode(replay), expected)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_column_kernels_decide_as_the_loops_in_torch(bits):
+    """A layer in whose arithmetic nothing is rounded, and one with correlated inputs."""
+    device = torch.device("cuda")
+    assert dispatch.choose_column_backend(device, 2**bits) == "triton"
+    exact = exact_layer(300, 512, 4, 2**bits, device=device)
+    weights = weight_rows(300, 512, seed=bits)
+    table = sorted_tables(weights, 4, 2**bits, seed=bits)
+    arrays = weights, table, spallm_kernels.assign(weights, table)
+    hessian = torch.from_numpy(correlated_hessian(512, 0, dead=(5, 130))).cuda()
+    with full_float32():
+        for tensors, prepared, same in (
+            (*exact, 1.0),
+            # Equal where torch's `addcmul` is fused too; else sums differ in the last bit, and
+            # with them the codes of weights next to a middle.
+            (
+                [torch.from_numpy(array).cuda() for array in arrays],
+                batched.prepare_hessian(hessian, 0.03),
+                0.999,
+            ),
+        ):
+            rows, tables, start = tensors
+            for step, *operands in (
+                (batched.compensate, rows, tables, prepared),
+                (batched.descend, rows, tables, start, prepared, 3),
+            ):
+                ours, theirs = (step(*operands, backend=name) for name in ("triton", "torch"))
+                assert torch.equal(ours, step(*operands))
+                assert (ours == theirs).double().mean() >= same
+                losses = [
+                    batched.quadratic_loss(
+                        rows, batched.look_up(tables, codes), prepared.full
+                    ).sum()
+                    for codes in (ours, theirs)
+                ]
+                torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_a_layer_is_sketched_as_on_the_cpu(bits):
     weights, hessian = weight_rows(512, 1024, seed=0), correlated_hessian(1024, 0, dead=(5,))
@@ -209,7 +248,7 @@ def test_a_calibrated_conversion_gives_the_sketches_of_the_cpu(
 ):
     config, ran = options(text, mapping=mapping), []
     with monkeypatch.context() as patched:
-        patched.setattr(numerics, "prepare_hessian", lambda *a: ran.append("numba"))
+        patched.setattr(backends, "prepare_hessian", lambda *a: ran.append("numba"))
         torch.set_float32_matmul_precision("high")  # as a user may have allowed it
         try:
             found = convert(source, tmp_path / "gpu", config)

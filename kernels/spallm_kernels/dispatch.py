@@ -22,6 +22,8 @@ _MODULES = {
     "triton": "spallm_kernels.triton.linear",
 }
 PATHS = ("decode", "dense")
+#: What can go through the columns of a layer in calibration.
+_COLUMN_BACKENDS = ("torch", "triton")
 
 #: Widest codes that the Triton kernels take.
 _TRITON_BITS = 4
@@ -93,6 +95,22 @@ def choose_backend(device: torch.device, bits: int = 4, backend: str | None = No
     return backend
 
 
+def choose_column_backend(device: torch.device, entries: int, backend: str | None = None) -> str:
+    """Returns `triton` or `torch`, which go through the columns of a layer in calibration.
+
+    entries: entries of a table; backend: the one to use, by default Triton on a GPU that can run
+    it. Tensors on the CPU are for Triton's interpreter, on request. Raises ValueError if there is
+    no such backend or if it cannot take the tensors.
+    """
+    bits = (entries - 1).bit_length()
+    if backend is None:
+        gpu = device.type == "cuda" and _why_not_triton(device, bits) is None
+        return "triton" if gpu else "torch"
+    if backend not in _COLUMN_BACKENDS:
+        raise ValueError(f"backend must be one of {list(_COLUMN_BACKENDS)}, found {backend!r}")
+    return choose_backend(device, bits, backend) if backend == "triton" else backend
+
+
 def choose_path(
     backend: str, x: Tensor, table: Tensor, *, hashed: bool = False, path: str | None = None
 ) -> str:
@@ -111,11 +129,13 @@ def choose_path(
     return "decode" if few else "dense"
 
 
+@functools.cache
 def load_backend(name: str) -> Backend:
     """The module of a backend."""
     return cast(Backend, importlib.import_module(_MODULES[name]))
 
 
+@functools.cache
 def load_decoder(name: str) -> Decoder:
     """The module of a backend that has the decode path."""
     return cast(Decoder, importlib.import_module(_MODULES[name]))

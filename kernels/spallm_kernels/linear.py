@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
@@ -33,15 +31,27 @@ def lut_linear(
         raise TypeError(f"x must be floating point, found {x.dtype}")
     _check(x.shape[-1], index_map, table, hash_seed)
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device)  # not on meta
-    if autocast and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    # torch.compile traces no question of whether a device has autocast at all; meta has none.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return _product(x, index_map, table, bias, hash_seed, backend, path)
+    x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):  # both passes compute in the dtype of x
+        return _product(x, index_map, table, bias, hash_seed, backend, path)
+
+
+def _product(
+    x: Tensor,
+    index_map: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    hash_seed: int | None,
+    backend: str | None,
+    path: str | None,
+) -> Tensor:
     if bias is not None:
         bias = bias.to(x.dtype)
-    # Both passes compute in the dtype of x.
-    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        y: Tensor = torch.ops.spallm.lut_linear(x, index_map, table, bias, hash_seed, backend, path)
-        return y
+    y: Tensor = torch.ops.spallm.lut_linear(x, index_map, table, bias, hash_seed, backend, path)
+    return y
 
 
 def dequantize(

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from spallm_convert.config import SketchConfig
 from spallm_convert.errors import CalibrationError, SourceError
-from spallm_convert.plan import Plan
-from spallm_convert.skeleton import build_empty
-from spallm_convert.source import DenseCheckpoint, Source
+from spallm_convert.sketch.plan import Plan
+from spallm_convert.source.locate import DenseCheckpoint, Source
+from spallm_convert.source.skeleton import build_empty
 
 from .store import CalibratedModule, CalibratedModules
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from spallm_convert.calibration.blocks.blocks import Blocks
     from spallm_convert.progress import Progress
 
-    from .blocks import Blocks
     from .sketching import Streams
 
 #: Tokens that go through a block at once.
@@ -48,9 +48,9 @@ def draw_texts(source: Source, config: SketchConfig, *, trust_remote_code: bool)
     whole batches, since those that run at once divide their number. Raises SourceError for a text
     that is too short.
     """
-    from spallm_convert.opening import load_tokenizer
+    from spallm_convert.calibration.healing.heal import samples_for
+    from spallm_convert.evaluation.opening import load_tokenizer
 
-    from .healing import samples_for
     from .windows import CalibrationText
 
     assert config.calibration is not None
@@ -89,9 +89,8 @@ def open_blocks(
     Raises CalibrationError when that cannot be done, or the model is no causal language model;
     OptionError for samples that are longer than the model takes.
     """
-    from spallm_convert.evaluation import check_tokens, predicts_next_token
-
-    from .blocks import Blocks
+    from spallm_convert.calibration.blocks.blocks import Blocks
+    from spallm_convert.evaluation.perplexity import check_tokens, predicts_next_token
 
     model = build_empty(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
     if not predicts_next_token(model):

@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spallm_convert.sketch import SketchedRows, store_rows
+from spallm_convert.sketch.rows import SketchedRows, store_rows
 from spallm_formats import SketchedModule, SketchMetadata
 from spallm_kernels import hash_codes, hash_table
 from spallm_kernels.cpu.calibrated import SWEEPS
 
-from .numerics import Numerics, choose_numerics
+from .backends import Numerics, choose_numerics
 
 #: Of the mean of the Hessian's diagonal, added to it. GPTQ takes 0.01, LeanQuant 0.1.
 DAMPING = 0.03

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spallm_convert.calibration.blocks.blocks import Blocks
+from spallm_convert.calibration.blocks.stand_ins import Enough
 from spallm_convert.errors import CalibrationError
 from spallm_formats import SketchedModule, SketchMetadata
 
-from .blocks import Blocks
 from .layers import SketchedLayer, prepare_inputs, sketch_layer
-from .stand_ins import Enough
 
 
 class Streams(NamedTuple):

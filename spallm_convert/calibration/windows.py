@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from spallm_convert.errors import OptionError, SourceError
-
-from .text import read_documents
+from spallm_convert.source.text import read_documents
 
 #: Long documents are tokenised in pieces of this many characters, some 16 k tokens, ...
 _PIECE = 1 << 16

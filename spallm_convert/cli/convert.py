@@ -184,13 +184,13 @@ def command(
         ignore=ignore,
         max_shard_size=max_shard_size,
     )
-    from spallm_convert.conversion import convert, plan_conversion
-    from spallm_convert.terminal import ConversionProgress, quiet_libraries
+    from spallm_convert.conversion.convert import convert, plan_conversion
 
-    from .tables import print_plan, print_report
+    from .printing import print_plan, print_report
+    from .terminal import ConversionProgress, quiet_libraries
 
     if push_to_hub and not dry_run:
-        from spallm_convert.hub import check_can_push
+        from spallm_convert.source.hub import check_can_push
 
         check_can_push(push_to_hub)
     quiet_libraries(downloads=not quiet)
@@ -222,7 +222,7 @@ def command(
         print_report(report)
         click.echo(f"written to {output}")
     if push_to_hub:
-        from spallm_convert.hub import push_to_hub as push
+        from spallm_convert.source.hub import push_to_hub as push
 
         try:
             url = push(output, push_to_hub, private=private)
@@ -234,7 +234,7 @@ def command(
 
 def _advise(config: SketchConfig) -> None:
     """Says what few bits ask for, before the time is spent (docs/quality.md has the figures)."""
-    from spallm_convert.terminal import stderr
+    from .terminal import stderr
 
     hashed = config.mapping == "hash"
     if config.calibration is None and (hashed or config.bits < _DEFAULTS.bits):

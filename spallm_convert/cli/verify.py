@@ -18,7 +18,7 @@ def command(folder: Path, quiet: bool) -> None:
     Structure, shapes and types, the hashes in conversion.json, padding bits of the index maps, and
     that every table value is finite. Exit code 3 when something is wrong.
     """
-    from spallm_convert.verification import verify
+    from spallm_convert.conversion.verify import verify
 
     problems = verify(folder)
     for problem in problems:

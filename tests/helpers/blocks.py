@@ -2,9 +2,9 @@
 
 import torch
 
-from spallm_convert.calibration.blocks import Blocks
-from spallm_convert.skeleton import build_empty, read_skeleton
-from spallm_convert.source import find_here
+from spallm_convert.calibration.blocks.blocks import Blocks
+from spallm_convert.source.locate import find_here
+from spallm_convert.source.skeleton import build_empty, read_skeleton
 
 
 def open_blocks(folder, tokens, batch=2):

@@ -7,6 +7,7 @@ A program of its own, because Triton decides when kernels are defined whether it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -16,25 +17,35 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers.compiled import compile_launch, count, recorded
-from spallm_kernels.triton import linear
+from spallm_kernels.batched.compensate import BLOCK
+from spallm_kernels.triton import compensate, descend, linear
 
 KERNELS = (
-    "decode_kernel",
-    "dequantize_units_kernel",
-    "dequantize_any_kernel",
-    "table_grad_kernel",
+    (
+        linear,
+        "decode_kernel",
+        "dequantize_units_kernel",
+        "dequantize_any_kernel",
+        "table_grad_kernel",
+    ),
+    (compensate, "compensate_kernel"),
+    (descend, "descend_kernel"),
 )
 ROWS, COLUMNS, GROUPS = 4096, 4096, 4
 
 
 def main() -> None:
     capability = int(sys.argv[1])
+    linear._generation = lambda device: capability // 10  # tiles follow the GPU
     report = {}
-    with recorded(linear, *KERNELS) as launches:
+    with contextlib.ExitStack() as stack:
+        recordings = [stack.enter_context(recorded(*kernels)) for kernels in KERNELS]
         for name, call in cases().items():
-            launches.clear()
             call()
-            report[name] = describe(compile_launch(launches[0], capability), launches[0].options)
+            (launch,) = (launch for launches in recordings for launch in launches)
+            report[name] = describe(compile_launch(launch, capability), launch.options)
+            for launches in recordings:
+                launches.clear()
     json.dump(report, sys.stdout, indent=1)
 
 
@@ -56,6 +67,7 @@ def cases():
         found[f"dequantize, {bits} bits, hashed"] = dequantize(bits, torch.bfloat16, hash_seed=7)
         found[f"dequantize, {bits} bits, float32"] = dequantize(bits, torch.float32)
         found[f"table_grad, {bits} bits"] = table_grad(bits)
+        found[f"compensate, {bits} bits"], found[f"descend, {bits} bits"] = columns(bits)
     return found
 
 
@@ -85,6 +97,17 @@ def table_grad(bits):
     return lambda: linear.table_grad(weight_grad, index_map, table)
 
 
+def columns(bits):
+    """The column loops of both steps of calibration, for the first block."""
+    rows, square = torch.empty(ROWS, COLUMNS), torch.empty(COLUMNS, COLUMNS)
+    tables = tuple(torch.empty(ROWS, GROUPS, entries) for entries in (1 << bits, (1 << bits) - 1))
+    codes, order = rows.to(torch.uint8), torch.empty(COLUMNS, dtype=torch.int64)
+    return (
+        lambda: compensate.compensate_block(rows, *tables, order, square, rows, codes, 0, BLOCK),
+        lambda: descend.descend_block(*tables, codes, rows, rows, square, 0, BLOCK),
+    )
+
+
 def sketch(bits, columns, groups, dtype):
     row_bytes = -(-columns * bits // 128) * 16
     index_map = torch.empty(ROWS, row_bytes, dtype=torch.uint8)
@@ -96,6 +119,7 @@ def describe(code, options):
         "registers": code.registers,
         "spilled_bytes": code.spilled_bytes,
         "shared_bytes": code.shared_bytes,
+        "warps": options["num_warps"],
     }
     if "SLOTS" in options:
         loop = code.loop("HMMA")

@@ -1,8 +1,10 @@
 """Calibrated sketching in torch, all rows at once: for GPUs, where `cpu` works a row at a time.
 
 The same algorithms under the same names as in `cpu`, which documents them; results differ by the
-order of float32 sums. Clustering alone stays on the CPU, where it is exact and not what takes the
-time. On a CUDA device, float32 products must not be rounded to TF32, which is torch's default
+order of float32 sums. The loops over columns are thousands of small operations in torch, so a
+device that can run Triton gets them as kernels (`triton/compensate.py`, `triton/descend.py`).
+Clustering alone stays on the CPU, where it is exact and not what takes the time. On a CUDA device,
+float32 products must not be rounded to TF32, which is torch's default
 (`torch.backends.cuda.matmul.allow_tf32` false).
 """
 

@@ -2,37 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from spallm_kernels.dispatch import choose_column_backend
 
 from .hessian import PreparedHessian
 from .nearest import middles_of, nearest
 
 #: Columns that are worked off one by one before the others hear of it in one product.
-_BLOCK = 128
+BLOCK = 128
 
 
-def compensate(weights: Tensor, table: Tensor, hessian: PreparedHessian) -> Tensor:
-    """Codes, uint8 [rows, n], chosen greedily in the order of the Hessian's columns.
+def compensate(
+    weights: Tensor,
+    table: Tensor,
+    hessian: PreparedHessian,
+    *,
+    block: int = BLOCK,
+    backend: str | None = None,
+) -> Tensor:
+    """Chooses codes, uint8 [rows, n], greedily in the order of the Hessian's columns.
 
-    weights: float32 [rows, n]; table: float32 [rows, groups, entries], ascending.
+    weights: float32 [rows, n]; table: float32 [rows, groups, entries], ascending; block: how many
+    columns are worked off one by one before the others hear of it. backend: `triton` launches one
+    kernel per block, `torch` about seven per column; by default Triton on GPUs that can run it.
+    Raises ValueError if the backend cannot take the tensors.
     """
-    rows, n = weights.shape
-    width = n // table.shape[1]
+    weights, table = weights.contiguous(), table.contiguous()
     middles = middles_of(table)
-    order: list[int] = hessian.order.tolist()
-    codes = torch.empty(rows, n, dtype=torch.uint8, device=weights.device)
+    choose: Callable[..., Tensor] = _compensate_block
+    if choose_column_backend(weights.device, table.shape[2], backend) == "triton":
+        from spallm_kernels.triton.compensate import compensate_block as choose
+
+        order = hessian.order
+    else:
+        order = hessian.order.cpu()
+    codes = torch.empty_like(weights, dtype=torch.uint8)
     shift = torch.zeros_like(weights)
-    for first in range(0, n, _BLOCK):
-        last = min(first + _BLOCK, n)
-        near = shift[:, first:last].clone()
-        moved = torch.empty_like(near)
-        factor = hessian.factor[first:last, first:last]
-        for k, column in enumerate(order[first:last]):
-            group, weight = column // width, weights[:, column]
-            chosen = nearest(weight - near[:, k], middles[:, group])
-            codes[:, column] = chosen
-            moved[:, k] = table[:, group].gather(1, chosen[:, None])[:, 0] - weight
-            near[:, k + 1 :].addcmul_(moved[:, k, None], factor[k, None, k + 1 :])
+    for first in range(0, weights.shape[1], block):
+        last = min(first + block, weights.shape[1])
+        moved = choose(weights, table, middles, order, hessian.factor, shift, codes, first, last)
         shift[:, last:] += moved @ hessian.factor[first:last, last:]
     return codes
+
+
+def _compensate_block(
+    weights: Tensor,
+    table: Tensor,
+    middles: Tensor,
+    order: Tensor,
+    factor: Tensor,
+    shift: Tensor,
+    codes: Tensor,
+    first: int,
+    last: int,
+) -> Tensor:
+    """Writes the codes of a block, whose order is on the CPU; returns how far weights moved."""
+    width = weights.shape[1] // table.shape[1]
+    near = shift[:, first:last].clone()
+    moved = torch.empty_like(near)
+    columns: list[int] = order[first:last].tolist()
+    for k, column in enumerate(columns):
+        group, weight = column // width, weights[:, column]
+        chosen = nearest(weight - near[:, k], middles[:, group])
+        codes[:, column] = chosen
+        moved[:, k] = table[:, group].gather(1, chosen[:, None])[:, 0] - weight
+        near[:, k + 1 :].addcmul_(moved[:, k, None], factor[first + k, None, first + k + 1 : last])
+    return moved

@@ -28,7 +28,7 @@ def can_decode(x: Tensor, table: Tensor) -> bool:
 
 
 def decode_tokens(*, hashed: bool) -> int:
-    """Most tokens for which `decode` is the faster path (`benchmarks/linear.py`)."""
+    """Most tokens for which `decode` is the faster path (`benchmarks/cpu/linear.py`)."""
     return 64
 
 

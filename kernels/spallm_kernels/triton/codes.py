@@ -47,11 +47,27 @@ def hashed_codes(keys, columns, BITS: tl.constexpr):
 
 @triton.jit
 def stored_unit(words, mask, WORDS: tl.constexpr):
-    """The words of units, a tuple of WORDS tensors. words: pointers to the first of each unit."""
+    """The words of units, a tuple of WORDS tensors. words: pointers to the first of each unit.
+
+    Units of whole quads of words are read 16 bytes at a time.
+    """
     unit = ()
-    for number in tl.static_range(WORDS):
-        word = tl.load(words + number, mask=mask, other=None if mask is None else 0)
-        unit = unit + (word.to(tl.uint32, bitcast=True),)
+    if WORDS % 4 == 0:
+        four = tl.arange(0, 4)[None, None, None, :]
+        if mask is not None:
+            mask = tl.expand_dims(mask, 3)
+        for number in tl.static_range(WORDS // 4):
+            at = tl.expand_dims(words, 3) + (4 * number + four)
+            quad = tl.load(at, mask=mask, other=None if mask is None else 0)
+            quad = quad.to(tl.uint32, bitcast=True)
+            even, odd = tl.split(quad.reshape(quad.shape[:3] + (2, 2)))
+            first, third = tl.split(even)
+            second, fourth = tl.split(odd)
+            unit = unit + (first, second, third, fourth)
+    else:
+        for number in tl.static_range(WORDS):
+            word = tl.load(words + number, mask=mask, other=None if mask is None else 0)
+            unit = unit + (word.to(tl.uint32, bitcast=True),)
     return unit
 
 

@@ -51,11 +51,10 @@ def decode_kernel(
 ):
     STEP: tl.constexpr = UNITS * CODES
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    # Beyond the end the last row or token is read again, and not stored.
+    # Beyond the end the last row is read again, and not stored.
     safe_row = tl.minimum(row, rows - 1)
     token = tl.arange(0, TOKENS)
-    read_token = tl.arange(0, 1 if ONE else TOKENS)
-    read_token = tl.minimum(read_token, tokens - 1)[None, :, None]
+    read_token = tl.arange(0, 1 if ONE else TOKENS)[None, :, None]
     unit = tl.arange(0, UNITS)[None, None, :]
     column = tl.arange(0, STEP)[None, None, :]
     slot = tl.arange(0, SLOTS)
@@ -84,8 +83,11 @@ def decode_kernel(
                 word = start_word + (step * UNITS + unit) * WORDS
                 packed = stored_unit(words + row_word + word, inside, WORDS)
             inside = None if EVEN else done + column < span
+            if not ONE:  # reading one token in the place of others keeps a cache line busy
+                there = read_token < tokens
+                inside = there if EVEN else there & inside
             x_at = x + read_token * columns + (start + done + column)
-            values = tl.load(x_at, mask=inside, other=None if EVEN else 0.0).to(DTYPE)
+            values = tl.load(x_at, mask=inside, other=None if inside is None else 0.0).to(DTYPE)
             if ONE:
                 values = tl.broadcast_to(values, (SLOTS, TOKENS, STEP))
             weights = stack(look_up(packed, prepared, DTYPE, BITS, ASM))

@@ -8,7 +8,6 @@ arithmetic: there, tables are looked up by `tl.gather` in float32.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from .decode import decode_kernel
 from .dequantize import dequantize_any_kernel, dequantize_units_kernel
+from .device import on
 from .ptx import UNIT_CODES, UNIT_WORDS
 from .table_grad import table_grad_kernel
 from .tiles import (
@@ -77,14 +77,19 @@ def decode(
     rows, groups, entries = table.shape
     bits, width = entries.bit_length() - 1, columns // groups
     hashed = hash_seed is not None
-    tile = tile or decode_tile(bits, tokens, columns, width, _generation(x.device), hashed=hashed)
+    words, row_words = _words(index_map)
+    aligned = row_words % 4 == 0
+    tile = tile or _tile(
+        bits, tokens, columns, width, _generation(x.device), hashed=hashed, aligned=aligned
+    )
+    quad = 4 if tile.quads else 1
+    codes = quad * UNIT_CODES[bits]
     # The interpreter truncates where it should round to bfloat16, so torch rounds for it.
     table = table.to(x.dtype) if INTERPRETED else table
     exact = torch.float32 if INTERPRETED else x.dtype
     y = torch.empty(tokens, rows, dtype=exact, device=x.device)
     span = table_span(columns, width, tile.slots)
-    words, row_words = _words(index_map)
-    with _on(x.device):
+    with on(x.device):
         decode_kernel[(triton.cdiv(rows, tile.rows),)](
             x.contiguous(),
             words,
@@ -99,18 +104,18 @@ def decode(
             span,
             hash_seed or 0,
             BITS=bits,
-            CODES=UNIT_CODES[bits],
-            WORDS=UNIT_WORDS[bits],
+            CODES=codes,
+            WORDS=quad * UNIT_WORDS[bits],
             HASHED=hashed,
             HAS_BIAS=bias is not None,
-            EVEN=span % (tile.units * UNIT_CODES[bits]) == 0,
-            WORD_ALIGN=4 if row_words % 4 == 0 and span * bits % 128 == 0 else 1,
+            EVEN=span % tile.columns == 0,
+            WORD_ALIGN=4 if aligned and span * bits % 128 == 0 else 1,
             ASM=not INTERPRETED,
             DTYPE=tl.float32 if INTERPRETED else _HALVES[x.dtype],
             K_PER_LANE=_K_PER_LANE,
             SLOTS=tile.slots,
             ROWS=tile.rows,
-            UNITS=tile.units,
+            UNITS=tile.columns // codes,
             TOKENS=tile.tokens,
             ONE=tokens == 1,
             STAGES=tile.stages,
@@ -118,7 +123,7 @@ def decode(
             maxnreg=tile.registers,
             **_OPTIONS,
         )
-    return y.to(x.dtype)
+    return y.to(x.dtype) if INTERPRETED else y
 
 
 def dequantize(
@@ -137,7 +142,7 @@ def dequantize(
     words, row_words = _words(index_map)
     sizes = (rows, in_features, row_words, width, first_row, hash_seed or 0)
     hashed = hash_seed is not None
-    with _on(table.device):
+    with on(table.device):
         if bits in UNIT_CODES and table.dtype in _HALVES and width % ALIGNMENT == 0:
             tile = tile or DEQUANTIZE_UNITS
             dequantize_units_kernel[(triton.cdiv(rows, tile.rows), groups)](
@@ -189,7 +194,7 @@ def table_grad(
     wide = torch.promote_types(weight_grad.dtype, torch.float32)
     sums = torch.empty(table.shape, dtype=wide, device=table.device)
     words, row_words = _words(index_map)
-    with _on(table.device):
+    with on(table.device):
         table_grad_kernel[(triton.cdiv(rows, tile.rows), groups)](
             words,
             weight_grad.contiguous(),
@@ -213,18 +218,19 @@ def table_grad(
 
 def _words(index_map: Tensor) -> tuple[Tensor, int]:
     """An index map as 32-bit words, and how many a row has. Stored maps are whole words already."""
-    if index_map.shape[1] % 4:
-        index_map = torch.nn.functional.pad(index_map, (0, -index_map.shape[1] % 4))
     rows, row_bytes = index_map.shape
-    # By way of one dimension: rows of no bytes, which hashed maps have, cannot be viewed as words.
-    return index_map.reshape(-1).view(torch.int32).view(rows, row_bytes // 4), row_bytes // 4
+    if row_bytes % 4:
+        index_map = torch.nn.functional.pad(index_map, (0, -row_bytes % 4))
+    elif row_bytes == 0:  # hashed: no bytes cannot be viewed as words
+        return index_map.new_empty(rows, 0, dtype=torch.int32), 0
+    words = index_map.contiguous().view(torch.int32)
+    return words, words.shape[1]
+
+
+#: Tiles depend on a few numbers per layer; working one out takes as long as half a launch.
+_tile = functools.lru_cache(maxsize=1024)(decode_tile)
 
 
 @functools.cache
 def _generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
-def _on(device: torch.device) -> Any:
-    """Launches go to the current device, which need not be the one that the tensors are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()

@@ -61,21 +61,22 @@ def look_up(unit, prepared, DTYPE: tl.constexpr, BITS: tl.constexpr, ASM: tl.con
 
     unit: a tuple of tensors [..., units]; prepared: `prepare` of a table [..., 2^BITS].
     """
+    weights = ()
     if ASM:
         asm: tl.constexpr = _LOOK_UP_4 if BITS == 4 else (_LOOK_UP_3 if BITS == 3 else _LOOK_UP_2)
-        codes: tl.constexpr = 8 if BITS == 4 else (32 if BITS == 3 else 16)
-        arguments = unit
-        for number in tl.static_range(len(prepared)):
-            arguments = arguments + (tl.expand_dims(prepared[number], -1),)
-        halves = tl.inline_asm_elementwise(
-            asm[0], asm[1], arguments, dtype=(tl.int16,) * codes, is_pure=True, pack=1
-        )
-        weights = ()
-        for code in tl.static_range(codes):
-            weights = weights + (halves[code].to(DTYPE, bitcast=True),)
+        words: tl.constexpr = 3 if BITS == 3 else 1
+        codes: tl.constexpr = 32 * words // BITS
+        for first in tl.static_range(0, len(unit), words):
+            arguments = unit[first : first + words]
+            for number in tl.static_range(len(prepared)):
+                arguments = arguments + (tl.expand_dims(prepared[number], -1),)
+            halves = tl.inline_asm_elementwise(
+                asm[0], asm[1], arguments, dtype=(tl.int16,) * codes, is_pure=True, pack=1
+            )
+            for code in tl.static_range(codes):
+                weights = weights + (halves[code].to(DTYPE, bitcast=True),)
         return weights
     else:
-        weights = ()
         table = prepared[0]
         for code in tl.static_range(32 * len(unit) // BITS):
             found = unit_code(unit, code, BITS)

@@ -1,12 +1,13 @@
 """Tile choices: how much of a layer one program of each kernel takes, per GPU generation.
 
-Nothing is searched for at run time. `benchmarks/tune.py` measures the alternatives on a device;
+Nothing is searched for at run time. `benchmarks/gpu/tune.py` measures the alternatives on a device;
 what it finds better belongs here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .ptx import UNIT_CODES
 
@@ -17,24 +18,23 @@ HASHED_DECODE_TOKENS = 16
 #: Groups must be a whole number of these columns for lookups in whole units.
 ALIGNMENT = 32
 
-_MOST_SLOTS = 8
-_SHARED_BYTES = 96 << 10  # of a program; every GPU since sm_80 has at least 99 KiB
-
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeTile:
     """A program's share: `rows` outputs, `slots` warps that split the columns, `tokens` inputs.
 
-    `units` of packed codes are looked up per step, row and warp; loads run `stages` - 1 steps
-    ahead. `registers` caps what a thread takes: at 128, two programs of eight warps fit together.
+    A warp looks up `columns` codes of each row per step; loads run `stages` - 1 steps ahead.
+    `registers` caps what a thread takes. With `quads`, a thread reads four units of packed codes
+    side by side, 16 bytes at a time.
     """
 
     slots: int
     rows: int
     tokens: int
-    units: int
+    columns: int
     stages: int
     registers: int
+    quads: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,53 +48,94 @@ class BlockTile:
 
 DEQUANTIZE_UNITS = BlockTile(rows=8, columns=512, warps=4)
 DEQUANTIZE_ANY = BlockTile(rows=4, columns=256, warps=4)
-TABLE_GRAD = BlockTile(rows=4, columns=256, warps=4)
+TABLE_GRAD = BlockTile(rows=1, columns=128, warps=1)
 
-#: By padded tokens: rows, columns per step of a warp, stages, registers. Chosen from what they
-#: compile to (no spills, no weight in shared memory), not yet from measurements.
-_COMPILED = {
-    1: (16, 256, 3, 128),
-    8: (16, 128, 3, 128),
-    16: (32, 128, 3, 128),
-    32: (32, 64, 3, 255),
-    64: (32, 32, 3, 255),
+
+class _Shape(NamedTuple):
+    slots: int
+    rows: int
+    columns: int
+    stages: int
+    registers: int
+    quads: bool = False
+
+
+#: By bits and padded tokens, measured on an H100 with Triton 3.6 over layers of 4096 to 28672
+#: columns (about 1,700 tiles). Three bits read in quads take 0.6 times as long for one token: by
+#: itself, a thread's unit is three words, which no load takes at once.
+_MEASURED = {
+    4: {
+        1: _Shape(4, 16, 256, 3, 168),
+        8: _Shape(4, 16, 256, 3, 96),
+        16: _Shape(4, 32, 256, 3, 168),
+        32: _Shape(4, 16, 128, 3, 255),
+        64: _Shape(4, 32, 64, 3, 255),
+    },
+    3: {
+        1: _Shape(4, 16, 512, 2, 128, quads=True),
+        8: _Shape(4, 32, 512, 3, 128, quads=True),
+        16: _Shape(4, 32, 512, 2, 168, quads=True),
+        32: _Shape(4, 32, 128, 3, 168),
+        64: _Shape(4, 32, 128, 3, 255),
+    },
+    2: {
+        1: _Shape(4, 16, 256, 3, 128),
+        8: _Shape(4, 32, 256, 3, 128),
+        16: _Shape(4, 32, 256, 3, 128),
+        32: _Shape(4, 32, 128, 3, 255),
+        64: _Shape(4, 32, 128, 3, 255),
+    },
 }
-#: By GPU generation, the major number of the compute capability.
-_DECODE = {8: _COMPILED, 9: _COMPILED}
+#: In the place of quads, where columns or rows are no whole number of them.
+_UNALIGNED = _Shape(8, 16, 256, 1, 128)
+#: No codes are on their way while others are computed, so short steps cost nothing.
+_HASHED = {1: 16, 8: 16, 16: 32}  # rows by padded tokens
+#: Shared memory that a program may take, by the major number of the compute capability.
+_SHARED_BYTES = {8: 96 << 10, 9: 224 << 10}
 
 
 def decode_tile(
-    bits: int, tokens: int, columns: int, width: int, generation: int, *, hashed: bool = False
+    bits: int,
+    tokens: int,
+    columns: int,
+    width: int,
+    generation: int,
+    *,
+    hashed: bool = False,
+    aligned: bool = True,
 ) -> DecodeTile:
-    """The tile for `tokens` inputs of `columns` columns in groups of `width`.
+    """Return the tile for `tokens` inputs of `columns` columns in groups of `width`.
 
-    generation: major number of the compute capability; a newer one than listed gets the newest.
+    generation: major number of the compute capability; one that is not listed gets the next older.
+    aligned: whether rows of packed codes are whole multiples of 16 bytes.
     """
-    table = _DECODE[min(max(_DECODE), generation)]
-    padded = next(size for size in table if size >= tokens)
-    rows, step, stages, registers = table[padded]
-    if hashed:  # no codes are on their way while others are looked up, so short steps cost nothing
-        step, registers = 0, 255
-    units = max(4, step // UNIT_CODES[bits])
-    read = units * UNIT_CODES[bits] * (2 * padded + rows * bits // 8)  # bytes of a step of a warp
-    slots = _MOST_SLOTS
+    padded = next(size for size in _MEASURED[bits] if size >= tokens)
+    shape = _MEASURED[bits][padded]
+    if hashed:
+        rows = _HASHED.get(padded, 32)
+        shape = _Shape(8, rows, 4 * UNIT_CODES[bits], 3, 255)
+    elif shape.quads and not (aligned and _takes_quads(bits, columns, width, shape.slots)):
+        shape = _UNALIGNED
+    step_bytes = shape.columns * (2 * padded + shape.rows * bits // 8)  # of a warp
+    most = _SHARED_BYTES[min(max(_SHARED_BYTES), generation)]
+    slots = shape.slots
     while slots > 1 and not (
-        _shares_tables(columns, width, slots) and slots * read * (stages - 1) <= _SHARED_BYTES
+        _shares_tables(columns, width, slots) and slots * step_bytes * (shape.stages - 1) <= most
     ):
         slots //= 2
-    return DecodeTile(
-        slots=slots,
-        rows=rows,
-        tokens=max(8, padded),
-        units=units,
-        stages=stages,
-        registers=registers,
-    )
+    return DecodeTile(**shape._replace(slots=slots)._asdict(), tokens=max(8, padded))
 
 
 def table_span(columns: int, width: int, slots: int) -> int:
-    """Consecutive columns of one warp that share a table."""
+    """Return how many consecutive columns of one warp share a table."""
     return min(width, columns // slots)
+
+
+def _takes_quads(bits: int, columns: int, width: int, slots: int) -> bool:
+    return (
+        _shares_tables(columns, width, slots)
+        and table_span(columns, width, slots) % (4 * UNIT_CODES[bits]) == 0
+    )
 
 
 def _shares_tables(columns: int, width: int, slots: int) -> bool:

@@ -1,0 +1,1 @@
+"""Measure clustering, calibration, products and memory on the CPU."""

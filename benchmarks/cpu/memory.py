@@ -1,0 +1,228 @@
+"""Peak memory and speed of converting a checkpoint much larger than what is held of it.
+
+Conversion streams: at any time there is one block of one tensor, so memory should not grow with
+the model. To see it, a Llama checkpoint of random bf16 weights is written to a temporary folder
+and converted by the command line in a process of its own, whose peak resident memory the kernel
+reports. A dry run, which loads the same libraries and reads headers only, shows how much of the
+peak is the conversion's own.
+
+A tiny checkpoint is converted first, so that numba's compiled code is in its cache. Time is that
+of the whole process, with starting Python and importing torch and transformers; the source was
+written just before, so some of it may still be in the system's file cache.
+
+    python -m benchmarks.cpu.memory                      writes benchmarks/results/memory.json
+    python -m benchmarks.cpu.memory --gigabytes 0.3 --output some.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from benchmarks.shared.machine import RESULTS, machine, versions, write_results
+from spallm_formats import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    Shard,
+    ShardFile,
+    TensorSpec,
+    from_float32,
+    index_json,
+    plan_shards,
+    to_json,
+)
+
+_GIGA = 10**9
+_SOURCE_SHARD_BYTES = 2 * _GIGA
+_OUTPUT_SHARD_SIZE = "500MB"
+#: Values drawn at a time; this process must stay smaller than the ones that it measures.
+_PIECE = 1 << 22
+_PACKAGES = ("numpy", "numba", "torch", "transformers", "spallm-convert")
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """Sizes of a Llama model, by default those of a layer in a model of one billion weights."""
+
+    layers: int
+    hidden: int = 2048
+    intermediate: int = 8192
+    vocabulary: int = 32000
+    head: int = 64
+    queries_per_key: int = 4
+
+    @classmethod
+    def of_bytes(cls, nbytes: float) -> LlamaShape:
+        """The default shape with as many layers as come closest to so many bytes of bf16."""
+        one, two = (_nbytes(cls(layers).tensors()) for layers in (1, 2))
+        return cls(max(1, round(1 + (nbytes - one) / (two - one))))
+
+    def tensors(self) -> list[TensorSpec]:
+        """All tensors of LlamaForCausalLM, with an output layer of its own."""
+        hidden, intermediate = self.hidden, self.intermediate
+        keys = hidden // self.queries_per_key
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (self.vocabulary, hidden)}
+        layer: dict[str, tuple[int, ...]] = {
+            "input_layernorm": (hidden,),
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "post_attention_layernorm": (hidden,),
+            "mlp.gate_proj": (intermediate, hidden),
+            "mlp.up_proj": (intermediate, hidden),
+            "mlp.down_proj": (hidden, intermediate),
+        }
+        for number in range(self.layers):
+            shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+        shapes |= {"model.norm": (hidden,), "lm_head": (self.vocabulary, hidden)}
+        return [TensorSpec(f"{name}.weight", "BF16", shape) for name, shape in shapes.items()]
+
+    def config(self) -> dict[str, Any]:
+        """`config.json`."""
+        heads = self.hidden // self.head
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "dtype": "bfloat16",
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "max_position_embeddings": 2048,
+            "num_attention_heads": heads,
+            "num_hidden_layers": self.layers,
+            "num_key_value_heads": heads // self.queries_per_key,
+            "tie_word_embeddings": False,
+            "vocab_size": self.vocabulary,
+        }
+
+
+def write_checkpoint(folder: Path, shape: LlamaShape) -> None:
+    """Writes a checkpoint of random weights, a piece of a tensor at a time."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    shards = plan_shards([(spec,) for spec in shape.tensors()], _SOURCE_SHARD_BYTES)
+    for shard in shards:
+        _write_shard(folder / shard.filename, shard, random)
+    if len(shards) > 1:
+        (folder / INDEX_FILE).write_bytes(index_json(shards))
+    (folder / CONFIG_FILE).write_bytes(to_json(shape.config()))
+
+
+def _write_shard(path: Path, shard: Shard, random: np.random.Generator) -> None:
+    file = ShardFile(path, shard)
+    for name, spec in shard.tensors.items():
+        for start in range(0, spec.elements, _PIECE):
+            count = min(_PIECE, spec.elements - start)
+            if len(spec.shape) == 1:
+                values = np.ones(count, np.float32)
+            else:
+                values = random.standard_normal(count, np.float32) * np.float32(0.02)
+            file.write(name, 2 * start, from_float32(values, "BF16"))
+    file.close()
+
+
+def run_converter(*arguments: str) -> tuple[int, float]:
+    """Runs the command line; returns the peak resident bytes of its process and its seconds."""
+    code = "from spallm_convert.cli import main; main()"
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise click.ClickException(f"the conversion ended with code {process.returncode}")
+    if usage.ru_maxrss <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss:
+        # Linux counts the memory of the process that a new one was started from into its peak.
+        raise click.ClickException("this process was larger than the one that it measured")
+    return usage.ru_maxrss * _MAXRSS_UNIT, seconds
+
+
+def measure(folder: Path, shape: LlamaShape) -> dict[str, Any]:
+    """Converts a checkpoint of that shape below `folder`."""
+    tiny, source, output = folder / "tiny", folder / "source", folder / "output"
+    options = ("--max-shard-size", _OUTPUT_SHARD_SIZE, "-q")
+    write_checkpoint(tiny, LlamaShape(1, hidden=1024, intermediate=1024, vocabulary=256))
+    run_converter(str(tiny), "-o", str(folder / "tiny-output"), *options)
+    click.echo(f"writing {_nbytes(shape.tensors()) / _GIGA:.2f} GB, {shape.layers} layer(s)")
+    write_checkpoint(source, shape)
+    click.echo("converting")
+    headers_peak, _ = run_converter(str(source), "--dry-run", *options)
+    peak, seconds = run_converter(str(source), "-o", str(output), *options)
+    weights = json.loads((output / "conversion.json").read_text())["totals"]["sketched_weights"]
+    return {
+        "peak_resident_bytes": peak,
+        "peak_resident_bytes_dry_run": headers_peak,
+        "seconds": seconds,
+        "sketched_weights": weights,
+        "weights_per_second": weights / seconds,
+        "source": _sizes(source),
+        "output": _sizes(output),
+    }
+
+
+def _nbytes(tensors: list[TensorSpec]) -> int:
+    return sum(spec.nbytes for spec in tensors)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    return {"weight_files": len(sizes), "bytes": sum(sizes)}
+
+
+@click.command(context_settings={"show_default": True})
+@click.option(
+    "--gigabytes",
+    type=click.FloatRange(0, min_open=True),
+    default=6.0,
+    help="Size of the model; the nearest number of layers is taken, at least one.",
+)
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Where the temporary folder is made.  [default: the system's place for such folders]",
+    show_default=False,
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=RESULTS / "memory.json",
+    show_default="results/memory.json beside this file",
+    help="JSON file to write.",
+)
+def main(gigabytes: float, folder: Path | None, output: Path) -> None:
+    """Measures the peak memory of converting a large synthetic checkpoint."""
+    shape = LlamaShape.of_bytes(gigabytes * _GIGA)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        found = measure(Path(scratch), shape)
+    click.echo(
+        f"{found['source']['bytes'] / _GIGA:.2f} GB -> {found['output']['bytes'] / _GIGA:.2f} GB "
+        f"in {found['seconds']:.1f} s ({found['weights_per_second'] / 1e6:.2f} M weights/s)\n"
+        f"peak resident memory {found['peak_resident_bytes'] / 1e6:.0f} MB, of a dry run "
+        f"{found['peak_resident_bytes_dry_run'] / 1e6:.0f} MB"
+    )
+    document = {
+        "benchmark": "memory",
+        "machine": machine(),
+        "versions": versions(*_PACKAGES),
+        "settings": {"layers": shape.layers, "max_shard_size": _OUTPUT_SHARD_SIZE},
+        "results": found,
+    }
+    write_results(output, document)
+    click.echo(f"written to {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Compare fine-tuning of sketch tables with LoRA, QLoRA and training everything."""

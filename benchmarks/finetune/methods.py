@@ -1,0 +1,130 @@
+"""The methods that the fine-tuning benchmark compares, and the model that each of them trains.
+
+Whatever is trained is float32, and so are AdamW's moments; what is frozen is bfloat16 or
+compressed. Adapters go to the linear layers that are sketched: those inside blocks. Full
+fine-tuning trains every parameter, embeddings and norms included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.shared.dense import Linears
+from spallm_convert import SketchConfig, convert, load_sketched, set_trainable
+
+#: Packages that a kind of method needs beside those of the project.
+PEERS = {"lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
+#: Adapters of the matched rank have at most as many parameters as the tables of this method.
+MATCHED = "sketch-4bit-gpr4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """kind: "sketch", "lora", "qlora" or "full". rank: None for the matched one. calibrated: the
+    sketch is made for Python's documentation, text that has nothing to do with the task."""
+
+    kind: str
+    bits: int = 0
+    groups: int = 0
+    rank: int | None = None
+    calibrated: bool = False
+
+    def rank_for(self, linears: Linears) -> int:
+        """The rank of its adapters on a model."""
+        if self.rank is not None:
+            return self.rank
+        matched = METHODS[MATCHED]
+        return matched_rank(linears, table_entries(linears, matched.bits, matched.groups))
+
+    @property
+    def base(self) -> str:
+        """What it is before training: methods of the same base begin with the same loss."""
+        if self.kind == "sketch":
+            return f"sketch-{self.bits}bit-gpr{self.groups}" + "-calibrated" * self.calibrated
+        return "nf4" if self.kind == "qlora" else "dense"
+
+
+def _methods() -> dict[str, Method]:
+    found = {}
+    for kind in ("lora", "qlora"):
+        found[f"{kind}-matched"] = Method(kind=kind)
+        for rank in (4, 16):
+            found[f"{kind}-r{rank}"] = Method(kind=kind, rank=rank)
+    for bits, groups in ((4, 1), (4, 4), (4, 8), (3, 4), (2, 4)):
+        found[f"sketch-{bits}bit-gpr{groups}"] = Method(kind="sketch", bits=bits, groups=groups)
+    calibrated = Method(kind="sketch", bits=4, groups=4, calibrated=True)
+    return found | {calibrated.base: calibrated, "full": Method(kind="full")}
+
+
+#: By name. Speeds in turn are relative to the first.
+METHODS = _methods()
+
+
+def table_entries(linears: Linears, bits: int, groups: int) -> int:
+    """Trainable parameters of sketched layers; shapes are (out_features, in_features)."""
+    return sum(rows for rows, _ in linears.values()) * groups * 2**bits
+
+
+def adapter_parameters(linears: Linears, rank: int) -> int:
+    """Trainable parameters of adapters at all layers."""
+    return rank * sum(rows + columns for rows, columns in linears.values())
+
+
+def matched_rank(linears: Linears, budget: int) -> int:
+    """The largest rank within a number of parameters, at least 1."""
+    return max(1, budget // adapter_parameters(linears, 1))
+
+
+def sketch_folder(method: Method, dense: Path, identity: str, cache: Path) -> Path:
+    """The sketched model of a method, converted where it is not there yet."""
+    folder = cache / f"{identity}-{method.base}"
+    text = {"calibration": "builtin", "samples": 32} if method.calibrated else {}
+    config = SketchConfig(bits=method.bits, groups_per_row=method.groups, **text)
+    convert(dense, folder, config, resume=folder.exists())
+    return folder
+
+
+def load(method: Method, rank: int, source: Path, device: str) -> Any:
+    """The model that a method trains, from its dense or its sketched folder."""
+    if method.kind == "sketch":
+        model = load_sketched(source, dtype=torch.bfloat16, device_map={"": device})
+        set_trainable(model)
+        return model
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    if method.kind == "full":
+        options["dtype"] = torch.float32
+    elif method.kind == "qlora":
+        options["quantization_config"] = _nf4()
+    model = AutoModelForCausalLM.from_pretrained(source, device_map={"": device}, **options)
+    return model if method.kind == "full" else _adapted(model, rank)
+
+
+def _nf4() -> Any:
+    """As in the QLoRA paper (arXiv 2305.14314): NF4 with its scales quantized too."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _adapted(model: Any, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)

@@ -1,0 +1,1 @@
+"""Run the GPU tests, measure the kernels and compare them with others."""

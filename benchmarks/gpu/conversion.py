@@ -1,0 +1,86 @@
+"""Calibrated sketching of a layer: torch on the device beside numba on the cores of its machine.
+
+Both get the same weights and the same Hessian, of inputs that are correlated and of different size
+by column, and both cluster on the CPU. Preparing the Hessian is timed apart from the sketching,
+since layers with the same inputs share it. One run each, after one on a few rows that compiles.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.shared.machine import cores
+from spallm_convert.calibration.backends import Numerics, OnCpu
+from spallm_convert.calibration.layers import DAMPING
+from spallm_convert.devices import full_float32
+from spallm_kernels import batched
+
+from .operands import BITS, GROUPS, Layer, Task
+from .timing import Bench
+
+#: Four million weights each: seconds for numba on a few cores.
+LAYERS = (Layer(2048, 2048), Layer(1024, 4096))
+_FEW = 8
+
+
+def conversion(bench: Bench) -> list[Task]:
+    return [Task(layer.name, partial(measure_sketching, bench, layer)) for layer in LAYERS]
+
+
+@torch.no_grad()
+def measure_sketching(bench: Bench, layer: Layer) -> dict[str, Any]:
+    """Seconds of both, step by step, and what rows lose in the end, by the damped Hessian."""
+    torch.manual_seed(0)
+    rows, columns = bench.size(layer.out_features), bench.size(layer.in_features)
+    with full_float32():
+        weights = bench.randn(rows, columns, dtype=torch.float32)
+        hessian = _hessian(bench, columns)
+        seconds, losses = {}, {}
+        # numba on the CPU's copies; smoke runs take the device's code to the CPU too.
+        contestants: dict[str, tuple[Any, Tensor, Tensor]] = {
+            "device": (batched, weights, hessian),
+            "numba": (OnCpu(), weights.cpu(), hessian.cpu()),
+        }
+        for name, (numerics, *operands) in contestants.items():
+            _sketch(bench, numerics, operands[0][:_FEW], operands[1])
+            seconds[name], losses[name] = _sketch(bench, numerics, *operands)
+    return {
+        "layer": layer.name,
+        "bits": BITS,
+        "groups": GROUPS,
+        "cores": cores(),
+        "seconds": seconds,
+        "speedup": sum(seconds["numba"].values()) / sum(seconds["device"].values()),
+        "loss": losses,
+    }
+
+
+def _hessian(bench: Bench, columns: int) -> Tensor:
+    x = bench.randn(2 * columns, columns, dtype=torch.float32)
+    common = bench.randn(2 * columns, 4, dtype=torch.float32)
+    x += common @ bench.randn(4, columns, dtype=torch.float32)
+    x *= bench.randn(columns, dtype=torch.float32).exp()
+    return (x.T @ x).double()
+
+
+def _sketch(
+    bench: Bench, numerics: Numerics, weights: Tensor, hessian: Tensor
+) -> tuple[dict[str, float], float]:
+    """Seconds of both steps, and the loss at the end."""
+    begin = _now(bench)
+    prepared = numerics.prepare_hessian(hessian, DAMPING)
+    middle = _now(bench)
+    fitted = numerics.fit(weights, prepared, GROUPS, 1 << BITS)
+    end = _now(bench)
+    return {"prepare": middle - begin, "fit": end - middle}, fitted.losses[-1][1]
+
+
+def _now(bench: Bench) -> float:
+    if bench.has_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter()

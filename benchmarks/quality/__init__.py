@@ -1,0 +1,1 @@
+"""Compare the perplexity of sketches with other quantizers'."""

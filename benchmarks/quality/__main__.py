@@ -1,0 +1,195 @@
+"""What is left of a dense model's quality: sketching and other quantization after training.
+
+All methods quantize the same layers of the same model, those that need text are shown the same
+tokens, and all are measured alike: the weights that a method arrives at are put into the dense
+model in float32, and perplexity is measured on text that none has seen. Beside it stands what the
+method stores for a weight, in bits: codes, tables, scales, zeros and padding. `methods.py`
+lists the methods.
+
+Every run is a process of its own. The file is written after every run, and runs that it holds are
+not repeated: what was interrupted goes on when it is started again.
+
+    pip install -r benchmarks/quality_peers.txt     (for the peers, and the picture)
+    python -m benchmarks.quality --text FILE        writes results/quality.json
+    python -m benchmarks.quality.table              prints a table
+    python -m benchmarks.quality.plot               draws docs/quality.svg
+
+Set OMP_NUM_THREADS and NUMBA_NUM_THREADS to cores that nothing else uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+import spallm_convert
+import spallm_formats
+import spallm_kernels
+from benchmarks.shared.dense import dense_folder, digest, model_name
+from benchmarks.shared.machine import RESULTS, machine, versions, write_results
+from benchmarks.shared.processes import Row, missing, open_document, run_in_process
+from spallm_convert.errors import OptionError, SpallmError
+from spallm_formats import sha256
+
+from .methods import METHODS, PEERS
+from .one_run import Job, halves
+
+_PACKAGES = ("torch", "transformers", "numpy", "numba", "spallm-convert")
+_RUN = "benchmarks.quality.one_run"
+_SETTINGS = ("samples", "seqlen", "eval_tokens", "window", "seed")
+
+
+def run_job(job: Job, scratch: Path) -> Row | None:
+    """Carries a job out in a process of its own; None when that failed."""
+    return run_in_process(_RUN, asdict(job), scratch)
+
+
+def missing_peers(methods: Iterable[str]) -> list[str]:
+    """Packages that the methods need and that are not installed."""
+    return missing(peer for name in methods for peer in PEERS.get(METHODS[name].kind, ()))
+
+
+def check_text(path: Path, dense: Path, eval_tokens: int) -> None:
+    """Raises OptionError unless the half of a text that is measured on is long enough."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(dense)
+    _, held_out = halves(path.read_text(encoding="utf-8"))
+    found = len(tokenizer(held_out, verbose=False)["input_ids"])
+    if found < eval_tokens:
+        raise OptionError(
+            f"{path} is too short: its second half has {found:,} tokens, {eval_tokens:,} are to be "
+            f"measured on"
+        )
+
+
+def _header(options: Row, dense: Path) -> Row:
+    settings = {
+        "model": model_name(options["model"]),
+        "model_digest": digest(dense),
+        "text": options["text"].name,
+        "text_sha256": sha256(options["text"]),
+    }
+    installed = {dist.name for dist in importlib.metadata.distributions()}
+    return {
+        "benchmark": "quality",
+        "machine": machine(),
+        "versions": versions(*(name for name in _PACKAGES if name in installed)),
+        "settings": settings | {name: options[name] for name in _SETTINGS},
+    }
+
+
+def _identity(document: Row) -> str:
+    """Of what may be kept for another run: made with the same settings, versions and sources."""
+    sources = {
+        f"{package.__name__}/{path.relative_to(folder)}": sha256(path)
+        for package in (spallm_convert, spallm_formats, spallm_kernels)
+        for folder in map(Path, package.__path__)
+        for path in folder.rglob("*.py")
+    }
+    same = json.dumps([document["settings"], document["versions"], sources], sort_keys=True)
+    return hashlib.sha256(same.encode()).hexdigest()[:16]
+
+
+def _echo_row(row: Row) -> None:
+    click.echo(
+        f"    {row['bits_per_weight']:.3f} bits per weight, perplexity {row['perplexity']:.3f}, "
+        f"{row['conversion_seconds']:.0f} s, peak {row['conversion_peak_bytes'] / 1e9:.2f} GB"
+    )
+
+
+def carry_out(options: Row) -> list[str]:
+    """Carries out what the file lacks; returns the methods that failed."""
+    output, text, cache = options["output"], options["text"], options["cache"].expanduser()
+    dense = dense_folder(options["model"], None, cache)
+    check_text(text, dense, options["eval_tokens"])
+    document = open_document(output, _header(options, dense), fresh=options["fresh"])
+    done = {row["method"] for row in document["runs"]}
+    todo = [name for name in dict.fromkeys(options["methods"]) if name not in done]
+    click.echo(f"{len(todo)} runs to do, {len(done)} in {output} already")
+    failed = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, name in enumerate(todo, start=1):
+            click.echo(f"{number} of {len(todo)}: {name}")
+            settings = {setting: options[setting] for setting in _SETTINGS}
+            job = Job(
+                method=name,
+                dense=str(dense),
+                text=str(text),
+                kept=str(cache / "calibrated" / _identity(document)),
+                **settings,
+            )
+            row = run_job(job, Path(scratch))
+            if row is None:
+                failed.append(name)
+                continue
+            document["runs"].append(row)
+            write_results(output, document)
+            _echo_row(row)
+    return failed
+
+
+@click.command(context_settings={"show_default": True})
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    required=True,
+    help="First half: shown to methods that are calibrated. Second half: measured on.",
+)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Dense model.  [default: the demo's, SmolLM2-135M]",
+)
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    type=click.Choice(list(METHODS)),
+    default=list(METHODS),
+    show_default="all",
+)
+@click.option("--samples", type=click.IntRange(1), default=128, help="Of the calibration text.")
+@click.option("--seqlen", type=click.IntRange(2), default=512, help="Tokens of a sample.")
+@click.option("--eval-tokens", type=click.IntRange(2), default=16384, help="To measure on.")
+@click.option("--window", type=click.IntRange(2), default=1024, help="Tokens seen at once.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of samples and hashes.")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("~/.cache/spallm-convert/quality"),
+    help="Where the demo's model is kept, and blocks of calibrated runs for those that go on.",
+)
+@click.option("--fresh", is_flag=True, help="Drop the runs that the file holds.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=RESULTS / "quality.json",
+    show_default="results/quality.json beside this file",
+)
+def main(**options: Any) -> None:
+    """Quantizes one dense model by several methods and compares perplexity and bits."""
+    if absent := missing_peers(options["methods"]):
+        raise click.UsageError(
+            f"not installed: {', '.join(absent)}; pip install -r benchmarks/quality_peers.txt, or "
+            f"name methods that do without by --method"
+        )
+    try:
+        failed = carry_out(options)
+    except SpallmError as error:
+        raise click.ClickException(str(error)) from error
+    if failed:
+        raise click.ClickException(f"failed: {', '.join(failed)}")
+    click.echo(f"written to {options['output']}")
+
+
+if __name__ == "__main__":
+    main()

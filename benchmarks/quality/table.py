@@ -1,0 +1,118 @@
+"""Prints the runs of `quality.json` as a table in Markdown, by width and perplexity, and what they
+come to: our losses as parts of LeanQuant's, and what other methods do better.
+
+python -m benchmarks.quality.table [--input FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.shared.drawing import PlotError
+from benchmarks.shared.machine import RESULTS
+
+from .methods import WIDTHS
+from .plot import Row, read
+
+#: Kinds of sketches for a text, as sentences name them.
+OURS = {
+    "sketch-calibrated": "the calibrated sketch",
+    "sketch-healed": "the healed one",
+    "sketch-allocated": "the one with bits by layer",
+}
+_HEAD = (
+    "method",
+    "bits per weight",
+    "model, MB",
+    "perplexity",
+    "nats per token above dense",
+    "CPU seconds",
+    "peak, GB",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--input", type=Path, default=RESULTS / "quality.json")
+    try:
+        runs = read(parser.parse_args().input)["runs"]
+        print("\n\n".join([table(runs), *beside_leanquant(runs), better_in_both(runs)]))
+    except PlotError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def table(runs: list[Row]) -> str:
+    """The table; runs of the same width stand together, the best of them first."""
+    (dense,) = (row["nats_per_token"] for row in runs if row["kind"] == "dense")
+    rows = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 1))]
+    for row in sorted(runs, key=lambda row: (-row["bits"], row["nats_per_token"])):
+        parts = [row, *_continued(row, runs)]  # of a conversion, from the dense model on
+        rows.append(
+            (
+                row["method"],
+                f"{row['bits_per_weight']:.2f}",
+                f"{row['model_bytes'] / 1e6:.1f}",
+                f"{row['perplexity']:.2f}" if row["perplexity"] < 1e4 else "over 10,000",
+                f"{row['nats_per_token'] - dense:.3f}",
+                f"{sum(part['conversion_cpu_seconds'] for part in parts):.0f}",
+                f"{max(part['conversion_peak_bytes'] for part in parts) / 1e9:.2f}",
+            )
+        )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def beside_leanquant(runs: list[Row]) -> list[str]:
+    """A line per width: the perplexity that is lost with one table per row."""
+    (dense,) = (row["perplexity"] for row in runs if row["kind"] == "dense")
+    losses = {
+        (row["kind"], row["bits"]): row["perplexity"] - dense
+        for row in runs
+        if row["groups_per_row"] == 1
+    }
+    lines = []
+    for bits in WIDTHS:
+        theirs = losses.get(("leanquant", bits))
+        if theirs is None:
+            continue
+        line = f"At {bits} bits LeanQuant's recipe loses {theirs:.2f} of perplexity"
+        for kind, name in OURS.items():
+            if (loss := losses.get((kind, bits))) is not None and kind != "sketch-allocated":
+                line += f", {name} {loss:.2f} ({loss / theirs:.0%} of that)"
+        lines.append(line + ".")
+    return lines
+
+
+def better_in_both(runs: list[Row]) -> str:
+    """Names methods of others with fewer bits and less perplexity than a sketch for a text."""
+    axes = ("bits_per_weight", "perplexity")
+    others = [row for row in runs if not row["kind"].startswith(("sketch", "hash", "dense"))]
+    found = [
+        f"{other['method']} than {ours['method']}"
+        for ours in runs
+        for other in others
+        if ours["kind"] in OURS and all(other[axis] <= ours[axis] for axis in axes)
+    ]
+    names = "; ".join(found) or "none"
+    return (
+        f"Methods of others with fewer bits and less perplexity than a sketch for a text: {names}."
+    )
+
+
+def _continued(row: Row, runs: list[Row]) -> list[Row]:
+    """The run whose results this one went on with, if it did. Raises PlotError without its row."""
+    kind = row.get("continues")
+    if kind is None:
+        return []
+    alike = {"kind": kind} | {key: row[key] for key in ("bits", "groups_per_row")}
+    found = [other for other in runs if all(other[key] == alike[key] for key in alike)]
+    if not found:
+        raise PlotError(f"{row['method']} continues a run of {kind} that is not in the file")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

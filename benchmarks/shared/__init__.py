@@ -1,0 +1,1 @@
+"""Describe machines, start processes, draw results and prepare dense models for all benchmarks."""

@@ -1,0 +1,74 @@
+"""What the benchmarks share: which machine and versions, memory, quantiles, writing results."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spallm_formats import to_json
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+_STATUS = Path("/proc/self/status")
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def machine() -> dict[str, Any]:
+    """The machine, as far as results depend on it."""
+    return {"cpu": _cpu_model(), "cores": cores(), "platform": platform.platform()}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of installed packages."""
+    found = {package: importlib.metadata.version(package) for package in packages}
+    return {"python": platform.python_version()} | found
+
+
+def module_environment() -> dict[str, str]:
+    """Return this process's environment with this checkout on the path of `python -m`."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def resident(field: str) -> int:
+    """VmRSS or VmHWM of this process. Elsewhere than on Linux its peak, which is never reset."""
+    if not _STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
+    lines = _STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def quantiles(samples: Sequence[float]) -> dict[str, float]:
+    """The median and the quantiles on both sides of it that few outliers do not move."""
+    levels = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
+    return {name: float(np.quantile(samples, level)) for name, level in levels.items()}
+
+
+def write_results(path: Path, document: dict[str, Any]) -> None:
+    """Writes JSON, making the folder if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(to_json(document))
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

@@ -1,0 +1,1 @@
+"""Choose bits and groups for every layer within a budget."""

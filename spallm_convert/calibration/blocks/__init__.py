@@ -1,0 +1,1 @@
+"""Go through a dense model block by block."""

@@ -1,0 +1,1 @@
+"""Train the tables of calibrated blocks towards the dense model."""

@@ -1,0 +1,126 @@
+"""The tables that the commands print."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+from rich.table import Table
+
+from spallm_convert.conversion.report import Report
+from spallm_convert.sketch.plan import Plan
+from spallm_convert.source.skeleton import numbers_starred
+
+from .terminal import print_table
+
+
+def print_plan(plan: Plan, *, as_json: bool, totals_alone: bool = False) -> None:
+    """What a conversion would do, for `--dry-run`."""
+    totals = plan.totals()
+    if as_json:
+        modules = {name: asdict(module) for name, module in plan.metadata.modules.items()}
+        document = {"totals": totals, "modules": modules, "left_dense": plan.left_dense}
+        click.echo(json.dumps(document, indent=2))
+        return
+    table = _table("layers", "shape", "bits", "groups", "bits per weight")
+    mapping, dtype = plan.metadata.mapping, plan.metadata.table_dtype
+    merged: dict[tuple[str, ...], int] = {}
+    for name, module in plan.metadata.modules.items():
+        row: tuple[str, ...] = (
+            numbers_starred(name),
+            f"{module.out_features} x {module.in_features}",
+            str(module.bits),
+            str(module.groups_per_row),
+            f"{module.stored_bits_per_weight(mapping, dtype):.3f}",
+        )
+        merged[row] = merged.get(row, 0) + 1
+    for row, count in merged.items():
+        table.add_row(f"{count} x {row[0]}", *row[1:])
+    if not totals_alone:
+        print_table(table)
+        _print_left_dense(plan.left_dense)
+    _print_totals(totals)
+    click.echo(f"{len(plan.shards)} weight file(s) would be written")
+
+
+def print_report(report: Report) -> None:
+    """The error and size of every module, then the totals."""
+    errors = {"relative_error": "weight error", "relative_output_error": "output error"}
+    errors = {key: title for key, title in errors.items() if key in report.totals}
+    bits = ["bits"] if len(report.widths) > 1 else []
+    table = _table("layer", "shape", *bits, "groups", "bits per weight", *errors.values())
+    for module in report.modules:
+        table.add_row(
+            module["name"],
+            " x ".join(map(str, module["shape"])),
+            *(str(module[key]) for key in bits),
+            str(module["groups_per_row"]),
+            f"{module['bits_per_weight']:.3f}",
+            *(f"{module[key]:.4f}" for key in errors),
+        )
+    print_table(table)
+    _print_left_dense(report.left_dense)
+    _print_totals(report.totals, healed="healing" in report.document)
+    _print_predicted(report.document.get("predicted_loss"))
+    _print_healing(report.document.get("healing"))
+    if (reason := report.document.get("not_calibrated")) is not None:
+        click.echo(f"not calibrated: {reason}")
+
+
+def _print_healing(healing: dict[str, float] | None) -> None:
+    if healing is not None:
+        click.echo(
+            f"healed: {healing['kl_before']:.4f} -> {healing['kl_after']:.4f} nats per token from "
+            f"the dense model, on samples left out"
+        )
+
+
+def _table(first: str, *others: str) -> Table:
+    """With columns as narrow as their titles' words, so that names like those of Llama's layers,
+    which are never cut, and their shapes fit into 80 columns."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold cyan")
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=name == "shape")
+    return table
+
+
+def _print_left_dense(left_dense: dict[str, str]) -> None:
+    merged: dict[tuple[str, str], int] = {}
+    for name, why in left_dense.items():
+        key = (numbers_starred(name), why)
+        merged[key] = merged.get(key, 0) + 1
+    for (name, why), count in merged.items():
+        click.echo(f"left dense: {count} x {name}: {why}")
+
+
+def _print_totals(totals: dict[str, Any], *, healed: bool = False) -> None:
+    share = totals["sketched_weights"] / (totals["sketched_weights"] + totals["kept_weights"])
+    ratio = totals["ratio"]
+    change = f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
+    click.echo(
+        f"{totals['sketched_weights']:,} weights sketched ({share:.1%} of the model) at "
+        f"{totals['bits_per_weight']:.3f} bits each, tables included"
+    )
+    click.echo(
+        f"{totals['source_bytes'] / 1e6:,.1f} MB -> {totals['sketched_bytes'] / 1e6:,.1f} MB "
+        f"({change})"
+    )
+    if "relative_error" in totals:
+        click.echo(f"relative error of the sketched weights: {totals['relative_error']:.4f}")
+    if "relative_output_error" in totals:
+        error, when = totals["relative_output_error"], ", before healing" if healed else ""
+        click.echo(f"relative error of their outputs on the calibration text{when}: {error:.4f}")
+
+
+def _print_predicted(losses: dict[str, float] | None) -> None:
+    if losses is None:
+        return
+    uniform = ", ".join(
+        f"{loss:.4f} at {bits} bits" for bits, loss in losses.items() if bits != "chosen"
+    )
+    click.echo(
+        f"predicted loss of the chosen bits: {losses['chosen']:.4f} nats per token ({uniform})"
+    )

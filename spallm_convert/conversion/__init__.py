@@ -1,0 +1,1 @@
+"""Convert a model into a sketched checkpoint, describe it and check it."""

@@ -1,0 +1,131 @@
+"""The model card of a sketched checkpoint, written from its report."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from spallm_convert.errors import one_line
+
+from .report import Report
+
+CARD_FILE = "README.md"
+_WORST_SHOWN = 5
+
+
+def model_card(report: Report, config: dict[str, Any]) -> str:
+    """README.md with the metadata that the Hub reads, the figures, and how to load the model."""
+    totals, options, source = report.totals, report.document["options"], report.source
+    is_decoder = any("ForCausalLM" in name for name in config["architectures"])
+    name = source["model"].rsplit("/", 1)[-1]
+    groups = sorted({module["groups_per_row"] for module in report.modules})
+    worst = sorted(report.modules, key=lambda module: -module["relative_error"])[:_WORST_SHOWN]
+    rows = "\n".join(f"| `{module['name']}` | {module['relative_error']:.4f} |" for module in worst)
+    widths = _listed(report.widths)
+    share = "Most" if report.left_dense else "All"
+    return f"""{_front_matter(report, is_decoder)}
+# {name}, sketched to {_size(report)} bits
+
+{share} linear layers of this model's blocks are **sketches**: a small trainable table per row and
+group, and a frozen index map of {widths} bits per weight that says which entry each weight
+is. The model is fine-tuned by training the tables themselves: no adapter.
+
+| | |
+| --- | --- |
+| source | {source["model"]}{_at_revision(source)} |
+| bits per code | {widths}{_chosen(report)} |
+| groups per row | {_listed(groups)} |
+| mapping | {options["mapping"]} |
+| bits per sketched weight, tables included | {totals["bits_per_weight"]:.3f} |
+| size | {totals["sketched_bytes"] / 1e6:,.1f} MB, was {totals["source_bytes"] / 1e6:,.1f} MB |
+| relative error of the weights (Frobenius) | {totals["relative_error"]:.4f} |{_calibration(report)}
+
+## How to load it
+
+```python
+# needs the package spallm-convert
+from spallm_convert import load_sketched
+
+model = load_sketched("path or Hub id of this model")
+```
+
+The tables are the only trainable parameters. With `import spallm_convert`, the Auto classes of
+transformers load it too.
+
+## Layers with the largest error
+
+| layer | relative error |
+| --- | --- |
+{rows}
+
+All layers, options, versions and hashes: `conversion.json`. Method: SpaLLM (arXiv 2410.06364),
+published as SketchTune at ICML 2025. Made with spallm-convert
+{report.document["versions"]["spallm-convert"]}.
+"""
+
+
+def _front_matter(report: Report, is_decoder: bool) -> str:
+    source = report.source
+    lines = ["---", "library_name: transformers"]
+    if source["revision"]:
+        lines += [f"base_model: {source['model']}", "base_model_relation: quantized"]
+    for key, value in (source["license"] or {}).items():
+        lines.append(f"{key}: {json.dumps(value)}")  # JSON is YAML
+    if is_decoder:
+        lines.append("pipeline_tag: text-generation")
+    lines += [
+        "tags:",
+        "- spallm",
+        "- sketched",
+        f"- {_size(report)}-bit",
+        "---",
+    ]
+    return "\n".join(lines)
+
+
+def _calibration(report: Report) -> str:
+    """Rows of the table about calibration; none without it."""
+    error, options = report.totals.get("relative_output_error"), report.document["options"]
+    if (reason := report.document.get("not_calibrated")) is not None:
+        return f"\n| calibration | none: {one_line(reason)} |"
+    if error is None:
+        return ""
+    when = ", before healing" if "healing" in report.document else ""
+    return (
+        f"\n| calibration | {options['calibration']}, {options['samples']} samples of "
+        f"{options['seqlen']} tokens |"
+        f"\n| relative error of the layers' outputs on it{when} | {error:.4f} |{_healing(report)}"
+    )
+
+
+def _healing(report: Report) -> str:
+    healing = report.document.get("healing")
+    if healing is None:
+        return ""
+    return (
+        f"\n| divergence from the dense model on samples left out, before and after "
+        f"{report.document['options']['heal']} steps of healing | {healing['kl_before']:.4f}, "
+        f"{healing['kl_after']:.4f} nats per token |"
+    )
+
+
+def _size(report: Report) -> str:
+    """Bits per code, or per weight where that was the target."""
+    options = report.document["options"]
+    target = options.get("target_bits")
+    return f"{options['bits'] if target is None else target:g}"
+
+
+def _chosen(report: Report) -> str:
+    predicted = report.document.get("predicted_loss")
+    if predicted is None:
+        return ""
+    return f", by layer; predicted to lose {predicted['chosen']:.4f} nats per token"
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _at_revision(source: dict[str, Any]) -> str:
+    return f" at {json.dumps(source['revision'][:12])}" if source["revision"] else ""

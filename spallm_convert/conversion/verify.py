@@ -1,0 +1,43 @@
+"""`verify`: everything about a sketched checkpoint that can be checked without its source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spallm_convert.errors import FormatError
+from spallm_convert.paths import user_path
+from spallm_formats import SketchedCheckpoint, sha256
+
+from .report import REPORT_FILE, Report
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Checks a folder and returns every problem found, none when it is sound.
+
+    Headers against config and index, every file against its hash in `conversion.json`, padding
+    bits and table values. A checkpoint without `conversion.json` has a problem: nothing says what
+    its bytes should be.
+    """
+    folder = user_path(folder)
+    problems: list[str] = []
+    try:
+        checkpoint = SketchedCheckpoint.open(folder)
+    except FormatError as error:
+        return error.problems
+    try:
+        report = Report.read(folder)
+    except FormatError as error:
+        problems += error.problems
+        report = None
+    if report is None and not problems:
+        problems.append(f"{REPORT_FILE} is missing, so there are no hashes to compare with")
+    files = report.files if report else {}
+    for name, file in files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name}: listed in {REPORT_FILE}, missing here")
+        elif sha256(path) != file["sha256"]:
+            problems.append(f"{name}: its SHA-256 is not the one in {REPORT_FILE}")
+    weights = {tensor.file.name for tensor in checkpoint.tensors.values()} if report else set()
+    problems += [f"{name}: not listed in {REPORT_FILE}" for name in weights if name not in files]
+    return problems + list(checkpoint.deep_problems())

@@ -1,0 +1,1 @@
+"""Open any checkpoint and measure its perplexity or its accuracy on tasks."""

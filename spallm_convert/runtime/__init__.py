@@ -1,0 +1,1 @@
+"""Load, run and train sketched models."""

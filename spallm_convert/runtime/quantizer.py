@@ -1,0 +1,143 @@
+"""How transformers loads and saves a sketched checkpoint: its config class and quantizer.
+
+Importing this module registers both under `quant_method: "spallm"`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from spallm_convert.errors import FormatError
+from spallm_convert.source.skeleton import aliases
+from spallm_formats import QUANT_METHOD, SketchMetadata
+
+from .linear import SketchedLinear
+from .tables import attach_set_tables
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@register_quantization_config(QUANT_METHOD)
+class SpallmConfig(QuantizationConfigMixin):
+    """`quantization_config` of a sketched checkpoint; refuses unknown keys."""
+
+    def __init__(self, **document: Any) -> None:
+        self.metadata = SketchMetadata.from_json({"quant_method": QUANT_METHOD} | document)
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enum of built-in ones
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.metadata.to_json()
+
+
+@register_quantizer(QUANT_METHOD)
+class SpallmQuantizer(HfQuantizer):
+    """Puts sketched layers into the module tree before weights are loaded."""
+
+    requires_calibration = True
+    serialized_names = {"weight": ["weight", "weight_table"]}  # noqa: RUF012
+    quantization_config: SpallmConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        metadata = self.quantization_config.metadata
+        seed = metadata.hash_seed if metadata.mapping == "hash" else None
+        # Tables stored in float32 are meant to be trained in it, whatever the model computes in.
+        table_dtype = torch.float32 if metadata.table_dtype == "float32" else None
+        linears = {
+            name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+        }
+        problems = []
+        for stored, shape in metadata.modules.items():
+            names = aliases(stored, model.base_model_prefix)
+            path = next((name for name in names if name in linears), None)
+            if path is None:
+                problems.append(f"module {stored!r} is no linear layer of {type(model).__name__}")
+                continue
+            dense = linears[path]
+            if (dense.out_features, dense.in_features) != (shape.out_features, shape.in_features):
+                problems.append(
+                    f"module {stored!r} is sketched as [{shape.out_features}, {shape.in_features}],"
+                    f" the model has [{dense.out_features}, {dense.in_features}]"
+                )
+                continue
+            sketched = SketchedLinear(
+                shape,
+                bias=dense.bias,
+                table_dtype=table_dtype or dense.weight.dtype,
+                hash_seed=seed,
+                device=dense.weight.device,
+                stored_name=stored,
+            )
+            model.set_submodule(path, sketched)
+        if problems:
+            raise FormatError(problems)
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        train_tables_only(model)
+        attach_set_tables(model)
+        self._describe_tables(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
+        """What `save_pretrained`, the caller, saves in place of the state dict that it was given.
+
+        That one is what Trainer has gathered from all shards, and must not be lost: it is returned.
+        """
+        # Before the config is saved: mixed precision under FSDP2 has made the tables float32.
+        self._describe_tables(model)
+        return sys._getframe(1).f_locals.get("state_dict"), {}
+
+    def _describe_tables(self, model: PreTrainedModel) -> None:
+        """Has the config say which dtype tables have now, whatever they were stored in."""
+        kinds = {m.weight_table.dtype for m in model.modules() if isinstance(m, SketchedLinear)}
+        for kind in kinds:
+            self.quantization_config.metadata = dataclasses.replace(
+                self.quantization_config.metadata, table_dtype=str(kind).removeprefix("torch.")
+            )
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+        sketched = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, SketchedLinear)
+        }
+        for name, module in sketched.items():
+            dense = nn.Linear(module.in_features, module.out_features, device="meta")
+            dense.weight = nn.Parameter(module.dense_weight().to(dtype), requires_grad=False)
+            dense.bias = module.bias
+            model.set_submodule(name, dense)
+        return model
+
+
+def train_tables_only(model: nn.Module) -> None:
+    """Makes the sketch tables trainable and freezes all else."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, SketchedLinear):
+            module.weight_table.requires_grad_(True)

@@ -1,0 +1,1 @@
+"""Plan a sketched checkpoint and sketch rows of weights."""

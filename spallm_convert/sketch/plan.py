@@ -1,0 +1,225 @@
+"""What a conversion will do: a pure function of the source's headers and the options.
+
+Nothing here reads a weight, so `--dry-run` is a plan that is not carried out, and a resumed
+conversion plans the same as the one that was killed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spallm_convert.config import AUTO, SketchConfig
+from spallm_convert.errors import OptionError, SourceError
+from spallm_convert.source.locate import DenseCheckpoint
+from spallm_convert.source.skeleton import is_in_block, read_skeleton
+from spallm_formats import (
+    FLOAT_STORAGE,
+    Shard,
+    SketchedModule,
+    SketchMetadata,
+    StoredTensor,
+    TensorSpec,
+    plan_shards,
+)
+
+from .widths import Choice, check_target, given
+
+
+@dataclass(frozen=True)
+class Plan:
+    """metadata: what is sketched and how; weights: the dense weight of each sketched module;
+    paths: where it is in the model, which may differ from its name in the base model's prefix.
+
+    kept: tensors copied as they are; left_dense: linear layers among them that were not sketched,
+    each with the reason; shards: the files to write.
+    """
+
+    metadata: SketchMetadata
+    weights: dict[str, StoredTensor]
+    paths: dict[str, str]
+    kept: dict[str, StoredTensor]
+    left_dense: dict[str, str]
+    shards: list[Shard]
+
+    @property
+    def sketched_weights(self) -> int:
+        return sum(module.weights for module in self.metadata.modules.values())
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The sketched modules' names in the checkpoint, by their paths in the model."""
+        return {path: name for name, path in self.paths.items()}
+
+    def inside(self, path: str) -> dict[str, str]:
+        """Names in the checkpoint of the sketched modules below a path, by their names there."""
+        start = path + "."
+        return {p.removeprefix(start): n for p, n in self.names.items() if p.startswith(start)}
+
+    def totals(self) -> dict[str, Any]:
+        """Sizes before and after, in weights, bytes and bits per weight."""
+        dense = sum(tensor.nbytes for tensor in self.weights.values())
+        sketched = sum(spec.nbytes for spec in self.metadata.tensors().values())
+        kept = sum(tensor.nbytes for tensor in self.kept.values())
+        return {
+            "sketched_weights": self.sketched_weights,
+            "kept_weights": sum(tensor.elements for tensor in self.kept.values()),
+            "bits_per_weight": 8 * sketched / self.sketched_weights,
+            "source_bytes": dense + kept,
+            "sketched_bytes": sketched + kept,
+            "ratio": (dense + kept) / (sketched + kept),
+        }
+
+
+def make_plan(
+    checkpoint: DenseCheckpoint, config: SketchConfig, *, trust_remote_code: bool = False
+) -> Plan:
+    """Plans the sketching of every linear layer in the model's blocks.
+
+    With `target_bits` it is what `reallocate` starts from. Raises OptionError when groups do not
+    divide a layer's columns or the target cannot be met, SourceError when no layer can be sketched
+    or a layer's weight has a dtype or shape that cannot be read.
+    """
+    folder, tensors = checkpoint.folder, checkpoint.tensors
+    skeleton = read_skeleton(folder, checkpoint.config, trust_remote_code=trust_remote_code)
+    modules: dict[str, SketchedModule] = {}
+    paths: dict[str, str] = {}
+    left_dense: dict[str, str] = {}
+    problems: list[str] = []
+    names = {path: skeleton.stored_name(path, tensors) for path in skeleton.linears}
+    for path, shape in skeleton.linears.items():
+        name = names[path]
+        if name is None:
+            left_dense[path] = skeleton.unfit.get(path, "its weight is not stored under this name")
+            continue
+        weight = tensors[name + ".weight"]
+        pattern = next((p for p in config.ignore if _matches(p, path, name)), None)
+        if pattern is not None:
+            reason: str | None = f"ignored by the pattern {pattern!r}"
+        else:
+            reason = skeleton.unfit.get(path) or _reason_to_keep(name, shape, weight, config)
+        if reason:
+            left_dense[name] = reason
+        else:
+            problems += _tensor_problems(weight, shape)
+            modules[name] = _sketched(shape, config)
+            paths[name] = path
+    _check_patterns(config.ignore, [(path, name or path) for path, name in names.items()])
+    left_dense |= _other_matrices(tensors, {*modules, *left_dense})
+    if problems:
+        raise SourceError("; ".join(problems))
+    if not modules:
+        raise SourceError(f"{folder}: no linear layer to sketch {_why_none(left_dense)}")
+    _check_groups(modules)
+    check_target(modules, config)
+    return _laid_out(tensors, modules, paths, left_dense, config)
+
+
+def reallocate(
+    plan: Plan, choices: Mapping[str, Choice], checkpoint: DenseCheckpoint, config: SketchConfig
+) -> Plan:
+    """The same plan with other bits and groups, of every module by its name."""
+    modules = {name: given(module, choices[name]) for name, module in plan.metadata.modules.items()}
+    return _laid_out(checkpoint.tensors, modules, plan.paths, plan.left_dense, config)
+
+
+def _other_matrices(tensors: dict[str, StoredTensor], known: set[str]) -> dict[str, str]:
+    """Matrices inside blocks that belong to no linear layer, such as fused experts."""
+    return {
+        name: "not the weight of a linear layer"
+        for name, tensor in tensors.items()
+        if len(tensor.shape) >= 2
+        and is_in_block(name)
+        and name.removesuffix(".weight") not in known
+    }
+
+
+def _matches(pattern: str, *names: str) -> bool:
+    """Whether a pattern to ignore is one for a layer, by its path or its name in the checkpoint."""
+    return any(fnmatch.fnmatch(name, pattern) for name in names)
+
+
+def _check_patterns(patterns: tuple[str, ...], layers: list[tuple[str, str]]) -> None:
+    unused = [p for p in patterns if not any(_matches(p, *names) for names in layers)]
+    if unused:
+        raise OptionError(f"ignore patterns {unused} match no linear layer of the model's blocks")
+
+
+def _laid_out(
+    tensors: dict[str, StoredTensor],
+    modules: dict[str, SketchedModule],
+    paths: dict[str, str],
+    left_dense: dict[str, str],
+    config: SketchConfig,
+) -> Plan:
+    metadata = SketchMetadata(
+        mapping=config.mapping,
+        table_dtype=config.table_dtype,
+        hash_seed=config.seed,
+        modules=modules,
+    )
+    weights: dict[str, StoredTensor] = {}
+    kept: dict[str, StoredTensor] = {}
+    groups: list[tuple[TensorSpec, ...]] = []
+    for tensor in tensors.values():
+        name = tensor.name.removesuffix(".weight")
+        if name in modules and tensor.name != name:
+            weights[name] = tensor
+            groups.append(modules[name].tensors(name, config.mapping, config.table_dtype))
+        else:
+            kept[tensor.name] = tensor
+            groups.append((TensorSpec(tensor.name, tensor.dtype, tensor.shape),))
+    shards = plan_shards(groups, config.max_shard_bytes)
+    return Plan(metadata, weights, paths, kept, left_dense, shards)
+
+
+def _sketched(shape: tuple[int, int], config: SketchConfig) -> SketchedModule:
+    out_features, in_features = shape
+    return SketchedModule(
+        in_features=in_features,
+        out_features=out_features,
+        bits=config.bits,
+        groups_per_row=config.groups_for(in_features),
+    )
+
+
+def _reason_to_keep(
+    name: str, shape: tuple[int, int], weight: StoredTensor, config: SketchConfig
+) -> str | None:
+    if config.groups_per_row == AUTO:
+        specs = _sketched(shape, config).tensors(name, config.mapping, config.table_dtype)
+        if sum(spec.nbytes for spec in specs) >= weight.nbytes:
+            return f"with {shape[1]} columns its tables would be larger than what they save"
+    return None
+
+
+def _tensor_problems(weight: StoredTensor, shape: tuple[int, int]) -> list[str]:
+    where = f"{weight.file.name}: tensor {weight.name!r}"
+    if weight.dtype not in FLOAT_STORAGE:
+        accepted = ", ".join(FLOAT_STORAGE)
+        return [f"{where} has the dtype {weight.dtype}, only {accepted} can be sketched"]
+    if weight.shape != shape:
+        return [f"{where} is {list(weight.shape)}, the model expects {list(shape)}"]
+    return []
+
+
+def _check_groups(modules: dict[str, SketchedModule]) -> None:
+    misfits = [
+        f"{name} ({module.in_features} columns)"
+        for name, module in modules.items()
+        if module.in_features % module.groups_per_row
+    ]
+    if misfits:
+        groups = next(iter(modules.values())).groups_per_row
+        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        raise OptionError(
+            f"groups_per_row {groups} does not divide the columns of {', '.join(misfits[:3])}{more}"
+        )
+
+
+def _why_none(left_dense: dict[str, str]) -> str:
+    if not left_dense:
+        return "(the model has none inside its blocks)"
+    return "(" + "; ".join(f"{name}: {why}" for name, why in list(left_dense.items())[:3]) + ")"

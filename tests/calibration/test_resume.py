@@ -1,0 +1,147 @@
+"""A calibrated conversion that was killed, or whose work was damaged, ends in the same bytes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from helpers.calibration import StopAt, contents
+from spallm_convert import FormatError, SketchConfig, SpallmError, convert, load_sketched
+from spallm_convert.calibration.healing import tuning
+from spallm_formats.staging import PARTIAL_FOLDER
+
+SCRIPT = Path(__file__).parents[1] / "helpers" / "killed_conversion.py"
+
+
+def options(text, **changes):
+    """Those of `killed_conversion.py`."""
+    given = {"max_shard_size": "30KB", "samples": 16, "seqlen": 32, "calibration": str(text)}
+    return SketchConfig(**given | changes)
+
+
+def stopped(source, output, config, count):
+    """Stops a conversion when so many modules are done; returns the blocks that it has kept."""
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, output, config, device="cpu", progress=StopAt(count))
+    return sorted(output.rglob("block-*.safetensors"))
+
+
+@pytest.mark.parametrize("mapping", ["cluster", "hash"])
+@pytest.mark.parametrize("damage", ["shorter", "changed", "empty"])
+def test_a_damaged_block_is_sketched_again(source, text, tmp_path, damage, mapping):
+    config = options(text, mapping=mapping)
+    convert(source, tmp_path / "whole", config, device="cpu")
+    (block,) = stopped(source, tmp_path / "out", config, 10)
+    data = bytearray(block.read_bytes())
+    if damage == "changed":
+        data[-1] ^= 1  # in the last table: nothing else would notice
+    block.write_bytes({"shorter": data[:-100], "changed": data, "empty": b""}[damage])
+    convert(source, tmp_path / "out", config, device="cpu", resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_blocks_that_are_whole_are_not_sketched_again(source, text, tmp_path, monkeypatch):
+    from spallm_convert.calibration import sketching
+
+    assert len(stopped(source, tmp_path / "out", options(text), 10)) == 1
+    sketched = []
+    sketch_block = sketching.sketch_block
+
+    def spied(blocks, number, *arguments):
+        sketched.append(number)
+        return sketch_block(blocks, number, *arguments)
+
+    monkeypatch.setattr(sketching, "sketch_block", spied)
+    convert(source, tmp_path / "out", options(text), device="cpu", resume=True)
+    assert sketched == [1]
+
+
+def test_blocks_that_are_there_need_no_more_space(source, text, tmp_path, monkeypatch):
+    whole = convert(source, tmp_path / "whole", options(text), device="cpu")
+    (block,) = stopped(source, tmp_path / "out", options(text), 10)
+    usage = shutil.disk_usage(tmp_path)
+    # For all shards and the other block, which is as large.
+    free = whole.totals["sketched_bytes"] + block.stat().st_size
+    for less, outcome in (
+        (20000, pytest.raises(SpallmError, match="more bytes")),
+        (0, nullcontext()),
+    ):
+        left = usage._replace(free=free - less)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, left=left: left)
+        with outcome:
+            convert(source, tmp_path / "out", options(text), device="cpu", resume=True)
+
+
+def test_healed_tables_need_space_too(source, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "LEARNING_RATE", 0.1)  # there is something to keep
+    config = options(text, heal=2)
+    whole = convert(source, tmp_path / "whole", config, device="cpu")
+    tables = 2 * 16 * sum(module["shape"][0] for module in whole.modules)
+    shards_and_blocks = whole.totals["sketched_bytes"] + sum(
+        module.stat().st_size for module in stopped(source, tmp_path / "out", config, 14)
+    )
+    usage = shutil.disk_usage(tmp_path)._replace(free=shards_and_blocks + tables // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(SpallmError, match="more bytes"):
+        convert(source, tmp_path / "other", config, device="cpu")
+
+
+@pytest.mark.parametrize("mapping", ["cluster", "hash"])
+def test_healed_tables_go_with_their_blocks(source, text, tmp_path, mapping, monkeypatch):
+    """Healed tables are used again, unless they or a block are damaged: then they are made anew."""
+    monkeypatch.setattr(tuning, "LEARNING_RATE", 0.1)
+    config = options(text, heal=20, mapping=mapping, bits=2, table_dtype="float32")
+    whole = convert(source, tmp_path / "whole", config, device="cpu")
+    healing = whole.document["healing"]
+    assert healing["kl_after"] < healing["kl_before"]
+    expected = contents(tmp_path / "whole")
+
+    for damaged in (None, "block-00000-", "block-00001-", "healed-"):
+        output = tmp_path / f"out-{damaged}"
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("spallm_convert.conversion.convert._write_shards", _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                convert(source, output, config, device="cpu", progress=StopAt())
+        (file,) = output.rglob(f"{damaged or 'healed-'}*.safetensors")
+        if damaged:
+            file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+        progress = StopAt()
+        convert(source, output, config, device="cpu", resume=True, progress=progress)
+        assert bool(progress.said) == bool(damaged)
+        assert contents(output) == expected
+
+
+def _interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def run(source, output, kill_at, text):
+    command = [sys.executable, SCRIPT, source, output, str(kill_at), f"--calibration={text}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_byte_identical(source, text, tmp_path):
+    """Kills while blocks are sketched, while shards are written, and while files move up."""
+    whole = run(source, tmp_path / "whole", 0, text)
+    assert whole.returncode == 0, whole.stderr
+    moments = int(whole.stdout)
+    expected = contents(tmp_path / "whole")
+    kept = []
+    # Six moments for the plan, then four for every block: two halves, a flush, a rename.
+    # Nearly all of the time goes to starting processes.
+    for kill_at in (13, moments // 3, moments - 12):
+        output = tmp_path / f"killed-at-{kill_at}"
+        killed = run(source, output, kill_at, text)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        kept.append(len(list((output / PARTIAL_FOLDER).rglob("block-*.safetensors"))))
+        with pytest.raises(FormatError):
+            load_sketched(output)
+        convert(source, output, options(text), device="cpu", resume=True)
+        assert contents(output) == expected
+    assert kept[:2] == [1, 2]

@@ -1,0 +1,249 @@
+"""A killed conversion: never taken for a whole one, and resumed to the same bytes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spallm_convert import FormatError, SketchConfig, SpallmError, convert, load_sketched
+from spallm_formats import SketchedCheckpoint, Staging
+from spallm_formats.staging import PARTIAL_FOLDER
+
+SCRIPT = Path(__file__).parents[1] / "helpers" / "killed_conversion.py"
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def run(source, output, kill_at, *options):
+    command = [sys.executable, SCRIPT, source, output, str(kill_at), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+
+
+@pytest.mark.slow
+def test_killed_ten_times_and_resumed_is_byte_identical(sharded_llama, tmp_path):
+    """Kills at ten moments spread over the whole run, from the first write to the last removal."""
+    whole = run(sharded_llama.folder, tmp_path / "whole", 0)
+    moments = int(whole.stdout)
+    assert moments > 100
+    expected = contents(tmp_path / "whole")
+    spread = [1 + round(i * (moments - 1) / 9) for i in range(10)]
+    last = [moments - back for back in (1, 2, 4, 12)]  # while files move up and the rest goes
+    for kill_at in sorted({*spread, *last}):
+        output = tmp_path / f"killed-at-{kill_at}"
+        killed = run(sharded_llama.folder, output, kill_at)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        if contents(output).keys() >= expected.keys():
+            assert kill_at > moments - 20, "only the removal of working files was left"
+        else:
+            with pytest.raises(FormatError):
+                SketchedCheckpoint.open(output)
+            with pytest.raises(FormatError):
+                load_sketched(output)
+        convert(sharded_llama.folder, output, SketchConfig(max_shard_size="30KB"), resume=True)
+        assert contents(output) == expected
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_still_gets_there(sharded_llama, tmp_path):
+    """Each run is killed a little further on, until one gets to the end."""
+    convert(sharded_llama.folder, tmp_path / "whole", SketchConfig(max_shard_size="30KB"))
+    kill_at = 40
+    for _ in range(10):
+        if run(sharded_llama.folder, tmp_path / "out", kill_at, "--resume").returncode == 0:
+            break
+        kill_at += 25
+    else:
+        convert(
+            sharded_llama.folder, tmp_path / "out", SketchConfig(max_shard_size="30KB"), resume=True
+        )
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_overwriting_keeps_the_old_checkpoint_until_the_new_one_is_whole(sharded_llama, tmp_path):
+    output = tmp_path / "out"
+    convert(sharded_llama.folder, output, SketchConfig(bits=2, max_shard_size="20KB"))
+    (output / "notes.txt").write_text("the user's own")
+    old = contents(output)
+    moments = int(run(sharded_llama.folder, tmp_path / "whole", 0).stdout)
+    for kill_at in (moments // 2, moments - 15, moments):
+        killed = run(sharded_llama.folder, output, kill_at, "--overwrite")
+        assert killed.returncode == -signal.SIGKILL
+        now = contents(output)
+        if kill_at == moments // 2:
+            assert {name: now[name] for name in old} == old
+            SketchedCheckpoint.open(output)
+    convert(sharded_llama.folder, output, SketchConfig(max_shard_size="30KB"), resume=True)
+    expected = contents(tmp_path / "whole")
+    assert contents(output) == expected | {"notes.txt": b"the user's own"}
+
+
+def test_overwriting_removes_what_belonged_to_the_old_checkpoint(tiny_llama, tmp_path):
+    source = shutil.copytree(tiny_llama.folder, tmp_path / "source")
+    convert(source, tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("the user's own")
+    (source / "chat_template.jinja").unlink()
+    convert(source, tmp_path / "out", overwrite=True)
+    convert(source, tmp_path / "fresh")
+    expected = contents(tmp_path / "fresh")
+    assert "chat_template.jinja" not in expected
+    assert contents(tmp_path / "out") == expected | {"notes.txt": b"the user's own"}
+
+
+def test_a_source_that_changed_is_not_resumed(tiny_llama, tmp_path):
+    source = shutil.copytree(tiny_llama.folder, tmp_path / "source")
+    convert(source, tmp_path / "out")
+    (source / "chat_template.jinja").write_text("another")
+    with pytest.raises(SpallmError, match="not empty"):
+        convert(source, tmp_path / "out", resume=True)
+
+
+@pytest.fixture
+def unfinished(sharded_llama, tmp_path):
+    """An output folder whose conversion stopped after the first shard."""
+
+    class Stop:
+        def start(self, weights):
+            self.seen = set()
+
+        def advance(self, weights, tensor):
+            self.seen.add(tensor)
+            if len(self.seen) > 9:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(
+            sharded_llama.folder,
+            tmp_path / "out",
+            SketchConfig(max_shard_size="30KB"),
+            progress=Stop(),
+        )
+    assert list((tmp_path / "out" / PARTIAL_FOLDER / "files").glob("*.safetensors"))
+    return tmp_path / "out"
+
+
+def test_whole_shards_are_not_sketched_again(sharded_llama, unfinished, monkeypatch):
+    done = set((unfinished / PARTIAL_FOLDER / "files").glob("*.safetensors"))
+    before = {path: path.stat().st_mtime_ns for path in done}
+    from spallm_formats import Staging
+
+    finished = {}
+    publish = Staging.publish
+
+    def spy(self, names, obsolete):
+        finished.update({path: path.stat().st_mtime_ns for path in done})
+        publish(self, names, obsolete)
+
+    monkeypatch.setattr(Staging, "publish", spy)
+    convert(sharded_llama.folder, unfinished, SketchConfig(max_shard_size="30KB"), resume=True)
+    assert finished == before
+
+
+def test_a_damaged_shard_is_written_again(sharded_llama, unfinished, tmp_path):
+    shard = next((unfinished / PARTIAL_FOLDER / "files").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    convert(sharded_llama.folder, unfinished, SketchConfig(max_shard_size="30KB"), resume=True)
+    convert(sharded_llama.folder, tmp_path / "whole", SketchConfig(max_shard_size="30KB"))
+    assert contents(unfinished) == contents(tmp_path / "whole")
+
+
+def test_an_unfinished_folder_needs_a_decision(sharded_llama, unfinished):
+    with pytest.raises(SpallmError, match="holds an unfinished conversion: use --resume"):
+        convert(sharded_llama.folder, unfinished, SketchConfig(max_shard_size="30KB"))
+    convert(sharded_llama.folder, unfinished, SketchConfig(bits=2), overwrite=True)
+    assert SketchedCheckpoint.open(unfinished).metadata.bits == 2
+    assert not (unfinished / PARTIAL_FOLDER).exists()
+
+
+def test_other_options_or_another_source_are_not_resumed(sharded_llama, tiny_llama, unfinished):
+    before = contents(unfinished)
+    with pytest.raises(SpallmError, match=r"something else \(bits was 4, now 3\)"):
+        convert(
+            sharded_llama.folder,
+            unfinished,
+            SketchConfig(bits=3, max_shard_size="30KB"),
+            resume=True,
+        )
+    with pytest.raises(SpallmError, match="something else"):
+        convert(tiny_llama.folder, unfinished, SketchConfig(max_shard_size="30KB"), resume=True)
+    assert contents(unfinished) == before
+
+
+def test_resuming_what_is_finished_changes_nothing(tiny_llama, tmp_path):
+    first = convert(tiny_llama.folder, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    again = convert(tiny_llama.folder, tmp_path / "out", resume=True)
+    assert again.document == first.document
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(SpallmError, match="not empty"):
+        convert(tiny_llama.folder, tmp_path / "out", SketchConfig(bits=2), resume=True)
+    assert (
+        json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["bits"] == 4
+    )
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_bytes(b"another")])
+def test_what_is_not_whole_any_more_is_not_called_finished(tiny_llama, tmp_path, change):
+    convert(tiny_llama.folder, tmp_path / "out")
+    change(tmp_path / "out/model.safetensors")
+    with pytest.raises(SpallmError, match=r"model.safetensors is not the one that was converted"):
+        convert(tiny_llama.folder, tmp_path / "out", resume=True)
+
+
+def moved_in_part(folder, lost):
+    """A conversion that stopped while its files moved up, with one of them gone."""
+
+    with Staging(folder, {}) as staging:
+        for name in ("model.safetensors", "config.json"):
+            staging.write_file(name, b"{}")
+        staging.finish_publishing = lambda: None
+        staging.publish(["model.safetensors", "config.json"], [])
+    (folder / PARTIAL_FOLDER / "files" / lost).unlink()
+
+
+def test_files_that_were_lost_while_they_moved_are_named(tmp_path):
+    moved_in_part(tmp_path, lost="model.safetensors")
+    with Staging(tmp_path, {}, resume=True) as staging:
+        assert staging.is_published
+        with pytest.raises(SpallmError, match=r"model.safetensors .* cannot be found"):
+            staging.finish_publishing()
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_plans_are_read_as_they_were_written_whatever_the_locale(tmp_path, monkeypatch):
+    plan = {"model": "модель"}
+    with Staging(tmp_path, plan) as staging:  # left before anything is published
+        staging.write_file("config.json", b"{}")
+    read_text = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, encoding="cp1252": read_text(path, encoding)
+    )
+    with Staging(tmp_path, plan, resume=True):
+        pass
+
+
+def test_what_was_being_written_when_killed_is_removed(unfinished):
+    half = unfinished / PARTIAL_FOLDER / "model-00002-of-00009.safetensors.tmp"
+    half.write_bytes(b"half of a shard")
+    plan = json.loads((unfinished / PARTIAL_FOLDER / "plan.json").read_text(encoding="utf-8"))
+    with Staging(unfinished, plan, resume=True):
+        assert not half.exists()
+
+
+def test_two_conversions_into_one_folder_exclude_each_other(tiny_llama, tmp_path):
+    with (
+        Staging(tmp_path / "out", {}),
+        pytest.raises(SpallmError, match="another process is writing"),
+    ):
+        convert(tiny_llama.folder, tmp_path / "out", resume=True)

@@ -1,0 +1,70 @@
+"""What the Triton kernels compile to for GPUs that are not there: registers, spills, loads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+HELPERS = Path(__file__).parents[1] / "helpers"
+
+#: Instructions of the inner loop per weight, for one token. At 5 on an H100, issuing them takes as
+#: long as reading the codes of 4 bits.
+INSTRUCTIONS_PER_WEIGHT = {4: 4.0, 3: 3.6, 2: 3.0}
+
+
+@pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
+def report(request, tmp_path_factory):
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+    }
+    command = [sys.executable, HELPERS / "compile_report.py", str(request.param)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def test_no_register_is_spilled(report):
+    assert {name for name, code in report.items() if code["spilled_bytes"]} == set()
+
+
+def test_a_program_fits_the_shared_memory_of_its_generation(report, request):
+    capability = request.node.callspec.params["report"]
+    # 8.6 and 8.9 have the least of all since 8.0.
+    most = {80: 99 << 10, 90: 227 << 10}[capability]
+    assert max(code["shared_bytes"] for code in report.values()) <= most
+
+
+def test_weights_stay_in_registers_on_their_way_to_the_tensor_cores(report):
+    stored = {
+        name: code["shared_stores_in_loop"]
+        for name, code in report.items()
+        if name.startswith("decode") and "hashed" not in name
+    }
+    assert len(stored) == 3 * 7
+    # Inputs may take a few stores where loads run no steps ahead; weights would take tens.
+    assert max(stored.values()) < 8
+
+
+def test_twelve_warps_share_a_multiprocessor(report):
+    for name, code in report.items():
+        if name.startswith("decode") and name.endswith((" 1 tokens", " 2 tokens", " 16 tokens")):
+            programs = (64 << 10) // (32 * code["warps"] * code["registers"])
+            assert programs * code["warps"] >= 12, name
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_instructions_per_weight(report, bits):
+    code = report[f"decode, {bits} bits, 1 tokens"]
+    assert code["instructions_per_weight"] <= INSTRUCTIONS_PER_WEIGHT[bits]
+    assert code["permutes_per_weight"] <= {4: 2, 3: 1, 2: 0.75}[bits]
+
+
+def test_codes_and_inputs_are_loaded_16_bytes_at_a_time(report):
+    for tokens in (1, 2, 16, 32, 64):
+        code = report[f"decode, 4 bits, {tokens} tokens"]
+        assert code["narrow_loads_in_loop"] <= 1, tokens
