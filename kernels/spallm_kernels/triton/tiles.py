@@ -61,7 +61,7 @@ class _Shape(NamedTuple):
 
 
 #: By bits and padded tokens, measured on an H100 with Triton 3.6 over layers of 4096 to 28672
-#: columns (about 1,700 tiles). Three bits read in quads take 0.6 times as long for one token: by
+#: columns (1,586 tiles). Three bits read in quads take 0.6 times as long for one token: by
 #: itself, a thread's unit is three words, which no load takes at once.
 _MEASURED = {
     4: {
