@@ -1,14 +1,14 @@
-"""Speed and loss of our calibrated sketching beside LeanQuant's recipe, in one run on one machine.
+"""Compare the speed and loss of our calibrated sketching with LeanQuant's recipe on one machine.
 
-Both cluster every row with weights from the Cholesky factor and then choose codes column by column
+Both cluster every row with weights from the Cholesky factor, and then choose codes column by column
 with error compensation. The recipe is LeanQuant's (arXiv 2407.10032): scikit-learn's k-means, a
 process per core and a task per row, then GPTQ's loop over columns in torch, all rows of the layer
-at once. Clustering takes as long per row however many there are, so the recipe's is timed on a few
-rows; its loop gets all of them, with our tables. `fit` is all of ours: clustering twice with other
-weights, compensation, then rounds of least squares, compensation and descent.
+at once. Clustering takes the same time per row for any number of rows, so the recipe's is timed on
+a few rows; its loop gets all rows, with our tables. `fit` is all of ours: clustering twice with
+different weights, compensation, then rounds of least squares, compensation and descent.
 
-Columns are correlated and of different size, as a layer's inputs are. Losses are quadratic losses
-on the rows that the recipe has clustered, by the damped Hessian that all are given.
+Columns are correlated and of different size, like the inputs of a layer. Losses are quadratic
+losses on the rows that the recipe has clustered, by the damped Hessian that both use.
 
     python -m benchmarks.cpu.calibrated            writes benchmarks/results/calibrated.json
     python -m benchmarks.cpu.calibrated --quick    checks in seconds that everything runs
@@ -47,7 +47,7 @@ _POWER, _DAMPING, _BLOCK = 3.0, 0.1, 128  # LeanQuant's
 
 
 def layer_inputs(columns: int, seed: int) -> npt.NDArray[np.float64]:
-    """X^T X of inputs with a common part and columns whose size differs by orders of magnitude."""
+    """Return X^T X of inputs with a common part and columns of very different size."""
     rng = np.random.default_rng([seed, 2])
     x = rng.standard_normal((2 * columns, columns), np.float32)
     x += rng.standard_normal((2 * columns, columns // 8), np.float32) @ rng.standard_normal(
@@ -58,7 +58,7 @@ def layer_inputs(columns: int, seed: int) -> npt.NDArray[np.float64]:
 
 
 def column_loop(weights: Singles, table: Singles, hessian: PreparedHessian) -> Singles:
-    """Sketched weights by GPTQ's loop over columns; table: [rows, entries], one group per row."""
+    """Return sketched weights by GPTQ's loop; table: [rows, entries], one group per row."""
     order = torch.from_numpy(hessian.order)
     upper = torch.linalg.cholesky(
         torch.linalg.inv(torch.from_numpy(hessian.full)[order][:, order]), upper=True
@@ -85,7 +85,7 @@ def column_loop(weights: Singles, table: Singles, hessian: PreparedHessian) -> S
 def measure(
     weights: Singles, prepared: PreparedHessian, bits: int, few: int, repeats: int
 ) -> dict[str, Any]:
-    """Weights per second of both, step by step, and our loss as a part of the recipe's."""
+    """Return weights per second of both, step by step, and our loss divided by the recipe's."""
     mass, entries = importance(prepared, _POWER), 2**bits
     seconds: dict[str, list[float]] = {}
 
@@ -127,7 +127,7 @@ def measure(
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """Speeds in millions of weights per second, then the ratios."""
+    """Print speeds in millions of weights per second, then the ratios."""
     click.echo(f"\n{result['bits']} bits, M weights/s (p20, p50, p80)")
     for name, rate in result["weights_per_second"].items():
         click.echo(f"  {name:14}" + "".join(f"{speed / 1e6:9.2f}" for speed in rate.values()))
@@ -145,13 +145,13 @@ def print_result(result: dict[str, Any]) -> None:
 @click.option("--few", type=click.IntRange(min=1), default=32, help="Rows for scikit-learn.")
 @click.option("--columns", type=click.IntRange(min=64), default=2048, help="Weights per row.")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, help="Timed turns.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of weights and inputs.")
-@click.option("--quick", is_flag=True, help="A small layer, one turn, and no results written.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of weights and inputs.")
+@click.option("--quick", is_flag=True, help="Use a small layer and one turn, and write no results.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     default=RESULTS / "calibrated.json",
-    show_default="results/calibrated.json beside this file",
+    show_default="benchmarks/results/calibrated.json",
 )
 def main(
     bits: tuple[int, ...],
@@ -163,7 +163,7 @@ def main(
     quick: bool,
     output: Path,
 ) -> None:
-    """Compares calibrated sketching with scikit-learn and GPTQ's loop over columns."""
+    """Compare calibrated sketching with scikit-learn and GPTQ's loop over columns."""
     if quick:
         rows, few, columns, repeats = 16, 4, 128, 1
     prepared = prepare_hessian(layer_inputs(columns, seed), _DAMPING)

@@ -1,15 +1,15 @@
-"""Speed of a calibrated conversion beside one whose numerics are scikit-learn and Python loops.
+"""Compare a calibrated conversion with one that computes with scikit-learn and Python loops.
 
-Both take every step of ours, in the same order and as often: read the model, let the text through
-its blocks, cluster every row, then compensate, solve for tables and descend, in turn. They differ
-in what computes: ours is exact k-means and loops over rows, compiled; the other's k-means is
-scikit-learn's, called as LeanQuant does (arXiv 2407.10032), and its compensation and descent are
-loops over columns in torch, all rows of a layer at once, as in GPTQ's published code. Matrix
-products, the text's way through the blocks among them, are torch's in both.
+Both do every step of ours, in the same order and equally often: read the model, run the text
+through its blocks, cluster every row, then compensate, solve for tables and descend in turn. They
+differ in the numerics. Ours is exact k-means and compiled loops over rows. The other's k-means is
+scikit-learn's, called as LeanQuant does (arXiv 2407.10032); its compensation and descent are loops
+over columns in torch, all rows of a layer at once, as in GPTQ's published code. Matrix products and
+the text's way through the blocks are torch's in both.
 
-The first blocks of a model are converted, since all of them are alike. Conversions take turns; the
-first of ours, which compiles, is not timed. Both use all cores: scikit-learn a process on each. At
-the end ours converts the whole model once, with the first of the widths.
+Only the first blocks of a model are converted, because all blocks are alike. Conversions take
+turns; our first one compiles and is not timed. Both use all cores: scikit-learn runs a process on
+each. At the end, ours converts the whole model once, with the first of the widths.
 
     python -m benchmarks.cpu.calibrated_model        writes benchmarks/results/calibrated_model.json
 """
@@ -41,7 +41,7 @@ _PACKAGES = ("numpy", "numba", "torch", "transformers", "scikit-learn", "spallm-
 
 
 def cut_model(dense: Path, blocks: int, folder: Path) -> None:
-    """Writes a model of the first blocks of another, with its tokenizer."""
+    """Write a model of the first blocks of another, with its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the other blocks are not missed
@@ -51,7 +51,7 @@ def cut_model(dense: Path, blocks: int, folder: Path) -> None:
 
 
 def cluster_by_scikit_learn(workers: Workers) -> Any:
-    """A function with the arguments and results of `spallm_kernels.kmeans`."""
+    """Return a function with the arguments and results of `spallm_kernels.kmeans`."""
 
     def kmeans(
         weights: Singles, importance: Singles, groups: int, entries: int
@@ -69,7 +69,7 @@ def cluster_by_scikit_learn(workers: Workers) -> Any:
 
 
 def convert_by_loops(model: Path, output: Path, config: SketchConfig, workers: Workers) -> Any:
-    """`convert`, with torch's loops over columns and scikit-learn's k-means."""
+    """Run `convert` with loops over columns in torch and scikit-learn's k-means."""
     with (
         mock.patch.object(layers, "choose_numerics", return_value=batched),
         mock.patch.object(calibrated, "kmeans", cluster_by_scikit_learn(workers)),
@@ -78,7 +78,7 @@ def convert_by_loops(model: Path, output: Path, config: SketchConfig, workers: W
 
 
 def measure(model: Path, config: SketchConfig, repeats: int, scratch: Path) -> dict[str, Any]:
-    """Seconds of both, turn by turn, and the relative error of the outputs of what they made."""
+    """Return seconds of both, turn by turn, and the relative errors of their layers' outputs."""
     seconds: dict[str, list[float]] = {"ours": [], "loops": []}
     errors: dict[str, float] = {}
     with started_workers() as workers:
@@ -109,8 +109,10 @@ def measure(model: Path, config: SketchConfig, repeats: int, scratch: Path) -> d
 @click.option("--bits", multiple=True, type=click.IntRange(2, 4), default=(4, 3, 2))
 @click.option("--groups-per-row", type=click.IntRange(min=1), default=1, help="Tables per row.")
 @click.option("--blocks", type=click.IntRange(min=1), default=3, help="Blocks to compare.")
-@click.option("--samples", type=click.IntRange(min=1), default=32, help="Of the built-in text.")
-@click.option("--seqlen", type=click.IntRange(min=2), default=512, help="Tokens of a sample.")
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=32, help="Samples of the built-in text."
+)
+@click.option("--seqlen", type=click.IntRange(min=2), default=512, help="Tokens per sample.")
 @click.option("--repeats", type=click.IntRange(min=1), default=1, help="Timed turns.")
 @click.option(
     "--model",
@@ -121,13 +123,13 @@ def measure(model: Path, config: SketchConfig, repeats: int, scratch: Path) -> d
     "--cache",
     type=click.Path(path_type=Path),
     default=Path("~/.cache/spallm-convert/quality"),
-    help="Where the installed model is kept dequantized.",
+    help="Folder that keeps the installed model, dequantized.",
 )
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     default=RESULTS / "calibrated_model.json",
-    show_default="results/calibrated_model.json beside this file",
+    show_default="benchmarks/results/calibrated_model.json",
 )
 def main(
     bits: tuple[int, ...],
@@ -140,7 +142,7 @@ def main(
     cache: Path,
     output: Path,
 ) -> None:
-    """Compares a calibrated conversion with the same by scikit-learn and loops over columns."""
+    """Compare a calibrated conversion with one by scikit-learn and loops over columns."""
     quiet_libraries()
     dense = dense_folder(model, None, cache.expanduser())
     results = []

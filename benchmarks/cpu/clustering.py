@@ -1,17 +1,17 @@
-"""Speed and error of our clustering beside three others, in one run on one machine.
+"""Compare the speed and error of our clustering with three other packages on one machine.
 
-Clustering is what a conversion spends its time on, so this is measured: weights clustered per
-second, and the weighted squared error that is left, for rows of bf16 weights with one table each.
+A conversion spends most of its time on clustering. Measured are the weights clustered per second,
+and the remaining weighted squared error, for rows of bf16 weights with one table each.
 
-* scikit-learn, as LeanQuant (lean_quantizer.py at bc8c8ee) calls it: Lloyd's algorithm, a process
-  per core, a task per row.
+* scikit-learn, called as LeanQuant does (lean_quantizer.py at bc8c8ee): Lloyd's algorithm, a
+  process per core, a task per row.
 * flash1dkmeans: Lloyd's algorithm on sorted rows with prefix sums, in numba, parallel over rows.
-* ckmeans: exact as ours, but without weights; compared with ours on uniform weights.
+* ckmeans: exact like ours, but without weights; compared with ours on uniform weights.
 
-All run in turn, again and again, so that a slow moment of the machine hits them alike. The first
-turn is not timed: it compiles, and its centroids give the errors, each computed in float64 by
-assigning every weight to the nearest centroid. Faster ones get more rows per turn, always the
-first ones of the same matrix; errors are compared on rows that both have clustered.
+All packages run in turn, repeatedly, so that a slow moment of the machine affects them alike. The
+first turn is not timed: it compiles. Its centroids give the errors, each computed in float64 by
+assigning every weight to the nearest centroid. Faster packages get more rows per turn, always the
+first rows of the same matrix; errors are compared on rows that both have clustered.
 
     python -m benchmarks.cpu.clustering            writes benchmarks/results/clustering.json
     python -m benchmarks.cpu.clustering --quick    checks in seconds that everything runs
@@ -52,10 +52,10 @@ _QUICK_ROWS, _QUICK_REPEATS = 8, 2
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to cluster rows.
+    """Describe a way to cluster rows.
 
-    run: what is timed; centroids: [rows, clusters] from what `run` returned, not timed.
-    importance: [columns], the weights in the error; rival: the one of ours it is compared with.
+    run: the timed call. centroids: turns its result into [rows, clusters], not timed. importance:
+    [columns], the weights in the error. rival: which of ours it is compared with.
     """
 
     name: str
@@ -68,28 +68,28 @@ class Contender:
 
 @dataclass(frozen=True)
 class Workers:
-    """Started once, before anything is timed."""
+    """Hold worker processes and threads, started once before anything is timed."""
 
     processes: Pool
     threads: ThreadPoolExecutor
 
 
 def bf16_rows(rows: int, columns: int, seed: int) -> Singles:
-    """Gaussian weights of a usual size, rounded to bf16, held as float32 [rows, columns]."""
+    """Return Gaussian weights of a usual size, rounded to bf16, as float32 [rows, columns]."""
     normal = np.random.default_rng(seed).standard_normal((rows, columns), np.float32)
     rounded = from_float32(normal * np.float32(0.02), "BF16")
     return to_float32(rounded.tobytes(), "BF16").reshape(rows, columns)
 
 
 def column_weights(columns: int, seed: int) -> Singles:
-    """Positive weights that differ by orders of magnitude, as those from activations do."""
+    """Return positive weights that differ by orders of magnitude, as activations' do."""
     return np.random.default_rng([seed, 1]).lognormal(size=columns).astype(np.float32)
 
 
 def contenders(
     clusters: int, importance: Singles, rows: dict[str, int], workers: Workers
 ) -> list[Contender]:
-    """All that are compared, in the order of their turns."""
+    """Return all packages that are compared, in the order of their turns."""
     uniform = np.ones_like(importance)
     return [
         Contender(OURS, rows["ours"], importance, _ours(importance, clusters)),
@@ -132,7 +132,7 @@ def _scikit_learn(importance: Singles, clusters: int, pool: Pool) -> Callable[[S
 
 
 def fit_row(task: tuple[Singles, Singles, int]) -> Singles:
-    """Centroids of one row: values [n, 1], importance and clusters; called as LeanQuant does."""
+    """Return the centroids of one row, called as LeanQuant does. values: [n, 1]."""
     from sklearn.cluster import KMeans
 
     values, importance, clusters = task
@@ -189,7 +189,7 @@ def _means(members: list[list[Floats]]) -> Floats:
 
 
 def row_errors(weights: Singles, importance: Singles, centroids: Floats) -> Floats:
-    """Weighted squared error of each row, every weight at the nearest of its row's centroids."""
+    """Return the weighted squared error of each row, every weight at its nearest centroid."""
     errors = np.empty(len(weights))
     mass = importance.astype(np.float64)
     tables = np.sort(centroids.astype(np.float64), axis=1)
@@ -200,7 +200,7 @@ def row_errors(weights: Singles, importance: Singles, centroids: Floats) -> Floa
 
 
 def measure(weights: Singles, entrants: list[Contender], repeats: int) -> dict[str, Any]:
-    """Weights per second of each contender, and how ours compare with the others."""
+    """Return weights per second of each contender, and how ours compare with the others."""
     errors = {entrant.name: _errors(weights, entrant) for entrant in entrants}
     rates: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
     for _ in range(repeats):
@@ -227,14 +227,14 @@ def measure(weights: Singles, entrants: list[Contender], repeats: int) -> dict[s
 
 
 def _errors(weights: Singles, entrant: Contender) -> Floats:
-    """Errors of a first run, which also compiles."""
+    """Return the errors of a first run, which also compiles."""
     rows = weights[: entrant.rows]
     return row_errors(rows, entrant.importance, entrant.centroids(entrant.run(rows)))
 
 
 @contextlib.contextmanager
 def started_workers() -> Iterator[Workers]:
-    """A process and a thread per core. Spawned, because numba's threads do not survive a fork."""
+    """Start a process and a thread per core. numba's threads do not survive a fork: spawn."""
     with _one_openmp_thread():
         pool = multiprocessing.get_context("spawn").Pool(cores(), _start_process)
     with pool, ThreadPoolExecutor(cores()) as threads:
@@ -243,7 +243,7 @@ def started_workers() -> Iterator[Workers]:
 
 @contextlib.contextmanager
 def _one_openmp_thread() -> Iterator[None]:
-    """Processes started here run OpenMP and BLAS on one thread, as LeanQuant's do."""
+    """Let processes started here run OpenMP and BLAS on one thread, as LeanQuant's do."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
@@ -259,7 +259,7 @@ def _start_process() -> None:
 
 
 def print_table(bits: int, methods: dict[str, Any]) -> None:
-    """Speeds in millions of weights per second; ours / theirs of speed and error."""
+    """Print speeds in millions of weights per second, and ours / theirs of speed and error."""
     click.echo(f"\n{bits} bits, M weights/s")
     click.echo(f"{'':22}{'rows':>6}{'p20':>9}{'p50':>9}{'p80':>9}{'ours faster':>13}{'error':>10}")
     for name, method in methods.items():
@@ -268,7 +268,7 @@ def print_table(bits: int, methods: dict[str, Any]) -> None:
         if "compared_with" in method:
             line += f"{method['ours_times_faster']:12.2f}x{method['ours_error_relative']:10.6f}"
         click.echo(line)
-    click.echo("error: that of ours / theirs, on the same rows and with the same column weights")
+    click.echo("error: ours / theirs, on the same rows and with the same column weights")
 
 
 def _rows_option(flag: str, default: int) -> Callable[..., Any]:
@@ -281,7 +281,7 @@ def _rows_option(flag: str, default: int) -> Callable[..., Any]:
     multiple=True,
     type=click.IntRange(2, 4),
     default=(4,),
-    help="2^bits clusters; may be repeated.",
+    help="Bits of a code: 2^bits clusters. May be repeated.",
 )
 @_rows_option("--ours", 2048)
 @_rows_option("--scikit-learn", 64)
@@ -289,13 +289,13 @@ def _rows_option(flag: str, default: int) -> Callable[..., Any]:
 @_rows_option("--ckmeans", 256)
 @click.option("--columns", type=click.IntRange(min=64), default=4096, help="Weights per row.")
 @click.option("--repeats", type=click.IntRange(min=1), default=15, help="Timed turns.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the weights.")
-@click.option("--quick", is_flag=True, help="Few rows and turns, and no results written.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the weights.")
+@click.option("--quick", is_flag=True, help="Use few rows and turns, and write no results.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     default=RESULTS / "clustering.json",
-    show_default="results/clustering.json beside this file",
+    show_default="benchmarks/results/clustering.json",
     help="JSON file to write.",
 )
 def main(
@@ -307,7 +307,7 @@ def main(
     output: Path,
     **rows: int,
 ) -> None:
-    """Compares the speed and error of our clustering with three others."""
+    """Compare the speed and error of our clustering with three other packages."""
     rows = {name.replace("_", "-"): count for name, count in rows.items()}
     if quick:
         rows, repeats = dict.fromkeys(rows, _QUICK_ROWS), _QUICK_REPEATS

@@ -1,7 +1,8 @@
-"""The sketched linear layer on the CPU: each backend and path beside the dense layer.
+"""Compare the sketched linear layer on the CPU, for each backend and path, with the dense layer.
 
-One layer of Llama-3-8B (4096 x 4096, 4 bits, 4 groups), float32: looking the dense weight
-up, the table's gradient, and the product for several numbers of tokens. All in turn, several times.
+One layer of Llama-3-8B (4096 x 4096, 4 bits, 4 groups) in float32: looking up the dense weight, the
+gradient of the table, and the product for several numbers of tokens. All calls run in turn, several
+times.
 
     python -m benchmarks.cpu.linear [--output FILE]
 """
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def cases() -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
+    """Return what is timed, by name."""
     index_map = torch.randint(0, 256, (FEATURES, row_bytes(FEATURES, BITS)), dtype=torch.uint8)
     table = torch.randn(FEATURES, GROUPS, 1 << BITS)
     gradient = torch.randn(FEATURES, FEATURES)

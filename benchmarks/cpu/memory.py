@@ -1,14 +1,14 @@
-"""Peak memory and speed of converting a checkpoint much larger than what is held of it.
+"""Measure peak memory and speed of converting a checkpoint that is much larger than memory use.
 
-Conversion streams: at any time there is one block of one tensor, so memory should not grow with
-the model. To see it, a Llama checkpoint of random bf16 weights is written to a temporary folder
-and converted by the command line in a process of its own, whose peak resident memory the kernel
-reports. A dry run, which loads the same libraries and reads headers only, shows how much of the
-peak is the conversion's own.
+Conversion streams: at any time it holds one block of one tensor, so memory should not grow with the
+model. To show that, a Llama checkpoint of random bf16 weights is written to a temporary folder and
+converted by the command line in a separate process, whose peak resident memory the kernel reports.
+A dry run loads the same libraries and reads headers only: it shows how much of the peak belongs to
+the conversion itself.
 
-A tiny checkpoint is converted first, so that numba's compiled code is in its cache. Time is that
-of the whole process, with starting Python and importing torch and transformers; the source was
-written just before, so some of it may still be in the system's file cache.
+A tiny checkpoint is converted first, so that numba's compiled code is in its cache. The time is
+that of the whole process, including starting Python and importing torch and transformers. The
+source has just been written, so parts of it may still be in the system's file cache.
 
     python -m benchmarks.cpu.memory                      writes benchmarks/results/memory.json
     python -m benchmarks.cpu.memory --gigabytes 0.3 --output some.json
@@ -54,7 +54,7 @@ _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """Sizes of a Llama model, by default those of a layer in a model of one billion weights."""
+    """Hold the sizes of a Llama model; by default a layer of a one-billion-weight model."""
 
     layers: int
     hidden: int = 2048
@@ -65,12 +65,12 @@ class LlamaShape:
 
     @classmethod
     def of_bytes(cls, nbytes: float) -> LlamaShape:
-        """The default shape with as many layers as come closest to so many bytes of bf16."""
+        """Return the default shape with the layers that come closest to that many bytes of bf16."""
         one, two = (_nbytes(cls(layers).tensors()) for layers in (1, 2))
         return cls(max(1, round(1 + (nbytes - one) / (two - one))))
 
     def tensors(self) -> list[TensorSpec]:
-        """All tensors of LlamaForCausalLM, with an output layer of its own."""
+        """Return all tensors of LlamaForCausalLM, with a separate output layer."""
         hidden, intermediate = self.hidden, self.intermediate
         keys = hidden // self.queries_per_key
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (self.vocabulary, hidden)}
@@ -91,7 +91,7 @@ class LlamaShape:
         return [TensorSpec(f"{name}.weight", "BF16", shape) for name, shape in shapes.items()]
 
     def config(self) -> dict[str, Any]:
-        """`config.json`."""
+        """Return `config.json`."""
         heads = self.hidden // self.head
         return {
             "architectures": ["LlamaForCausalLM"],
@@ -110,7 +110,7 @@ class LlamaShape:
 
 
 def write_checkpoint(folder: Path, shape: LlamaShape) -> None:
-    """Writes a checkpoint of random weights, a piece of a tensor at a time."""
+    """Write a checkpoint of random weights, a piece of a tensor at a time."""
     folder.mkdir()
     random = np.random.default_rng(0)
     shards = plan_shards([(spec,) for spec in shape.tensors()], _SOURCE_SHARD_BYTES)
@@ -135,7 +135,7 @@ def _write_shard(path: Path, shard: Shard, random: np.random.Generator) -> None:
 
 
 def run_converter(*arguments: str) -> tuple[int, float]:
-    """Runs the command line; returns the peak resident bytes of its process and its seconds."""
+    """Run the command line; return the peak resident bytes of its process and its seconds."""
     code = "from spallm_convert.cli import main; main()"
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL)
@@ -151,7 +151,7 @@ def run_converter(*arguments: str) -> tuple[int, float]:
 
 
 def measure(folder: Path, shape: LlamaShape) -> dict[str, Any]:
-    """Converts a checkpoint of that shape below `folder`."""
+    """Convert a checkpoint of that shape below `folder`."""
     tiny, source, output = folder / "tiny", folder / "source", folder / "output"
     options = ("--max-shard-size", _OUTPUT_SHARD_SIZE, "-q")
     write_checkpoint(tiny, LlamaShape(1, hidden=1024, intermediate=1024, vocabulary=256))
@@ -187,23 +187,23 @@ def _sizes(folder: Path) -> dict[str, int]:
     "--gigabytes",
     type=click.FloatRange(0, min_open=True),
     default=6.0,
-    help="Size of the model; the nearest number of layers is taken, at least one.",
+    help="Size of the model, rounded to whole layers (at least one).",
 )
 @click.option(
     "--folder",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Where the temporary folder is made.  [default: the system's place for such folders]",
+    help="Folder for the temporary folder.  [default: the system's temporary folder]",
     show_default=False,
 )
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     default=RESULTS / "memory.json",
-    show_default="results/memory.json beside this file",
+    show_default="benchmarks/results/memory.json",
     help="JSON file to write.",
 )
 def main(gigabytes: float, folder: Path | None, output: Path) -> None:
-    """Measures the peak memory of converting a large synthetic checkpoint."""
+    """Measure the peak memory of converting a large synthetic checkpoint."""
     shape = LlamaShape.of_bytes(gigabytes * _GIGA)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         found = measure(Path(scratch), shape)

@@ -1,13 +1,12 @@
-"""Fine-tuning one dense model by several methods: sketch tables, LoRA, QLoRA, everything.
+"""Fine-tune one dense model with several methods: sketch tables, LoRA, QLoRA, everything.
 
-All see the same examples in the same order, for as many steps, with the same optimizer and
-schedule. Every method is tried with several learning rates, each in a process of its own, and
-judged by its best one. What is measured: loss and accuracy on held-out questions, trainable
-parameters, the peak of memory while training, tokens per second. `methods.py` says what the methods
-are.
+All methods see the same examples in the same order, for the same number of steps, with the same
+optimizer and schedule. Each method runs with several learning rates, each in a separate process,
+and is judged by its best one. Measured are the loss and accuracy on held-out questions, trainable
+parameters, peak memory during training, and tokens per second. `methods.py` describes the methods.
 
-The file is written after every run, and runs that it holds are not repeated: what was interrupted
-goes on when it is started again.
+The file is written after every run, and runs that it holds are not repeated. So an interrupted
+benchmark continues when it is started again.
 
     pip install -r benchmarks/peers.txt      (for LoRA and QLoRA, and the picture)
     python -m benchmarks.finetune --data FOLDER                 writes results/finetune.json
@@ -15,8 +14,8 @@ goes on when it is started again.
     python -m benchmarks.finetune --shape 1.3b --output FILE    random weights: memory and speed
     python -m benchmarks.finetune.plot
 
-On the CPU set OMP_NUM_THREADS to cores that nothing else uses: threads that wait for each other
-slow a step down many times over.
+On the CPU, set OMP_NUM_THREADS to cores that nothing else uses: threads that wait for each other
+make a step many times slower.
 """
 
 from __future__ import annotations
@@ -53,17 +52,17 @@ _GIGA = 10**9
 
 
 def run_job(job: Job, scratch: Path) -> Row | None:
-    """Carries a job out in a process of its own; None when that failed."""
+    """Run a job in a new process and return its result; None if it failed."""
     return run_in_process(_RUN, asdict(job), scratch)
 
 
 def missing_peers(methods: Iterable[str]) -> list[str]:
-    """Packages that the methods need and that are not installed."""
+    """Return the packages that the methods need and that are not installed."""
     return missing(peer for name in methods for peer in PEERS.get(METHODS[name].kind, ()))
 
 
 class Rates(click.ParamType[tuple[float, ...]]):
-    """Learning rates separated by commas."""
+    """Parse learning rates separated by commas."""
 
     name = "rates"
 
@@ -151,7 +150,7 @@ def _check(options: Row) -> None:
 
 
 def measure(options: Row, chosen: dict[str, tuple[float, ...]]) -> list[str]:
-    """Carries out what the file lacks; returns the titles of the runs that failed."""
+    """Do the runs that the file lacks; return the titles of the runs that failed."""
     cache, output, data = options["cache"].expanduser(), options["output"], options["data"]
     dense = dense_folder(options["model"], options["shape"], cache)
     header = _header(options, dense)
@@ -212,7 +211,9 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 @click.command(context_settings={"show_default": True})
 @click.option("--data", type=_FOLDER, help="Folder with train.json and test.json.")
 @click.option("--model", type=_FOLDER, help="Dense model.  [default: the demo's, SmolLM2-135M]")
-@click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights instead.")
+@click.option(
+    "--shape", type=click.Choice(list(SHAPES)), help="Use random weights of this size instead."
+)
 @click.option(
     "--method",
     "methods",
@@ -222,33 +223,44 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
     show_default="all",
 )
 @click.option("--steps", type=click.IntRange(2), default=100)
-@click.option("--batch-size", type=click.IntRange(1), default=8, help="Examples in a step.")
-@click.option("--held-out", type=click.IntRange(1), default=200, help="Records of test.json.")
-@click.option("--max-length", type=click.IntRange(8), default=512, help="Tokens of an example.")
-@click.option("--tokens", type=click.IntRange(2), default=512, help="The same, with --shape.")
-@click.option("--sketch-rates", type=Rates(), default=RATES["sketch"], help="Learning rates.")
-@click.option("--lora-rates", type=Rates(), default=RATES["lora"], help="QLoRA's too.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, help="Examples per step.")
+@click.option("--held-out", type=click.IntRange(1), default=200, help="Questions from test.json.")
+@click.option("--max-length", type=click.IntRange(8), default=512, help="Most tokens per example.")
+@click.option(
+    "--tokens", type=click.IntRange(2), default=512, help="Tokens per example with --shape."
+)
+@click.option(
+    "--sketch-rates",
+    type=Rates(),
+    default=RATES["sketch"],
+    help="Learning rates of sketch tables, separated by commas.",
+)
+@click.option(
+    "--lora-rates", type=Rates(), default=RATES["lora"], help="Learning rates of LoRA and QLoRA."
+)
 @click.option("--full-rates", type=Rates(), default=RATES["full"])
 @click.option("--seed", type=int, default=0)
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
     default=lambda: "cuda" if torch.cuda.is_available() else "cpu",
-    show_default="cuda where there is one",
+    show_default="cuda if available",
 )
-@click.option("--speed", type=click.IntRange(1), help="Rounds in turn, nothing else.")
+@click.option(
+    "--speed", type=click.IntRange(1), help="Only time the methods in turn, this many rounds."
+)
 @click.option(
     "--cache",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("~/.cache/spallm-convert/finetune"),
-    help="Where dense and sketched models are kept.",
+    help="Folder that keeps dense and sketched models.",
 )
-@click.option("--fresh", is_flag=True, help="Drop the runs that the file holds.")
+@click.option("--fresh", is_flag=True, help="Discard earlier results in the file.")
 @click.option(
     "--output",
     type=_FILE,
     default=RESULTS / "finetune.json",
-    show_default="results/finetune.json beside this file",
+    show_default="benchmarks/results/finetune.json",
 )
 def main(
     sketch_rates: tuple[float, ...],
@@ -256,7 +268,7 @@ def main(
     full_rates: tuple[float, ...],
     **options: Any,
 ) -> None:
-    """Fine-tunes one dense model by several methods and compares them."""
+    """Fine-tune one dense model with several methods, and compare them."""
     _check(options)
     chosen = {"sketch": sketch_rates, "lora": lora_rates, "full": full_rates}
     try:

@@ -1,7 +1,7 @@
-"""What the fine-tuning benchmark trains and is tested on: batches, held-out loss, accuracy.
+"""Provide the data and tests of the fine-tuning benchmark: batches, held-out loss, accuracy.
 
-Template, masking and padding are those of examples/finetune.py, which is loaded as it is. Batches
-depend on the seed alone, so every method sees the same examples in the same order.
+Template, masking and padding are those of examples/finetune.py, which is loaded unchanged. Batches
+depend only on the seed, so every method sees the same examples in the same order.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SPELLED = re.compile(r"\bAnswer(\d+): ")
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out record: its example as in training, the token ids of every option, the right one.
+    """Hold a held-out record: its example as in training, its options, and the right one.
 
     An option is the whole completion without the final token.
     """
@@ -48,7 +48,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Data:
-    """Training batches and held-out questions; without questions nothing is evaluated."""
+    """Hold training batches and held-out questions. Without questions nothing is evaluated."""
 
     batches: list[Batch]
     questions: list[Question]
@@ -65,9 +65,9 @@ def load_data(
     max_length: int,
     seed: int,
 ) -> Data:
-    """Reads `train.json` and the first records of `test.json`.
+    """Read `train.json` and the first records of `test.json`.
 
-    Raises OptionError when a file is missing, holds too little, or a held-out record offers no
+    Raises OptionError if a file is missing or holds too little, or a held-out record has no
     options.
     """
     example = load_example()
@@ -91,7 +91,7 @@ def load_data(
 
 
 def random_data(vocabulary: int, *, steps: int, batch_size: int, tokens: int, seed: int) -> Data:
-    """Batches of random tokens, all of which count: for memory and speed, not for quality."""
+    """Return batches of random tokens, all of which count: for memory and speed, not quality."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(steps):
@@ -101,7 +101,7 @@ def random_data(vocabulary: int, *, steps: int, batch_size: int, tokens: int, se
 
 
 def load_example() -> ModuleType:
-    """examples/finetune.py as a module."""
+    """Load examples/finetune.py as a module."""
     name = "finetune_example"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, _EXAMPLE)
@@ -114,7 +114,7 @@ def load_example() -> ModuleType:
 
 
 def example_order(examples: int, count: int, seed: int) -> list[int]:
-    """The first `count` indices of as many permutations of all examples as it takes."""
+    """Return the first `count` indices of repeated permutations of all examples."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     while len(order) < count:
@@ -123,10 +123,10 @@ def example_order(examples: int, count: int, seed: int) -> list[int]:
 
 
 def in_words(record: dict[str, Any]) -> dict[str, Any]:
-    """A question that spells its options out, with the right one's words for an answer.
+    """Spell out the options of a question, and answer with the words of the right option.
 
-    A small model has an idea of the words and none of the number of an option: it takes thousands
-    of examples until anything but the form of an answer is learned. Other records stay as they are.
+    A small model knows something about the words, but not about the number of an option. Learning
+    more than the form of an answer would take thousands of examples. Other records are not changed.
     """
     question, _, rest = record["instruction"].partition("\n\nAnswer1: ")
     if not rest:
@@ -144,7 +144,7 @@ def in_words(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def ask(record: dict[str, Any], tokenizer: Any, max_length: int) -> Question | None:
-    """A record as a question; None when it is overlong."""
+    """Turn a record into a question; return None if it is too long."""
     options, answer, output = offered(record), record["answer"], record["output"]
     if answer not in options or not output.endswith(answer):
         raise OptionError(
@@ -160,7 +160,7 @@ def ask(record: dict[str, Any], tokenizer: Any, max_length: int) -> Question | N
 
 
 def offered(record: dict[str, Any]) -> list[str]:
-    """Options of a record: its own, or those after "Answer format: answer1/answer2/..."."""
+    """Return the options of a record: its own, or those in "Answer format: answer1/answer2/..."."""
     if "options" in record:
         return list(record["options"])
     _, found, options = record["instruction"].rpartition(_FORMAT)
@@ -171,11 +171,11 @@ def offered(record: dict[str, Any]) -> list[str]:
 def evaluate(
     model: Any, data: Data, batch_size: int, autocast: AbstractContextManager[Any]
 ) -> dict[str, float]:
-    """What a model makes of the held-out questions.
+    """Evaluate a model on the held-out questions.
 
-    loss: mean per token of the answers, as in training. option_loss: of choosing among a question's
-    options by their likelihoods, ln(4) by chance where there are four. accuracy: share of questions
-    whose right option is the likeliest.
+    loss: mean per token of the answers, as in training. option_loss: of choosing among the options
+    of a question by their likelihoods; by chance it is ln(4) for four options. accuracy: fraction
+    of questions whose right option is the most likely.
     """
     model.eval()
     loss = tokens = option_loss = right = 0.0
@@ -211,7 +211,7 @@ def _prompt(example: Example) -> list[int]:
 
 
 def _sequences(question: Question) -> Iterator[list[int]]:
-    """The example itself, then options that it does not carry."""
+    """Return the example itself, then the options that it does not contain."""
     yield question.example["input_ids"]
     for option in question.options:
         if not _is_carried(question, option):
@@ -219,9 +219,9 @@ def _sequences(question: Question) -> Iterator[list[int]]:
 
 
 def _is_carried(question: Question, option: list[int]) -> bool:
-    """Whether an option is the example's own answer up to its last token.
+    """Return whether an option is the example's own answer up to its last token.
 
-    Its likelihood can then be read from the same pass, as the last token is predicted and not read.
+    If so, its likelihood is read from the same pass, because the last token is predicted, not read.
     """
     answer = question.example["input_ids"][len(_prompt(question.example)) :]
     return answer[: len(option) - 1] == option[:-1]
@@ -230,7 +230,7 @@ def _is_carried(question: Question, option: list[int]) -> bool:
 def _scores(
     model: Any, sequences: list[list[int]], pad: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """Logits of each sequence, padded on the right."""
+    """Return the logits of each sequence; sequences are padded on the right."""
     length = max(map(len, sequences))
     ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids in sequences], device=device)
     lengths = torch.tensor([len(ids) for ids in sequences], device=device)
@@ -239,7 +239,7 @@ def _scores(
 
 
 def _likelihood(logits: Tensor, start: int, ids: list[int]) -> float:
-    """Log-likelihood of tokens that begin at a position."""
+    """Return the log-likelihood of tokens that begin at a position."""
     rows = log_softmax(logits[start - 1 : start - 1 + len(ids)].float(), dim=-1)
     value = float(rows[torch.arange(len(ids)), ids].sum())
     return value if math.isfinite(value) else -math.inf

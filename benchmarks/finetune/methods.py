@@ -1,8 +1,8 @@
-"""The methods that the fine-tuning benchmark compares, and the model that each of them trains.
+"""List the methods that the fine-tuning benchmark compares, and load the model that each trains.
 
-Whatever is trained is float32, and so are AdamW's moments; what is frozen is bfloat16 or
-compressed. Adapters go to the linear layers that are sketched: those inside blocks. Full
-fine-tuning trains every parameter, embeddings and norms included.
+Trained parameters and AdamW's moments are float32; frozen ones are bfloat16 or compressed. Adapters
+are added to the layers that are sketched: the linear layers inside blocks. Full fine-tuning trains
+every parameter, including embeddings and norms.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from benchmarks.shared.dense import Linears
 from spallm_convert import CalibrationConfig, SketchConfig, convert, load_sketched, set_trainable
 
-#: Packages that a kind of method needs beside those of the project.
+#: Packages that a kind of method needs in addition to the project's.
 PEERS = {"lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
 #: Adapters of the matched rank have at most as many parameters as the tables of this method.
 MATCHED = "sketch-4bit-gpr4"
@@ -24,8 +24,12 @@ MATCHED = "sketch-4bit-gpr4"
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """kind: "sketch", "lora", "qlora" or "full". rank: None for the matched one. calibrated: the
-    sketch is made for Python's documentation, text that has nothing to do with the task."""
+    """Describe a method.
+
+    kind: "sketch", "lora", "qlora" or "full". rank: of adapters, None for the matched rank.
+    calibrated: whether the sketch is calibrated on Python's documentation, a text unrelated to the
+    task.
+    """
 
     kind: str
     bits: int = 0
@@ -34,7 +38,7 @@ class Method:
     calibrated: bool = False
 
     def rank_for(self, linears: Linears) -> int:
-        """The rank of its adapters on a model."""
+        """Return the rank of its adapters on a model."""
         if self.rank is not None:
             return self.rank
         matched = METHODS[MATCHED]
@@ -42,7 +46,7 @@ class Method:
 
     @property
     def base(self) -> str:
-        """What it is before training: methods of the same base begin with the same loss."""
+        """Name the model before training: methods of the same base start with the same loss."""
         if self.kind == "sketch":
             return f"sketch-{self.bits}bit-gpr{self.groups}" + "-calibrated" * self.calibrated
         return "nf4" if self.kind == "qlora" else "dense"
@@ -65,22 +69,22 @@ METHODS = _methods()
 
 
 def table_entries(linears: Linears, bits: int, groups: int) -> int:
-    """Trainable parameters of sketched layers; shapes are (out_features, in_features)."""
+    """Return the trainable parameters of sketched layers of shapes (out_features, in_features)."""
     return sum(rows for rows, _ in linears.values()) * groups * 2**bits
 
 
 def adapter_parameters(linears: Linears, rank: int) -> int:
-    """Trainable parameters of adapters at all layers."""
+    """Return the trainable parameters of adapters at all layers."""
     return rank * sum(rows + columns for rows, columns in linears.values())
 
 
 def matched_rank(linears: Linears, budget: int) -> int:
-    """The largest rank within a number of parameters, at least 1."""
+    """Return the largest rank within a number of parameters, at least 1."""
     return max(1, budget // adapter_parameters(linears, 1))
 
 
 def sketch_folder(method: Method, dense: Path, identity: str, cache: Path) -> Path:
-    """The sketched model of a method, converted where it is not there yet."""
+    """Return the sketched model of a method; convert it if it does not exist."""
     folder = cache / f"{identity}-{method.base}"
     calibration = CalibrationConfig(samples=32) if method.calibrated else None
     config = SketchConfig(bits=method.bits, groups_per_row=method.groups, calibration=calibration)
@@ -89,7 +93,7 @@ def sketch_folder(method: Method, dense: Path, identity: str, cache: Path) -> Pa
 
 
 def load(method: Method, rank: int, source: Path, device: str) -> Any:
-    """The model that a method trains, from its dense or its sketched folder."""
+    """Load the model that a method trains, from its dense or its sketched folder."""
     if method.kind == "sketch":
         model = load_sketched(source, dtype=torch.bfloat16, device_map={"": device})
         set_trainable(model)
@@ -106,7 +110,7 @@ def load(method: Method, rank: int, source: Path, device: str) -> Any:
 
 
 def _nf4() -> Any:
-    """As in the QLoRA paper (arXiv 2305.14314): NF4 with its scales quantized too."""
+    """Configure NF4 as in the QLoRA paper (arXiv 2305.14314), with quantized scales."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

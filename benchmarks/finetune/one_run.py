@@ -1,9 +1,11 @@
-"""One run of the fine-tuning benchmark, in a process of its own: its peak of memory is known then.
+"""Do one run of the fine-tuning benchmark in a separate process, so that its peak memory is known.
 
-    python -m benchmarks.finetune.one_run JOB.json RESULT.json      as benchmarks.finetune starts it
+`benchmarks.finetune` starts it:
 
-Products are computed in bfloat16 under autocast, by all methods. A run without a learning rate
-only evaluates: that is the model before training.
+    python -m benchmarks.finetune.one_run JOB.json RESULT.json
+
+All methods compute products in bfloat16 under autocast. A run without a learning rate only
+evaluates the model before training.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _TIMED_RATE = 1e-6  # of runs for speed alone: what they learn does not matter
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a run does: trains and evaluates one method, or times several in turn.
+    """Describe a run: train and evaluate one method, or time several in turn.
 
     data: a folder, None for random tokens. sketches: folders of sketched models by method.
     """
@@ -58,7 +60,7 @@ class Job:
 
 
 class Training:
-    """A model with its optimizer, a step at a time: AdamW, no decay, clipped at 1, linear rate."""
+    """Train a model one step at a time: AdamW, no decay, clipped at 1, linear rate."""
 
     def __init__(self, model: Any, learning_rate: float, steps: int) -> None:
         self.model = model
@@ -73,7 +75,7 @@ class Training:
         model.train()
 
     def step(self, batch: Batch) -> tuple[float, float]:
-        """The loss before the step, and its seconds."""
+        """Do a step; return the loss before it, and its seconds."""
         begin = time.perf_counter()
         moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
         with autocast(self.device):
@@ -94,7 +96,7 @@ class Training:
 
 
 class Memory:
-    """Bytes of this process, or of tensors on the GPU: loaded and idle, and the peak since then."""
+    """Measure bytes of this process, or of GPU tensors: loaded and idle, and the later peak."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -127,13 +129,13 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Share of the learning rate in a step: up over a tenth of the steps, then down, never zero."""
+    """Return the factor of the learning rate in a step: up for a tenth, then down, never zero."""
     warm_up = max(1, steps // 10)
     return max(0.0, min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1)))
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Trains one method and evaluates it; without a learning rate it is evaluated only."""
+    """Train one method and evaluate it; without a learning rate, only evaluate it."""
     (name,) = job.methods
     method = METHODS[name]
     data = _data(job)
@@ -159,10 +161,10 @@ def train(job: Job) -> dict[str, Any]:
 
 
 def time_in_turn(job: Job) -> dict[str, Any]:
-    """Seconds of a step of several methods: in every round each makes one, with the same batch.
+    """Return the seconds per step of several methods, which take turns on the same batches.
 
-    The first round is dropped. `relative` is the tokens per second over those of the first method,
-    round by round.
+    The first round is dropped. `relative` is the tokens per second divided by those of the first
+    method, round by round.
     """
     data = _data(job)
     models = {name: _loaded(job, name, METHODS[name])[0] for name in job.methods}
@@ -189,7 +191,7 @@ def time_in_turn(job: Job) -> dict[str, Any]:
 
 
 def _loaded(job: Job, name: str, method: Method) -> tuple[Any, dict[str, Any]]:
-    """The model of a method, and what a row says about it."""
+    """Load the model of a method; return it with what a row says about it."""
     torch.manual_seed(job.seed)
     linears = read_linears(Path(job.dense))
     rank = method.rank_for(linears) if method.kind.endswith("lora") else 0
@@ -230,7 +232,7 @@ def _data(job: Job) -> Data:
 def _steps(
     training: Training, batches: Sequence[Batch], title: str
 ) -> tuple[list[float], list[float]]:
-    """Losses and seconds of all steps, up to the first loss that is not finite."""
+    """Return losses and seconds of all steps, up to the first loss that is not finite."""
     losses: list[float] = []
     seconds: list[float] = []
     said = time.perf_counter()
@@ -252,7 +254,7 @@ def _steps(
 
 
 def _speed(batches: Sequence[Batch], seconds: Sequence[float]) -> dict[str, Any]:
-    """Seconds and tokens per second of the steps after the first; padding is not counted."""
+    """Return seconds and tokens per second after the first step; padding is not counted."""
     pairs = list(zip(batches, seconds, strict=True))[1:]
     if not pairs:
         return {}
@@ -264,7 +266,7 @@ def _speed(batches: Sequence[Batch], seconds: Sequence[float]) -> dict[str, Any]
 
 
 def _nbytes(model: Any) -> int:
-    """Bytes of all that a saved model would hold, tied tensors once and NF4's scales too."""
+    """Return the bytes that a saved model would have: tied tensors once, NF4's scales included."""
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
     return sum(tensors.values())
 

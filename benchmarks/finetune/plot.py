@@ -1,4 +1,4 @@
-"""Draws held-out loss over peak memory from `finetune.json`: one point a method, at its best rate.
+"""Draw held-out loss over peak memory from `finetune.json`: a point per method, at its best rate.
 
 pip install -r benchmarks/peers.txt
 python -m benchmarks.finetune.plot [--input FILE] [--output FILE]
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A document with held-out losses."""
+    """Return a document that has held-out losses."""
     if not path.exists():
         raise PlotError(f"{path} does not exist: `python -m benchmarks.finetune` writes it")
     document: dict[str, Any] = json.loads(path.read_text())
@@ -48,7 +48,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def draw(document: dict[str, Any], output: Path) -> None:
-    """Writes the drawing, the same bytes for the same figures."""
+    """Write the drawing, with the same bytes for the same figures."""
     pyplot = load_pyplot("finetune")
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
@@ -77,7 +77,7 @@ def point(row: Row) -> tuple[float, float]:
 
 
 def _label(axes: Any, rows: list[Row]) -> None:
-    """Names right or left of the points, at the nearest level where nothing else is."""
+    """Write names right or left of the points, at the nearest free height."""
     axes.figure.tight_layout()
     points_per_pixel = 72 / axes.figure.dpi
     places = [axes.transData.transform(point(row)) * points_per_pixel for row in rows]
@@ -110,7 +110,7 @@ def _overlap(one: Box, other: Box) -> bool:
 
 
 def name(row: Row) -> str:
-    """A method as it is labelled: the rank that was matched is said, as it depends on the model."""
+    """Return the label of a method; it includes a matched rank, which depends on the model."""
     if METHODS[row["method"]].rank is None and row["rank"]:
         return f"{row['method']} (r{row['rank']})"
     return str(row["method"])

@@ -1,4 +1,4 @@
-"""Which runs the fine-tuning benchmark makes, and what they come to."""
+"""Plan the runs of the fine-tuning benchmark, and summarise them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .methods import METHODS
 
 
 def rates_of(kind: str, chosen: dict[str, tuple[float, ...]]) -> tuple[float, ...]:
-    """Learning rates of a kind of method; QLoRA's are LoRA's."""
+    """Return the learning rates of a kind of method; QLoRA's are LoRA's."""
     return chosen["lora" if kind == "qlora" else kind]
 
 
 def key(row: Row) -> tuple[str, float | None]:
-    """What a run is known by. Before training methods of one base are the same."""
+    """Return what identifies a run. Before training, methods of one base are the same."""
     rate = row["learning_rate"]
     return (row["base"] if rate is None else row["method"], rate)
 
@@ -23,7 +23,7 @@ def key(row: Row) -> tuple[str, float | None]:
 def planned(
     methods: Sequence[str], chosen: dict[str, tuple[float, ...]], *, quality: bool
 ) -> list[Row]:
-    """Runs in order. Where quality is not measured one rate will do, and none before training."""
+    """Return the runs in order. Without quality: one rate, and no run before training."""
     runs: dict[tuple[str, float | None], Row] = {}
     for name in methods:
         rates = rates_of(METHODS[name].kind, chosen)
@@ -34,10 +34,10 @@ def planned(
 
 
 def summarise(runs: Iterable[Row]) -> list[Row]:
-    """Each method with the rate of its lowest held-out loss, first what was best.
+    """Return each method at the rate of its lowest held-out loss, the best first.
 
-    A rate at the end of those tried may not be the method's best; `rate_at_end` says so. Without
-    held-out losses all runs are listed.
+    A rate at the end of the range may not be the best of the method; `rate_at_end` marks it.
+    Without held-out losses all runs are listed.
     """
     runs = [run for run in runs if run["learning_rate"] is not None and not run["diverged"]]
     if not any("held_out" in run for run in runs):

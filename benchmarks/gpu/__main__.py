@@ -1,7 +1,7 @@
-"""Everything that needs a GPU, in one command: the tests marked `gpu`, then all measurements.
+"""Run everything that needs a GPU: the tests marked `gpu`, then all measurements.
 
-Measurements run in a process of their own, started again for what is left if it dies, and their
-results are written as they come. What has to be shown stands in `bars`, each with its figure.
+Measurements run in a separate process. If it dies, another one is started for the rest. Results are
+written as they come. `bars` lists what must be shown, each with its figure.
 
     make gpu        or        python -m benchmarks.gpu --output FILE
     python -m benchmarks.gpu --sections forward,block --no-tests --output FILE
@@ -37,8 +37,8 @@ from .timing import Bench
 _NO_FIGURES = (
     "smoke run on the CPU at tiny sizes: no figure in this file is a measurement of anything"
 )
-#: The files with tests marked `gpu`; others import what a machine with a GPU need not have.
-#: Warnings of its libraries are no failures.
+#: The files with tests marked `gpu`. Others import packages that a machine with a GPU may lack.
+#: Warnings of the machine's libraries are not failures.
 _TEST_FILES = ("test_gpu.py", "kernels/test_triton.py", "kernels/test_columns.py")
 _TEST_COMMAND = [
     *(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-rfE", "--tb=short"),
@@ -86,11 +86,22 @@ def _options() -> argparse.Namespace:
         prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu.json")
-    parser.add_argument("--seconds", type=float, default=500, help="for tests and measurements")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="default: %(default)s")
-    parser.add_argument("--no-tests", action="store_true", help="measure only")
-    parser.add_argument("--bitsandbytes", type=Path, help="folder that holds the package")
-    parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU: no valid figures")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=500,
+        help="budget for tests and measurements (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sections", default=",".join(SECTIONS), help="sections to measure (default: %(default)s)"
+    )
+    parser.add_argument("--no-tests", action="store_true", help="only measure")
+    parser.add_argument("--bitsandbytes", type=Path, help="folder with the package bitsandbytes")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="test the suite on the CPU with tiny layers; figures are not valid",
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.sections = options.sections.split(",")
@@ -109,7 +120,7 @@ def _has_gpu() -> bool:
 
 
 def _run_tests(options: argparse.Namespace) -> dict[str, Any]:
-    """The tests marked `gpu`, unless left out; stopped when they take too much of the budget."""
+    """Run the tests marked `gpu`, unless left out; stop them if they take too long."""
     if options.smoke or options.no_tests:
         return {"status": "not run"}
     begin = time.monotonic()
@@ -149,7 +160,7 @@ def _printed(log: TextIO) -> list[str]:
 
 
 def _run_children(options: argparse.Namespace, deadline: float) -> dict[str, Any]:
-    """Starts processes until every section has a record; returns the document."""
+    """Start processes until every section has a record; return the document."""
     while True:
         document = json.loads(options.output.read_text())
         pending = [name for name in options.sections if name not in document["sections"]]
@@ -187,7 +198,7 @@ def _child(options: argparse.Namespace) -> int:
 
 
 def _close(output: Path, pending: list[str], code: int | None) -> None:
-    """Records what a process was doing when it ended before its work did."""
+    """Record what a process was doing if it ended before its work did."""
     document = json.loads(output.read_text())
     sections = document["sections"]
     how = "was stopped: out of time" if code is None else f"ended with code {code}"

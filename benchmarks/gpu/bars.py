@@ -1,7 +1,7 @@
-"""What the measurements have to show: each bar with its figure and whether it is met.
+"""Judge what the measurements must show: each bar with its figure, and whether it is met.
 
-Nothing is measured here and nothing is known in advance: figures are read from the sections of the
-document. A bar over several layers takes the worst of them.
+Nothing is measured here, and nothing is known in advance: figures are read from the sections of the
+document. A bar over several layers takes the worst layer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .published import STEPS
 
 Row = dict[str, Any]
 Sections = dict[str, Any]
-#: Figures by case; None where the measurement is missing.
+#: Figures by case; None if the measurement is missing.
 Cases = dict[str, float | None]
 
 _HOLDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
@@ -27,7 +27,7 @@ _ALL = (*_LLAMA, LARGE.name)
 
 @dataclass(frozen=True)
 class Bar:
-    """A bound on every figure that `cases` reads from the sections."""
+    """Bound every figure that `cases` reads from the sections."""
 
     name: str
     sign: str
@@ -35,7 +35,7 @@ class Bar:
     cases: Callable[[Sections], Cases]
 
     def judged(self, sections: Sections) -> Row:
-        """`met` is False where a figure misses the bar, None where none does but one is missing."""
+        """Return the bar with `met`: False if a figure misses it, else None if one is missing."""
         cases = self.cases(sections)
         known = [value for value in cases.values() if value is not None]
         met: bool | None = all(_HOLDS[self.sign](value, self.limit) for value in known)
@@ -57,12 +57,12 @@ class Bar:
 
 
 def judge(sections: Sections) -> list[Row]:
-    """All bars, from whatever sections there are."""
+    """Return all bars, from the sections that exist."""
     return [bar.judged(sections) for bar in _BARS]
 
 
 def add_shares(sections: Sections) -> None:
-    """Adds to every forward product its share of what a copy reached in the same run."""
+    """Add to every forward product its share of the bandwidth of a copy in the same run."""
     copy = next((row for row in _rows(sections, "ceilings") if row["what"] == "copy"), None)
     for row in _rows(sections, "forward") if copy else ():
         row["share_of_copy"] = {
@@ -82,7 +82,7 @@ def _by_layer(
     layers: Iterable[str] = _LLAMA,
     tokens: int | None = None,
 ) -> Callable[[Sections], Cases]:
-    """A value of the rows of a section, by layer."""
+    """Return a value of the rows of a section, by layer."""
 
     def cases(sections: Sections) -> Cases:
         found = {
@@ -96,7 +96,7 @@ def _by_layer(
 
 
 def _single(section: str) -> Callable[[Sections], Cases]:
-    """The speedup of a section that has one row."""
+    """Return the speedup of a section that has one row."""
 
     def cases(sections: Sections) -> Cases:
         rows = _rows(sections, section)
@@ -110,7 +110,7 @@ def _rival(section: str, tokens: int, name: str) -> Callable[[Sections], Cases]:
 
 
 def _errors(dtype: str) -> Callable[[Sections], Cases]:
-    """The largest relative error of the product and of each gradient."""
+    """Return the largest relative error of the product and of each gradient."""
 
     def cases(sections: Sections) -> Cases:
         rows = [
@@ -119,7 +119,7 @@ def _errors(dtype: str) -> Callable[[Sections], Cases]:
         worst: Cases = {}
         for kind in ("y", "x_grad", "table_grad"):
             values = [row[kind] for row in rows]
-            # NaN is the largest of all errors; max alone would pass over it.
+            # NaN counts as the largest error; max alone would ignore it.
             worst[kind] = max(values, key=lambda v: (math.isnan(v), v)) if values else None
         return worst | _unfinished(sections, "numerics")
 
@@ -133,7 +133,7 @@ def _repeated(sections: Sections) -> Cases:
 
 
 def _unfinished(sections: Sections, name: str) -> Cases:
-    """A missing figure, unless every measurement of a section was made."""
+    """Return a missing figure, unless every measurement of a section was made."""
     done = sections.get(name, {}).get("status") == "done"
     return {} if done else {"the rest of the section": None}
 
@@ -143,7 +143,7 @@ def _speedup(row: Row) -> float:
 
 
 def _time(row: Row) -> float:
-    """Our time as a multiple of cuBLAS's."""
+    """Return our time as a multiple of cuBLAS's."""
     return 1 / float(row["speedup"])
 
 

@@ -1,8 +1,8 @@
-"""Calibrated sketching of a layer: torch on the device beside numba on the cores of its machine.
+"""Compare calibrated sketching of a layer in torch on the device with numba on the machine's cores.
 
-Both get the same weights and the same Hessian, of inputs that are correlated and of different size
-by column, and both cluster on the CPU. Preparing the Hessian is timed apart from the sketching,
-since layers with the same inputs share it. One run each, after one on a few rows that compiles.
+Both get the same weights and the same Hessian, of correlated inputs of different size per column,
+and both cluster on the CPU. Preparing the Hessian is timed separately from sketching, because
+layers with the same inputs share it. Each runs once, after a run on a few rows that compiles.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spallm_kernels import batched
 from .operands import BITS, GROUPS, Layer, Task
 from .timing import Bench
 
-#: Four million weights each: seconds for numba on a few cores.
+#: Four million weights each, which take numba seconds on a few cores.
 LAYERS = (Layer(2048, 2048), Layer(1024, 4096))
 _FEW = 8
 
@@ -34,14 +34,14 @@ def conversion(bench: Bench) -> list[Task]:
 
 @torch.no_grad()
 def measure_sketching(bench: Bench, layer: Layer) -> dict[str, Any]:
-    """Seconds of both, step by step, and what rows lose in the end, by the damped Hessian."""
+    """Measure seconds of both, step by step, and the final loss by the damped Hessian."""
     torch.manual_seed(0)
     rows, columns = bench.size(layer.out_features), bench.size(layer.in_features)
     with full_float32():
         weights = bench.randn(rows, columns, dtype=torch.float32)
         hessian = _hessian(bench, columns)
         seconds, losses = {}, {}
-        # numba on the CPU's copies; smoke runs take the device's code to the CPU too.
+        # numba runs on copies on the CPU; smoke runs use the device's code on the CPU too.
         contestants: dict[str, tuple[Any, Tensor, Tensor]] = {
             "device": (batched, weights, hessian),
             "numba": (OnCpu(), weights.cpu(), hessian.cpu()),
@@ -71,7 +71,7 @@ def _hessian(bench: Bench, columns: int) -> Tensor:
 def _sketch(
     bench: Bench, numerics: Numerics, weights: Tensor, hessian: Tensor
 ) -> tuple[dict[str, float], float]:
-    """Seconds of both steps, and the loss at the end."""
+    """Return the seconds of both steps, and the final loss."""
     begin = _now(bench)
     prepared = numerics.prepare_hessian(hessian, DAMPING)
     middle = _now(bench)

@@ -1,4 +1,4 @@
-"""Forward products beside cuBLAS, after the two ceilings of the device: its copy and its matmul."""
+"""Measure forward products against cuBLAS, and the device's two ceilings: copy and matmul."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .operands import (
 from .timing import Bench, Call
 
 LAYERS = (*LLAMA, LARGE)
-#: In order of importance, should time run out.
+#: The most important first, because time may run out.
 TOKENS = (1, 16, 2048, 8192, 4, 64, 32, 8, 2, 128)
 #: Tokens at which both paths are timed, to see where they cross; `decode` takes at most 64.
 PATH_TOKENS = {"decode": (16, 32, 64), "dense": (16, 32, 64, 128)}
@@ -60,7 +60,7 @@ def block(bench: Bench) -> list[Task]:
 
 
 def measure_copy(bench: Bench) -> dict[str, Any]:
-    """A copy within the device, its bytes counted as read and as written."""
+    """Measure a copy within the device; bytes count as read and as written."""
     source = bench.randn((_COPIED_BYTES // 2) // bench.scale**2)
     target = torch.empty_like(source)
     us = bench.compare({"copy": [lambda: target.copy_(source)]})
@@ -78,7 +78,7 @@ def _matmul(bench: Bench) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_forward(bench: Bench, layer: Layer, tokens: int) -> dict[str, Any]:
-    """Our product as dispatched, and on each path where both compete, beside `linear`."""
+    """Measure our product as dispatched, and on each path if both compete, against `linear`."""
     x = random_input(bench, layer, tokens)
     sketches, weights = random_sketches(bench, layer), random_weights(bench, layer)
     contestants: dict[str, list[Call]] = {
@@ -109,7 +109,7 @@ def _teraflops(x: Tensor, weight: Tensor, us: dict[str, dict[str, float]]) -> di
 
 @torch.no_grad()
 def measure_widths(bench: Bench, layer: Layer) -> dict[str, Any]:
-    """One token at 4, 3 and 2 bits, and at 4 bits with codes that are computed, not read."""
+    """Measure one token at 4, 3 and 2 bits, and at 4 bits with hashed codes."""
     x = random_input(bench, layer, 1)
     contestants: dict[str, list[Call]] = {
         f"{bits} bits": [
@@ -128,9 +128,9 @@ def measure_widths(bench: Bench, layer: Layer) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_block(bench: Bench) -> dict[str, Any]:
-    """One token through the seven linear layers of a block, one after the other in one graph.
+    """Measure one token through the seven linear layers of a block, one after another in one graph.
 
-    A contestant's call is a whole block; its copies are whole blocks too.
+    A contestant's call is a whole block, and its copies are whole blocks too.
     """
     inputs = {n: bench.randn(1, bench.size(n)) for n in {layer.in_features for layer in BLOCK}}
     xs = [inputs[layer.in_features] for layer in BLOCK]

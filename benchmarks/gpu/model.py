@@ -1,8 +1,8 @@
-"""A whole model, one sequence: tokens per second of a Llama with dense and with sketched layers.
+"""Measure tokens per second of a whole Llama with dense and with sketched layers, one sequence.
 
-Both models have the sizes of Llama-3-8B and random weights, made on the device: what a step costs
-does not depend on the values. `lm_head` is dense in both. A decoding step works on the same tensors
-every time, a static cache among them, so that a CUDA graph of one step can be replayed for every
+Both models have the sizes of Llama-3-8B and random weights, made on the device: the time of a step
+does not depend on the values. `lm_head` is dense in both. A decoding step uses the same tensors
+every time, including a static cache, so that a CUDA graph of one step can be replayed for every
 token.
 """
 
@@ -53,13 +53,13 @@ def model(bench: Bench) -> list[Task]:
 
 @torch.no_grad()
 def measure_model(bench: Bench) -> dict[str, Any]:
-    """Tokens per second of both, replayed from a graph and without one, in turn."""
+    """Measure tokens per second of both, with and without a replayed graph, in turn."""
     torch.manual_seed(0)
     sizes = _TINY if bench.scale > 1 else LLAMA_3_8B
     prompt = torch.randint(0, sizes["vocab_size"], (1, bench.tokens(PROMPT)), device=bench.device)
     steps = bench.tokens(STEPS)
     length = -(-(prompt.shape[1] + steps + 1) // 64) * 64
-    # The sketched one first: a dense model is what both begin as, and there is one at a time.
+    # Measure the sketched model first: both start as a dense model, and only one exists at a time.
     sketched = random_llama(bench, sizes)
     sketch_layers(sketched, bench)
     bench.collect()
@@ -83,7 +83,7 @@ def measure_model(bench: Bench) -> dict[str, Any]:
 
 
 def random_llama(bench: Bench, sizes: dict[str, int]) -> PreTrainedModel:
-    """A bf16 Llama on the device, initialised there."""
+    """Return a bf16 Llama, initialised on the device."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(**sizes, max_position_embeddings=1024, tie_word_embeddings=False)
@@ -95,7 +95,7 @@ def random_llama(bench: Bench, sizes: dict[str, int]) -> PreTrainedModel:
 
 
 def sketch_layers(llama: PreTrainedModel, bench: Bench) -> None:
-    """Puts a sketched layer of random codes and tables in the place of each linear in a block."""
+    """Replace each linear layer in a block by a sketched one of random codes and tables."""
     for name, layer in list(llama.model.layers.named_modules()):
         if not isinstance(layer, nn.Linear):
             continue
@@ -112,7 +112,7 @@ def sketch_layers(llama: PreTrainedModel, bench: Bench) -> None:
 
 
 class Decoder:
-    """Greedy decoding of one sequence, every step on the same tensors."""
+    """Decode one sequence greedily, with the same tensors in every step."""
 
     def __init__(self, llama: PreTrainedModel, prompt: Tensor, length: int) -> None:
         from transformers import StaticCache
@@ -124,12 +124,12 @@ class Decoder:
         self._position = torch.zeros(1, dtype=torch.int64, device=prompt.device)
         self.token = prompt.new_zeros(1, 1)
         self.replay: Call = self.step
-        # Early releases of transformers 5 are told where in the cache to write; later ones count.
+        # Early releases of transformers 5 need the place in the cache; later ones count themselves.
         asked = inspect.signature(llama.model.forward).parameters
         self._tells_position = "cache_position" in asked
 
     def begin(self) -> None:
-        """Empties the cache and runs the prompt through."""
+        """Empty the cache and run the prompt."""
         self._cache.reset()
         self._position.fill_(self._prompt.shape[1])
         positions = torch.arange(self._prompt.shape[1], device=self._prompt.device)
@@ -137,8 +137,8 @@ class Decoder:
         self._forward(self._prompt, positions, mask[None, None])
 
     def step(self) -> None:
-        """From one token to the next."""
-        # The mask is ours and not made by the model, which may look at values that a graph lacks.
+        """Decode the next token."""
+        # We make the mask: the model may read values to make it, which a graph cannot do.
         self._mask.copy_(self._columns <= self._position)
         self._forward(self.token, self._position, self._mask)
         self._position.add_(1)
@@ -158,7 +158,7 @@ class Decoder:
 
 
 def _replays_like_eager(bench: Bench, decoder: Decoder) -> bool:
-    """Captures a step; whether its replays decode the tokens that the steps decode alone."""
+    """Capture a step; return whether its replays decode the same tokens as eager steps."""
     decoder.begin()
     expected = _decode(decoder, decoder.step, EAGER_STEPS)
     decoder.begin()
@@ -178,7 +178,7 @@ def _decode(decoder: Decoder, step: Call, count: int) -> list[int]:
 def _compare(
     bench: Bench, decoders: dict[str, Decoder], steps: int, *, eager: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Microseconds of a step. Every sample starts after the prompt: none has more to read."""
+    """Return microseconds per step. Every sample starts after the prompt, so none reads more."""
     samples: dict[str, list[float]] = {name: [] for name in decoders}
     for _ in range(1 + min(_SAMPLES, bench.samples)):
         for name, decoder in decoders.items():

@@ -1,8 +1,8 @@
-"""How far results on the device are from float64, and whether they repeat bit for bit.
+"""Measure how far results on the device are from float64, and whether they repeat bit for bit.
 
-The whole comparison is fast because the device computes the float64 reference too, by the reference
-backend. Memory that outputs may get is filled with NaN first, so that what a kernel does not write
-cannot be right by chance.
+The comparison is fast, because the device also computes the float64 reference, with the reference
+backend. Memory that outputs may get is first filled with NaN, so that values that a kernel does not
+write cannot be right by chance.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def numerics(bench: Bench) -> list[Task]:
 
 
 def measure_error(bench: Bench, dtype: str, bits: int, layer: Layer, tokens: int) -> dict[str, Any]:
-    """Relative errors of the product and of both gradients, and whether two runs are the same."""
+    """Measure relative errors of product and gradients, and whether two runs are equal."""
     kind = DTYPES[dtype]
     x = random_input(bench, layer, tokens, dtype=kind)
     y_grad = random_gradient(bench, layer, tokens, dtype=kind)
@@ -77,5 +77,5 @@ def _expected(x: Tensor, sketch: Sketch, y_grad: Tensor) -> dict[str, Tensor]:
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over norm of the reference; NaN where there is one."""
+    """Return the norm of the difference over that of the reference; NaN if a value is NaN."""
     return ((found.double() - expected).norm() / expected.norm()).item()

@@ -1,4 +1,4 @@
-"""The layers that the GPU suite measures, and random operands for them, many copies of each."""
+"""Define the layers that the GPU suite measures, and make copies of random operands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HASH_SEED = 7
 
 
 class Layer(NamedTuple):
-    """A linear layer by name, which stays when a smoke run makes it smaller."""
+    """Describe a linear layer. Its name stays when a smoke run makes it smaller."""
 
     out_features: int
     in_features: int
@@ -28,7 +28,7 @@ class Layer(NamedTuple):
 
 
 class Sketch(NamedTuple):
-    """Operands of `lut_linear`."""
+    """Hold operands of `lut_linear`."""
 
     index_map: Tensor
     table: Tensor
@@ -39,14 +39,14 @@ class Sketch(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One measurement, giving one row of results."""
+    """Hold one measurement, which gives one row of results."""
 
     name: str
     run: Callable[[], dict[str, Any]]
 
 
 class UnavailableError(Exception):
-    """A section that cannot be measured here, and why."""
+    """Report why a section cannot be measured here."""
 
 
 #: Layers of Llama-3-8B: attention's query and output, the gate, down.
@@ -73,7 +73,7 @@ def random_sketch(
     dtype: torch.dtype = torch.bfloat16,
     hashed: bool = False,
 ) -> Sketch:
-    """Codes and tables of one layer; no codes where they are computed."""
+    """Return codes and tables of one layer; no codes if they are hashed."""
     rows, columns = bench.size(layer.out_features), bench.size(layer.in_features)
     packed = 0 if hashed else row_bytes(columns, bits)
     codes = torch.randint(0, 256, (rows, packed), device=bench.device, dtype=torch.uint8)
@@ -81,7 +81,7 @@ def random_sketch(
 
 
 def random_sketches(bench: Bench, layer: Layer, **options: Any) -> list[Sketch]:
-    """So many of them that no cache holds all."""
+    """Return enough sketches that no cache holds them all."""
     first = random_sketch(bench, layer, **options)
     copies = bench.copies(first.nbytes)
     return [first, *(random_sketch(bench, layer, **options) for _ in range(copies - 1))]
@@ -102,10 +102,10 @@ def random_input(bench: Bench, layer: Layer, tokens: int, **options: Any) -> Ten
 
 
 def random_gradient(bench: Bench, layer: Layer, tokens: int, **options: Any) -> Tensor:
-    """A gradient of the layer's output."""
+    """Return a gradient of the layer's output."""
     return bench.randn(bench.tokens(tokens), bench.size(layer.out_features), **options)
 
 
 def ratio(us: dict[str, dict[str, float]], ours: str, theirs: str) -> float:
-    """How many times as fast as theirs ours is, by medians."""
+    """Return how many times faster ours is than theirs, by medians."""
     return us[theirs]["p50"] / us[ours]["p50"]

@@ -1,10 +1,10 @@
-"""The published runtime of sketched layers, restated in our own words to be measured beside ours.
+"""Restate the published runtime of sketched layers in our own words, to measure it against ours.
 
 SketchTune (github.com/LeanModels/SketchTune) gathers the dense weight from 4-bit codes, two in a
-byte, and multiplies; its backward pass gathers again, computes the whole gradient of the weight,
-and adds that up by code. Gather and addition are CUDA kernels there. Here they are given twice: in
-plain torch, which is slower than such kernels, and by our own kernels for the same two steps, which
-should not be slower: the published runtime lies between the two.
+byte, and multiplies. Its backward pass gathers again, computes the whole gradient of the weight,
+and adds it up by code. There, gather and addition are CUDA kernels. Here they exist twice: in plain
+torch, which is slower than such kernels, and with our own kernels for the same two steps, which
+should not be slower. So the published runtime lies between the two.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from spallm_kernels.dispatch import choose_backend, load_backend
 
 
 class Steps(NamedTuple):
-    """Codes and table to the dense weight, and a gradient of the weight to that of the table."""
+    """Hold the two steps: codes and table to the weight, and its gradient to the table's."""
 
     gather: Callable[[Tensor, Tensor, int], Tensor]
     scatter_add: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -42,8 +42,11 @@ class _Published(torch.autograd.Function):
 
 
 def published_linear(x: Tensor, codes: Tensor, table: Tensor, steps: Steps) -> Tensor:
-    """x [tokens, in_features]; codes: uint8 [out_features, in_features / 2], the lower half of a
-    byte first, as in our format; table: [out_features, groups, 16]."""
+    """Compute the product as SketchTune does.
+
+    x: [tokens, in_features]. codes: uint8 [out_features, in_features / 2], the lower half of a byte
+    first, as in our format. table: [out_features, groups, 16].
+    """
     y: Tensor = _Published.apply(x, codes, table, steps)
     return y
 
@@ -60,7 +63,7 @@ def _scatter_add(weight_grad: Tensor, codes: Tensor, table: Tensor) -> Tensor:
 
 
 def _unpacked(codes: Tensor, table: Tensor, in_features: int) -> Tensor:
-    """int64, as torch indexes with nothing smaller, [out_features, groups, columns of a group]."""
+    """Return int64 codes [out_features, groups, columns of a group]; torch indexes with int64."""
     used = codes[:, : in_features // 2]
     both = torch.stack((used & 15, used >> 4), dim=-1)
     return both.view(table.shape[0], table.shape[1], -1).long()

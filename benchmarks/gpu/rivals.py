@@ -1,4 +1,4 @@
-"""Other runtimes of compressed layers beside ours: the published one, and bitsandbytes NF4."""
+"""Compare other runtimes of compressed layers with ours: SketchTune and bitsandbytes NF4."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .timing import Bench, Call
 
 TRAINING_TOKENS = 4096
 NF4_TOKENS = (1, 16)
-#: Where a copy of bitsandbytes lies that is not installed.
+#: Environment variable: the folder of a copy of bitsandbytes that is not installed.
 BITSANDBYTES_PATH = "BITSANDBYTES_PATH"
 
 _TRAINING_COPIES = 2
@@ -76,7 +76,7 @@ def _one_token(bench: Bench, layer: Layer) -> dict[str, Any]:
 
 
 def _training(bench: Bench, layer: Layer) -> dict[str, Any]:
-    """Forward and backward with autograd, launches included."""
+    """Run forward and backward with autograd, launches included."""
     x = random_input(bench, layer, TRAINING_TOKENS).requires_grad_()
     y_grad = random_gradient(bench, layer, TRAINING_TOKENS)
     sketches = [random_sketch(bench, layer) for _ in range(_TRAINING_COPIES)]
@@ -100,7 +100,7 @@ def _step(product: Callable[[], Tensor], leaves: tuple[Tensor, ...], y_grad: Ten
 
 @torch.no_grad()
 def _nf4(bench: Bench, bitsandbytes: Any, layer: Layer, tokens: int) -> dict[str, Any]:
-    """NF4 as bitsandbytes makes it by default: blocks of 64 weights with a float32 scale each."""
+    """Quantize to NF4 as bitsandbytes does by default: blocks of 64 weights, float32 scales."""
     x = random_input(bench, layer, tokens)
     sketches, weights = random_sketches(bench, layer), random_weights(bench, layer)
     quantize = partial(bitsandbytes.functional.quantize_4bit, quant_type="nf4")

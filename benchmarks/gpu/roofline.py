@@ -1,8 +1,9 @@
-"""Draws the roofline of the layer from `gpu.json`: bandwidth reached over tokens, a panel a layer.
+"""Draw the roofline of the layer from `gpu.json`: bandwidth reached over tokens, a panel per layer.
 
 A product needs at least the time to read its operands at the speed of a copy, and at least the time
-to multiply at the speed of a large matmul, both measured in the same run. The roof is the bandwidth
-at that time; the sketched layer has a lower one for many tokens, as it has fewer bytes to read.
+to multiply at the speed of a large matmul; both speeds are measured in the same run. The roof is
+the bandwidth at that time. For many tokens the sketched layer has a lower roof, because it has
+fewer bytes to read.
 
     pip install matplotlib        (it is not a dependency of the package)
     python -m benchmarks.gpu.roofline [--input FILE] [--output FILE]
@@ -34,7 +35,7 @@ def main() -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The document of a run that has what is drawn."""
+    """Return the document of a run that has the figures to draw."""
     if not path.exists():
         raise PlotError(f"{path} does not exist: `make gpu` writes it, on a machine with a GPU")
     document: dict[str, Any] = json.loads(path.read_text())
@@ -51,7 +52,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def draw(document: dict[str, Any], output: Path) -> None:
-    """Writes the drawing, the same bytes for the same figures."""
+    """Write the drawing, with the same bytes for the same figures."""
     pyplot = load_pyplot("roofline")
 
     ceilings = {row["what"]: row for row in document["sections"]["ceilings"]["rows"]}
@@ -79,7 +80,7 @@ def draw(document: dict[str, Any], output: Path) -> None:
 
 
 def _draw_layer(axes: Axes, layer: str, rows: list[Row], copy: float, peak: float) -> None:
-    """Medians with the spread from p20 to p80, and the roof of each contestant."""
+    """Draw medians with the spread from p20 to p80, and the roof of each contestant."""
     tokens = [row["tokens"] for row in rows]
     for name, (colour, marker, label) in _STYLES.items():
         rates = [row["gigabytes_per_second"][name] for row in rows]

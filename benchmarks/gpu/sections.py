@@ -1,9 +1,9 @@
-"""Runs sections of the GPU suite in turn, in a budget of seconds, and keeps what it has.
+"""Run sections of the GPU suite in turn within a budget of seconds, and keep their results.
 
-A section is a list of tasks and each gives a row. After every row the document is written, so that
-whatever happens later, what was measured stays. A task that raises is recorded and the next begins;
-one that hangs, or leaves the device unusable, ends the process: `__main__.py` starts another for
-the sections that are left.
+A section is a list of tasks, and each task gives a row. The document is written after every row, so
+that measured rows are kept whatever happens later. If a task raises an error, it is recorded and
+the next task begins. If a task hangs or leaves the device unusable, the process ends, and
+`__main__.py` starts another for the remaining sections.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _TASK_SECONDS = 180  # of a task; more means that it hangs
 
 
 class Section(NamedTuple):
-    """Measurements, and how many seconds must be left for them to be worth beginning."""
+    """Hold measurements, and the seconds that must be left for them to be worth starting."""
 
     tasks: Callable[[Bench], Sequence[Task]]
     least_seconds: float
 
 
-#: In order of importance.
+#: The most important first.
 SECTIONS = {
     "ceilings": Section(ceilings, 5),
     "forward": Section(forward, 20),
@@ -65,9 +65,9 @@ SECTIONS = {
 def run_sections(
     names: Sequence[str], bench: Bench, document: dict[str, Any], output: Path, deadline: float
 ) -> bool:
-    """Adds sections to the document and writes it; deadline on the monotonic clock.
+    """Add sections to the document and write it; `deadline` is on the monotonic clock.
 
-    False when the device became unusable: what is left needs a new process.
+    Return False if the device became unusable: the remaining sections need a new process.
     """
     document["device"] = describe(bench)
     for name in names:
@@ -96,7 +96,7 @@ def _run(
     output: Path,
     deadline: float,
 ) -> str:
-    """Does the tasks of a section; returns its status."""
+    """Do the tasks of a section; return its status."""
     try:
         tasks = section.tasks(bench)
     except UnavailableError as reason:
@@ -125,7 +125,7 @@ def failure(task: str, message: str) -> dict[str, str]:
 
 
 def save(document: dict[str, Any], output: Path) -> None:
-    """Writes the document with its bars, whole or not at all: the process may end at any time."""
+    """Write the document with its bars, whole or not at all: the process may end at any time."""
     add_shares(document["sections"])
     document["bars"] = judge(document["sections"])
     part = output.with_suffix(".part")
@@ -134,7 +134,7 @@ def save(document: dict[str, Any], output: Path) -> None:
 
 
 def describe(bench: Bench) -> dict[str, Any]:
-    """The device, as far as results depend on it, and the backend that serves it."""
+    """Describe the device, as far as results depend on it, and the backend that serves it."""
     found: dict[str, Any] = {
         "backend": choose_backend(bench.device),
         "kind": bench.device.type,
@@ -155,7 +155,7 @@ def describe(bench: Bench) -> dict[str, Any]:
 
 
 def _driver() -> dict[str, str]:
-    """What only the driver's own tool knows; it is asked, nothing is set."""
+    """Return what only the driver's own tool knows. It only reads, and changes no setting."""
     fields = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
     tool = shutil.which("nvidia-smi")
     if tool is None:

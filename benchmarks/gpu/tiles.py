@@ -1,4 +1,4 @@
-"""The Triton kernels launched with tiles of one's choice beside the default ones, for `tune.py`."""
+"""Launch the Triton kernels with given tiles against the default ones, for `tune.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .timing import Bench, Call
 
 LAYERS = (*LLAMA, LARGE)
 Choice = dict[str, int]
-#: Two contestants, "default" and "tried", on one layer; raises where a choice cannot be launched.
+#: Two contestants, "default" and "tried", on one layer; raises if a choice cannot be launched.
 Trial = Callable[[Choice], dict[str, list[Call]]]
 
 _DECODE = {
@@ -34,7 +34,7 @@ _TABLE_GRAD = {"rows": (1, 2, 4, 8, 16), "columns": (64, 128, 256, 512), "warps"
 
 
 class Search(NamedTuple):
-    """What is varied, from which values, on one trial per layer."""
+    """Describe what is varied, from which values, on one trial per layer."""
 
     fields: dict[str, tuple[int, ...]]
     default: Choice
@@ -44,7 +44,7 @@ class Search(NamedTuple):
 def searches(
     kernels: Sequence[str], widths: Sequence[int], tokens: Sequence[int]
 ) -> Iterator[tuple[str, Callable[[Bench], Search]]]:
-    """All searches by name, most important first; operands are made when one begins."""
+    """Yield all searches by name, the most important first; operands are made when one begins."""
     if "decode" in kernels:
         for bits in widths:
             for count in tokens:
@@ -99,7 +99,7 @@ def _try_dequantize(
 
 
 def _table_grad(bits: int, bench: Bench) -> Search:
-    """On one block of rows again and again: the product that makes it leaves it in the cache."""
+    """Use one block of rows repeatedly: the product that makes it leaves it in the cache."""
     trials = []
     for layer in LAYERS:
         index_map, table = random_sketches(bench, layer, bits=bits)[0]

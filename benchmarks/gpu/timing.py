@@ -1,14 +1,14 @@
-"""How the GPU suite measures: contestants in turn, on operands that no cache holds.
+"""Time contestants in turn, on operands that no cache holds: how the GPU suite measures.
 
-A contestant is a list of calls that do the same work on different copies of its operands, so many
-copies that the second-level cache has forgotten the first when it comes round again. All calls of a
-contestant are one CUDA graph (or, where the cost of launching belongs to the figure, one Python
-loop). A sample is the time between two events around so many runs of it that it lasts a while; a
-large buffer is overwritten before the first event, which also keeps the device busy until the runs
-are queued. Contestants take their samples in turn: clocks and temperature are the same for all.
+A contestant is a list of calls that do the same work on different copies of its operands. There are
+so many copies that the second-level cache has lost the first one when it is used again. All calls
+of a contestant are one CUDA graph, or one Python loop if the cost of launching belongs to the
+figure. A sample is the time between two events around enough runs of it to last a while. Before the
+first event a large buffer is overwritten, which also keeps the device busy until the runs are
+queued. Contestants take their samples in turn, so clocks and temperature are the same for all.
 
-The smoke bench does the same on the CPU with tiny layers and the host's clock: its figures mean
-nothing, its paths through the code are the same.
+The smoke bench does the same on the CPU with tiny layers and the host's clock. Its figures mean
+nothing, but its paths through the code are the same.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _ALLOCATION = 512  # bytes that torch's allocator rounds up to
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """A device, and how much is measured on it.
+    """Hold a device, and how much is measured on it.
 
-    `samples` of each contestant are kept, each at least `sample_seconds` long; the copies of an
+    `samples` of each contestant are kept, each at least `sample_seconds` long. The copies of an
     operand hold at least `rotated_bytes` together. Sizes of layers are divided by `scale`, and
     tokens are at most `most_tokens`.
     """
@@ -53,7 +53,7 @@ class Bench:
 
     @classmethod
     def on_gpu(cls) -> Bench:
-        """Ten times the second-level cache of an H100 in copies, samples of a millisecond."""
+        """Return a bench with copies of ten times an H100's second-level cache, samples of 1 ms."""
         return cls(
             device=torch.device("cuda", 0),
             samples=25,
@@ -83,7 +83,7 @@ class Bench:
         return min(count, self.most_tokens)
 
     def copies(self, nbytes: int) -> int:
-        """How many operands of a size are rotated."""
+        """Return how many operands of a size are rotated."""
         return min(_MOST_COPIES, max(2, 1 + self.rotated_bytes // nbytes))
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -92,7 +92,7 @@ class Bench:
     def compare(
         self, contestants: Mapping[str, Sequence[Call]], *, graph: bool = True
     ) -> dict[str, dict[str, float]]:
-        """Microseconds of one call of each contestant: p20, p50 and p80 over samples in turn."""
+        """Return microseconds per call of each contestant: p20, p50 and p80, sampled in turn."""
         runs = {name: self._runner(calls, graph) for name, calls in contestants.items()}
         counts = {name: self._calibrate(run) for name, run in runs.items()}
         seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -107,10 +107,10 @@ class Bench:
         }
 
     def seconds(self, run: Call, times: int = 1, *, queued: bool = True) -> float:
-        """How long some runs take on the device, from the first to the end of the last.
+        """Return how long some runs take on the device, from the first to the end of the last.
 
-        `queued` runs follow work that is still being done, so that launching the first costs
-        nothing; others begin on an idle device.
+        `queued` runs follow work that is still running, so that launching the first costs nothing.
+        Others begin on an idle device.
         """
         if not self.has_gpu:
             begin = time.perf_counter()
@@ -129,10 +129,12 @@ class Bench:
         return float(start.elapsed_time(stop)) / 1e3
 
     def capture(self, calls: Sequence[Call]) -> Call:
-        """One CUDA graph of some calls, as a call that replays it. On the CPU: a plain loop.
+        """Capture some calls in one CUDA graph and return a call that replays it.
 
-        They are run once before, on a stream of their own, as capturing allows no compilation and
-        no first use of a library.
+        On the CPU it is a plain loop.
+
+        They run once before, on a separate stream, because capturing allows no compilation and no
+        first use of a library.
         """
         if not self.has_gpu:
             return functools.partial(_run_all, calls)
@@ -147,18 +149,18 @@ class Bench:
         return graph.replay
 
     def extra_memory(self) -> MemoryMeter:
-        """Counts what is allocated from here on."""
+        """Count what is allocated from here on."""
         return MemoryMeter(self.has_gpu)
 
     def collect(self) -> None:
-        """Gives freed memory back, that of graphs too."""
+        """Free memory that is no longer used, that of graphs included."""
         if self.has_gpu:
             gc.collect()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
     def is_usable(self) -> bool:
-        """Whether the device still answers; after an illegal access it never does again."""
+        """Return whether the device still answers; after an illegal access it never does."""
         try:
             return bool((torch.ones(8, device=self.device) + 1).sum().item() == 16)
         except Exception:
@@ -166,7 +168,7 @@ class Bench:
 
     @functools.cached_property
     def _cold(self) -> Tensor:
-        """Overwriting it takes about 0.1 ms and leaves nothing else in the cache."""
+        """Return a buffer that takes 0.1 ms to overwrite and leaves nothing else in the cache."""
         return torch.empty(_COLD_BYTES, dtype=torch.uint8, device=self.device)
 
     def _runner(self, calls: Sequence[Call], graph: bool) -> Call:
@@ -180,7 +182,7 @@ class Bench:
 
 
 class MemoryMeter:
-    """Bytes that torch has allocated on the GPU since the meter was made; None without a GPU."""
+    """Count bytes that torch has allocated on the GPU since it was made; None without a GPU."""
 
     def __init__(self, has_gpu: bool) -> None:
         self._has_gpu = has_gpu
@@ -191,11 +193,11 @@ class MemoryMeter:
             self._before = torch.cuda.memory_allocated()
 
     def now(self, *outputs: Tensor) -> int | None:
-        """What is allocated besides some outputs."""
+        """Return what is allocated besides some outputs."""
         return self._beyond(torch.cuda.memory_allocated, outputs)
 
     def peak(self, *outputs: Tensor) -> int | None:
-        """The most that has been allocated, less some outputs."""
+        """Return the most that has been allocated, minus some outputs."""
         return self._beyond(torch.cuda.max_memory_allocated, outputs)
 
     def _beyond(self, read: Callable[[], int], outputs: Sequence[Tensor]) -> int | None:

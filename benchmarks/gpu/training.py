@@ -1,4 +1,4 @@
-"""The backward pass beside the dense layer's, and the memory that a training step takes."""
+"""Compare the backward pass with the dense layer's, and measure the memory of a training step."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def memory(bench: Bench) -> list[Task]:
 
 
 def measure_backward(bench: Bench, layer: Layer) -> dict[str, Any]:
-    """Gradients of the input and of the table, beside those of the input and of the weight.
+    """Measure the gradients of input and table against the dense gradients of input and weight.
 
-    Eager is what a training step runs: autograd, launches included. The graph holds the same
-    products without them: what the device needs.
+    The eager figure is what a training step runs: autograd, launches included. The graph holds the
+    same products without them: what the device needs.
     """
     copies = bench.copies(random_weight(bench, layer).nbytes)
     y_grad = random_gradient(bench, layer, TOKENS)
@@ -87,7 +87,7 @@ def _dense_gradients(x: Tensor, weight: Tensor, y_grad: Tensor) -> None:
 
 
 def measure_memory(bench: Bench, layer: Layer) -> dict[str, Any]:
-    """Bytes beyond inputs and outputs, gradients among them: the peak, and between the passes."""
+    """Measure bytes beyond inputs and outputs, gradients included: peak, and between passes."""
     x = random_input(bench, layer, TOKENS).requires_grad_()
     y_grad = random_gradient(bench, layer, TOKENS)
     index_map, table = random_sketch(bench, layer)
@@ -111,7 +111,7 @@ def measure_memory(bench: Bench, layer: Layer) -> dict[str, Any]:
 def _training_memory(
     bench: Bench, product: Callable[[], Tensor], leaves: tuple[Tensor, ...], y_grad: Tensor
 ) -> dict[str, int | None]:
-    """Of a second pass: the first compiles kernels and makes the libraries' workspaces."""
+    """Measure a second pass: the first compiles kernels and makes the libraries' workspaces."""
     found: dict[str, int | None] = {}
     for _ in range(2):
         for leaf in leaves:

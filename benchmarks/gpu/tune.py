@@ -1,10 +1,9 @@
-"""Times alternative tiles of the Triton kernels beside the default ones, to find better defaults.
+"""Time alternative tiles of the Triton kernels against the defaults, to find better defaults.
 
-For each kernel, width and number of tokens it goes through the fields of a tile, changes one at a
-time, and keeps a change that is faster over all layers together (the geometric mean), until a round
-changes nothing. What does not compile, or gives another result, is listed with the reason. What it
-finds better belongs in `kernels/spallm_kernels/triton/tiles.py`, or, for `dequantize` and
-`table_grad`, in `linear.py` beside it.
+For each kernel, width and number of tokens, the script goes through the fields of a tile and
+changes one at a time. It keeps a change that is faster over all layers together (the geometric
+mean), until a round changes nothing. A tile that does not compile, or gives another result, is
+listed with the reason. Better tiles belong in `kernels/spallm_kernels/triton/tiles.py`.
 
     python -m benchmarks.gpu.tune --seconds 300 --output FILE
     python -m benchmarks.gpu.tune --kernels decode --bits 4 --tokens 1,16
@@ -69,7 +68,7 @@ def main() -> int:
 
 
 def search(bench: Bench, about: Search, deadline: float) -> dict[str, Any]:
-    """The best choice that changing one field at a time leads to, and all that was tried."""
+    """Change one field at a time; return the best choice and all that was tried."""
     best, best_speedup = about.default, 1.0
     tried: dict[str, Any] = {}
     changed = True
@@ -89,7 +88,7 @@ def search(bench: Bench, about: Search, deadline: float) -> dict[str, Any]:
 
 
 def attempt(bench: Bench, choice: Choice, trials: Sequence[Trial]) -> float | str:
-    """How many times as fast as the default over all layers, or why it cannot be used."""
+    """Return the speedup over the default over all layers, or why the choice cannot be used."""
     logarithms = []
     for trial in trials:
         try:
@@ -118,7 +117,12 @@ def _changes(found: dict[str, Any]) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS / "tune.json")
-    parser.add_argument("--seconds", type=float, default=300, help="no tile is tried after them")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=300,
+        help="no new tile is tried after this time (default: %(default)s)",
+    )
     parser.add_argument("--kernels", default=",".join(_KERNELS), help="default: %(default)s")
     parser.add_argument("--bits", default="4,3,2", help="default: %(default)s")
     parser.add_argument("--tokens", default="1,16,8,64,32", help="default: %(default)s")

@@ -1,13 +1,12 @@
-"""What is left of a dense model's quality: sketching and other quantization after training.
+"""Compare the quality that sketching and other post-training quantization leave of a dense model.
 
-All methods quantize the same layers of the same model, those that need text are shown the same
-tokens, and all are measured alike: the weights that a method arrives at are put into the dense
-model in float32, and perplexity is measured on text that none has seen. Beside it stands what the
-method stores for a weight, in bits: codes, tables, scales, zeros and padding. `methods.py`
-lists the methods.
+All methods quantize the same layers of the same model. Methods that need text get the same tokens.
+All are measured alike: the weights of a method are put into the dense model in float32, and
+perplexity is measured on text that no method has seen. Also reported is what the method stores per
+weight, in bits: codes, tables, scales, zeros and padding. `methods.py` lists the methods.
 
-Every run is a process of its own. The file is written after every run, and runs that it holds are
-not repeated: what was interrupted goes on when it is started again.
+Every run is a separate process. The file is written after every run, and runs that it holds are not
+repeated. So an interrupted benchmark continues when it is started again.
 
     pip install -r benchmarks/quality_peers.txt     (for the peers, and the picture)
     python -m benchmarks.quality --text FILE        writes results/quality.json
@@ -48,17 +47,17 @@ _SETTINGS = ("samples", "seqlen", "eval_tokens", "window", "seed")
 
 
 def run_job(job: Job, scratch: Path) -> Row | None:
-    """Carries a job out in a process of its own; None when that failed."""
+    """Run a job in a new process and return its row; None if it failed."""
     return run_in_process(_RUN, asdict(job), scratch)
 
 
 def missing_peers(methods: Iterable[str]) -> list[str]:
-    """Packages that the methods need and that are not installed."""
+    """Return the packages that the methods need and that are not installed."""
     return missing(peer for name in methods for peer in PEERS.get(METHODS[name].kind, ()))
 
 
 def check_text(path: Path, dense: Path, eval_tokens: int) -> None:
-    """Raises OptionError unless the half of a text that is measured on is long enough."""
+    """Raise OptionError if the second half of the text, which is measured on, is too short."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(dense)
@@ -88,7 +87,7 @@ def _header(options: Row, dense: Path) -> Row:
 
 
 def _identity(document: Row) -> str:
-    """Of what may be kept for another run: made with the same settings, versions and sources."""
+    """Identify results that another run may use: settings, versions and sources must be equal."""
     sources = {
         f"{package.__name__}/{path.relative_to(folder)}": sha256(path)
         for package in (spallm_convert, spallm_formats, spallm_kernels)
@@ -107,7 +106,7 @@ def _echo_row(row: Row) -> None:
 
 
 def carry_out(options: Row) -> list[str]:
-    """Carries out what the file lacks; returns the methods that failed."""
+    """Do the runs that the file lacks; return the methods that failed."""
     output, text, cache = options["output"], options["text"], options["cache"].expanduser()
     dense = dense_folder(options["model"], None, cache)
     check_text(text, dense, options["eval_tokens"])
@@ -142,7 +141,7 @@ def carry_out(options: Row) -> list[str]:
     "--text",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     required=True,
-    help="First half: shown to methods that are calibrated. Second half: measured on.",
+    help="Text file. Its first half calibrates, perplexity is measured on its second half.",
 )
 @click.option(
     "--model",
@@ -157,30 +156,30 @@ def carry_out(options: Row) -> list[str]:
     default=list(METHODS),
     show_default="all",
 )
-@click.option("--samples", type=click.IntRange(1), default=128, help="Of the calibration text.")
-@click.option("--seqlen", type=click.IntRange(2), default=512, help="Tokens of a sample.")
-@click.option("--eval-tokens", type=click.IntRange(2), default=16384, help="To measure on.")
-@click.option("--window", type=click.IntRange(2), default=1024, help="Tokens seen at once.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of samples and hashes.")
+@click.option("--samples", type=click.IntRange(1), default=128, help="Calibration samples.")
+@click.option("--seqlen", type=click.IntRange(2), default=512, help="Tokens per sample.")
+@click.option("--eval-tokens", type=click.IntRange(2), default=16384, help="Tokens to measure on.")
+@click.option("--window", type=click.IntRange(2), default=1024, help="Tokens per window.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of samples and hashes.")
 @click.option(
     "--cache",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("~/.cache/spallm-convert/quality"),
-    help="Where the demo's model is kept, and blocks of calibrated runs for those that go on.",
+    help="Folder that keeps the demo's model, and calibrated blocks for runs that heal them.",
 )
-@click.option("--fresh", is_flag=True, help="Drop the runs that the file holds.")
+@click.option("--fresh", is_flag=True, help="Discard earlier results in the file.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     default=RESULTS / "quality.json",
-    show_default="results/quality.json beside this file",
+    show_default="benchmarks/results/quality.json",
 )
 def main(**options: Any) -> None:
-    """Quantizes one dense model by several methods and compares perplexity and bits."""
+    """Quantize one dense model with several methods, and compare perplexity and bits."""
     if absent := missing_peers(options["methods"]):
         raise click.UsageError(
             f"not installed: {', '.join(absent)}; pip install -r benchmarks/quality_peers.txt, or "
-            f"name methods that do without by --method"
+            f"use --method to name methods that do not need them"
         )
     try:
         failed = carry_out(options)

@@ -1,13 +1,13 @@
-"""LeanQuant's recipe (arXiv 2407.10032), told again with the parts that this project has.
+"""Rebuild LeanQuant's recipe (arXiv 2407.10032) from parts of this project.
 
-Every row has a table of its own, from k-means with weights diag(chol(H^-1))^-p; codes are chosen
-column by column, in the order of descending diagonal, each making up for the error of those before
-(GPTQ's loop). H = X^T X, with a tenth of its mean diagonal added to the diagonal, is of the inputs
-that a layer has behind the layers that have been quantized already, layers that read the same
-tensor together. Tables are float16.
+Every row has its own table, from k-means with weights diag(chol(H^-1))^-p. Codes are chosen column
+by column in the order of descending diagonal, each compensating the error of the columns before it
+(GPTQ's loop). H = X^T X of a layer's inputs, computed after the layers before it have been
+quantized; layers that read the same tensor share it. A tenth of the mean diagonal of H is added to
+its diagonal. Tables are float16.
 
-It differs from the published code in this: k-means is exact, where theirs is scikit-learn's, and a
-code takes its own number of bits, where theirs takes a nibble at 3 and 2 bits too.
+There are two differences from the published code. Our k-means is exact; theirs is scikit-learn's.
+Our codes take their own number of bits; theirs take a nibble at 3 and 2 bits too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from spallm_convert.calibration.blocks.stand_ins import Enough
 from spallm_kernels import compensate, importance, kmeans, look_up, prepare_hessian
 
 DAMPING = 0.1
-#: p by bits, as the authors' instructions have it.
+#: p by bits, from the authors' instructions.
 POWERS = {4: 4.0, 3: 3.0, 2: 3.0}
 
 Singles = npt.NDArray[np.float32]
@@ -34,7 +34,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def quantize_layer(weights: Singles, hessian: Floats, bits: int) -> tuple[Singles, Any]:
-    """Tables, float32 [rows, 1, 2^bits] of float16 values, and codes, uint8 [rows, columns]."""
+    """Return tables, float32 [rows, 1, 2^bits] of float16 values, and codes, uint8 [rows, n]."""
     prepared = prepare_hessian(hessian, DAMPING)
     table, _ = kmeans(weights, importance(prepared, POWERS[bits]), 1, 2**bits)
     rounded = table.astype(np.float16).astype(np.float32)
@@ -45,7 +45,7 @@ def quantize_layer(weights: Singles, hessian: Floats, bits: int) -> tuple[Single
 def quantize_blocks(
     blocks: Blocks, linears: Sequence[str], bits: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """The layers of a model, by path, as float32 weights [out_features, in_features]."""
+    """Yield the layers of a model, by path, as float32 weights [out_features, in_features]."""
     hidden = list(blocks.inputs)
     for number in range(len(blocks)):
         block, prefix = blocks.load(number), blocks.path_of(number) + "."
@@ -66,7 +66,7 @@ def quantize_blocks(
 def input_order(
     blocks: Blocks, number: int, block: nn.Module, names: Sequence[str], hidden: Tensor
 ) -> list[list[str]]:
-    """Layers in the order in which a block calls them, those that read the same tensor together."""
+    """Return layers in the order a block calls them, grouped by the tensor that they read."""
     stages: list[tuple[Tensor, list[str]]] = []
 
     def note(name: str, x: Tensor) -> None:
@@ -84,7 +84,7 @@ def input_order(
 def _input_sums(
     blocks: Blocks, number: int, block: nn.Module, name: str, hidden: Sequence[Tensor]
 ) -> Floats:
-    """X^T X of a layer's inputs, float64 [in_features, in_features]."""
+    """Return X^T X of a layer's inputs, float64 [in_features, in_features]."""
     columns: Any = block.get_submodule(name).in_features
     hessian = np.zeros((columns, columns))
 
@@ -103,7 +103,7 @@ def _input_sums(
 
 @contextlib.contextmanager
 def _watched(block: nn.Module, name: str, see: Any) -> Iterator[None]:
-    """Has `see` called with the input of a layer whenever the layer is run."""
+    """Call `see` with the input of a layer whenever the layer runs."""
     handle = block.get_submodule(name).register_forward_pre_hook(lambda _, args: see(args[0]))
     try:
         yield

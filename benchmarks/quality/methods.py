@@ -1,8 +1,8 @@
-"""The methods that the quality benchmark compares, by name, and what their codes take on disk.
+"""List the methods that the quality benchmark compares, and count the bits that they store.
 
-All of them quantize the same layers, the linear ones inside blocks, and leave the rest of the model
-as it is. Bits per weight are those of what has to be stored: codes, and the tables, scales and
-zeros that they are read with.
+All methods quantize the same layers, the linear layers inside blocks, and leave the rest of the
+model unchanged. Bits per weight count everything that must be stored: the codes, and the tables,
+scales and zeros that decode them.
 """
 
 from __future__ import annotations
@@ -11,23 +11,22 @@ import math
 from dataclasses import dataclass
 
 WIDTHS = (4, 3, 2)
-#: Columns that share a scale and a zero. GPTQ's is what llm-compressor takes for rows of 576.
+#: Columns that share a scale and a zero. GPTQ's is what llm-compressor accepts for rows of 576.
 RTN_GROUP, HQQ_GROUP, GPTQ_GROUP = 128, 64, 64
 
-#: Packages that a kind of method needs beside those of the project, by the names they are imported
-#: by.
+#: Packages that a kind of method needs in addition to the project's, by import name.
 PEERS = {
     "nf4": ("bitsandbytes",),
     "hqq": ("hqq",),
     "gptq": ("llmcompressor",),
     "autoround": ("auto_round",),
 }
-#: Kinds of methods that are shown text.
+#: Kinds of methods that are calibrated on text.
 CALIBRATED = (
     *("gptq", "autoround", "leanquant"),
     *("sketch-calibrated", "sketch-healed", "sketch-allocated"),
 )
-#: Bits per weight to allocate, in all: those of uniform 3 bits, and between the widths.
+#: Stored bits per weight to allocate: the same as uniform 3 bits, and values between the widths.
 TARGETS = (2.5, 3.27, 3.75)
 #: Steps of healing, of 1,024 tokens each.
 HEAL_STEPS = 300
@@ -35,8 +34,11 @@ HEAL_STEPS = 300
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """kind: which quantizer, see `quality_quantize.KINDS`; bits: of a code, the least of the target
-    where they are allocated; groups: tables per row of a sketch; target: bits per weight."""
+    """Describe a method.
+
+    kind: which quantizer, see `quantize.KINDS`. bits: bits of a code; if they are allocated, the
+    fewest of the target. groups: tables per row of a sketch. target: bits per weight.
+    """
 
     kind: str
     bits: int
@@ -71,13 +73,13 @@ METHODS = _methods()
 
 
 def affine_bits(rows: int, columns: int, bits: int, group: int) -> int:
-    """Bits of a layer of integers with a float16 scale and an integer zero for every group.
+    """Return the bits of a layer of integers with a float16 scale and integer zero per group.
 
-    A zero is as wide as a code. The last group of a row may be short.
+    A zero has as many bits as a code. The last group of a row may be short.
     """
     return rows * (columns * bits + math.ceil(columns / group) * (16 + bits))
 
 
 def table_bits(rows: int, columns: int, bits: int) -> int:
-    """Bits of a layer with a float16 table of all code values for every row."""
+    """Return the bits of a layer with a float16 table of all code values for every row."""
     return rows * (columns * bits + (16 << bits))

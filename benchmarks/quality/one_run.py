@@ -1,6 +1,8 @@
-"""One run of the quality benchmark, in a process of its own: its peak of memory is known then.
+"""Do one run of the quality benchmark in a separate process, so that its peak memory is known.
 
-python -m benchmarks.quality.one_run JOB.json RESULT.json       as benchmarks.quality starts it
+`benchmarks.quality` starts it:
+
+    python -m benchmarks.quality.one_run JOB.json RESULT.json
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from .quantize import open_subject, quantize
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a run does: quantizes the model in the folder `dense` and measures it.
+    """Describe a run: a method that quantizes the model in the folder `dense`, and its measurement.
 
-    text: a file; its first half is shown to methods that are calibrated, `samples` times `seqlen`
-    tokens of it; on the first `eval_tokens` tokens of the second, in windows of `window`,
-    perplexity is measured. kept: a folder for what runs leave to each other.
+    text: a file. Its first half calibrates, with `samples` samples of `seqlen` tokens. Perplexity
+    is measured on the first `eval_tokens` tokens of its second half, in windows of `window` tokens.
+    kept: a folder that passes files from one run to another.
     """
 
     method: str
@@ -45,13 +47,13 @@ class Job:
 
 
 def halves(text: str) -> tuple[str, str]:
-    """A text cut in two at the middle of its characters."""
+    """Cut a text in two at the middle of its characters."""
     middle = len(text) // 2
     return text[:middle], text[middle:]
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Quantizes and measures; the row that is kept of it."""
+    """Quantize and measure; return the row of results."""
     method = METHODS[job.method]
     shown, held_out = halves(Path(job.text).read_text(encoding="utf-8"))
     model, figures = quantized_model(job, shown)
@@ -72,7 +74,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def quantized_model(job: Job, shown: str) -> tuple[Any, dict[str, Any]]:
-    """The dense model in float32 with the weights of a method, and what they take to have.
+    """Return the dense model in float32 with the weights of a method, and the cost of getting them.
 
     shown: text to calibrate with.
     """
@@ -111,7 +113,7 @@ def quantized_model(job: Job, shown: str) -> tuple[Any, dict[str, Any]]:
 
 
 def held_out_loss(job: Job, model: Any, text: str) -> dict[str, Any]:
-    """Loss and perplexity on a text that no method has seen."""
+    """Return loss and perplexity on a text that no method has seen."""
     from transformers import AutoTokenizer
 
     with EvaluationProgress(hidden=True) as progress:
@@ -128,7 +130,7 @@ def held_out_loss(job: Job, model: Any, text: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def replace_weights(model: Any, weights: Any) -> int:
-    """Puts weights into the layers of a model, by path; how many there were."""
+    """Put weights into the layers of a model, by path; return their number."""
     count = 0
     for path, weight in weights:
         model.get_submodule(path).weight.copy_(weight)

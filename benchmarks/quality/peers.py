@@ -1,9 +1,9 @@
-"""Other projects' quantizers on the CPU.
+"""Run other projects' quantizers on the CPU.
 
-Those that need no text are called layer by layer: they take a float32 weight [out_features,
-in_features] and give it back as it is after being quantized, with the bytes of the tensors that the
+Quantizers that need no text are called layer by layer. They take a float32 weight [out_features,
+in_features] and return the weight after quantization, with the bytes of the tensors that the
 package keeps for it. Constants that are the same for all layers, such as NF4's sixteen values, are
-not counted. Those that are calibrated get a float32 model and leave it with its weights quantized.
+not counted. Quantizers that are calibrated take a float32 model and quantize its weights in place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .methods import GPTQ_GROUP, HQQ_GROUP, RTN_GROUP
 
 
 def nf4(weight: Tensor, bits: int) -> tuple[Tensor, int]:
-    """NF4 of bitsandbytes in blocks of 64, with scales that are quantized too, as in QLoRA."""
+    """Quantize with NF4 of bitsandbytes, blocks of 64, with quantized scales as in QLoRA."""
     from bitsandbytes import functional
 
     packed, state = functional.quantize_4bit(
@@ -29,7 +29,7 @@ def nf4(weight: Tensor, bits: int) -> tuple[Tensor, int]:
 
 
 def hqq(weight: Tensor, bits: int) -> tuple[Tensor, int]:
-    """HQQ with its optimizer, in groups along rows, scales and zeros in float16."""
+    """Quantize with HQQ and its optimizer, in groups along rows, scales and zeros in float16."""
     from hqq.core.quantize import Quantizer
 
     packed, meta = Quantizer.quantize(
@@ -47,7 +47,7 @@ def hqq(weight: Tensor, bits: int) -> tuple[Tensor, int]:
 
 
 def gptq(model: Any, tokenizer: Any, tokens: Tensor, bits: int, seed: int) -> None:
-    """GPTQ of llm-compressor at its defaults, integers with a zero, in groups.
+    """Quantize with GPTQ of llm-compressor at its defaults: integers with a zero, in groups.
 
     tokens: int64 [samples, seqlen].
     """
@@ -73,10 +73,10 @@ def gptq(model: Any, tokenizer: Any, tokens: Tensor, bits: int, seed: int) -> No
 
 
 def autoround(model: Any, tokenizer: Any, tokens: Tensor, bits: int, seed: int) -> None:
-    """AutoRound at its defaults (200 steps per block, bfloat16 where the CPU has it), integers with
-    a zero, in groups.
+    """Quantize with AutoRound at its defaults: integers with a zero, in groups.
 
-    tokens: int64 [samples, seqlen].
+    The defaults are 200 steps per block, and bfloat16 if the CPU has it. tokens: int64 [samples,
+    seqlen].
     """
     from auto_round import AutoRound
 

@@ -1,4 +1,4 @@
-"""Draws perplexity over bits per weight from `quality.json`: a line a method, a point a width.
+"""Draw perplexity over bits per weight from `quality.json`: a line per method, a point per width.
 
 pip install -r benchmarks/quality_peers.txt
 python -m benchmarks.quality.plot [--input FILE] [--output FILE]
@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.shared.drawing import PlotError, load_pyplot, run, save
 
-#: Colour, marker and name of a kind of method with so many tables per row.
+#: Colour, marker and name by kind of method and tables per row.
 STYLES = {
     ("rtn", 1): ("tab:gray", "s", "round to nearest, g128"),
     ("nf4", 1): ("tab:brown", "D", "NF4, double quantization"),
@@ -30,8 +30,8 @@ STYLES = {
     ("sketch-healed", 1): ("black", "o", "sketch, healed, GPR 1"),
     ("sketch-healed", 4): ("black", "h", "sketch, healed, GPR 4"),
 }
-#: Points above so many times the dense model's perplexity are named instead of drawn: they would
-#: press all others together.
+#: Points above this multiple of the dense model's perplexity are named, not drawn: they would
+#: compress all others.
 _CEILING = 4.0
 
 Row = dict[str, Any]
@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A document with the dense model and something to compare with it."""
+    """Return a document that has the dense model and something to compare with it."""
     if not path.exists():
         raise PlotError(f"{path} does not exist: `python -m benchmarks.quality` writes it")
     document: dict[str, Any] = json.loads(path.read_text())
@@ -53,7 +53,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def draw(document: dict[str, Any], output: Path) -> None:
-    """Writes the drawing, the same bytes for the same figures."""
+    """Write the drawing, with the same bytes for the same figures."""
     pyplot = load_pyplot("quality")
 
     (dense,) = (row for row in document["runs"] if row["kind"] == "dense")
@@ -84,7 +84,7 @@ def draw(document: dict[str, Any], output: Path) -> None:
 
 
 def split(runs: list[Row], ceiling: float) -> tuple[list[Row], list[Row]]:
-    """Runs of quantized models up to a perplexity, by bits; and those above it."""
+    """Return quantized runs up to a perplexity, by bits, and the runs above it."""
     ordered = sorted(runs, key=lambda row: (row["bits_per_weight"], row["method"]))
     rows = [row for row in ordered if row["kind"] != "dense"]
     inside = [row for row in rows if row["perplexity"] <= ceiling]

@@ -1,7 +1,7 @@
-"""Every kind of method as a function: the layers of a dense model -> their weights afterwards.
+"""Quantize the layers of a dense model with any method of the quality benchmark.
 
-What comes back are float32 weights, however a method stores them: all methods are then measured in
-the same dense model, by the same products.
+Every method returns float32 weights, however it stores them. So all methods are measured in the
+same dense model, with the same products.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ from .methods import GPTQ_GROUP, HEAL_STEPS, RTN_GROUP, Method, affine_bits, tab
 
 Singles = npt.NDArray[np.float32]
 
-#: A file among the blocks that a calibrated run leaves, once all of them are there.
+#: A file that marks the blocks of a calibrated run as complete.
 _COMPLETE = "complete"
 
 
 class Quantized(NamedTuple):
-    """stored_bits: of all layers, on disk; weights: float32 [out_features, in_features], by path in
-    the model, to be gone through once; continues: the kind of a run whose results this one went on
-    with; predicted_loss: where bits are allocated, what `convert` said it would cost, in nats."""
+    """Hold the result of a method.
+
+    stored_bits: bits of all layers on disk. weights: float32 [out_features, in_features] by path in
+    the model; can be iterated once. continues: the kind of the run whose results this run
+    continued. predicted_loss: if bits are allocated, the loss that `convert` predicted, in nats.
+    """
 
     stored_bits: int
     weights: Iterable[tuple[str, Tensor]]
@@ -51,9 +54,12 @@ class Quantized(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """A dense model to quantize. plan: names its layers; calibration: a file with text, of which
-    `samples` times `seqlen` tokens are drawn; scratch: a folder for what a method writes; kept: one
-    for what calibrated sketches leave to those that are healed."""
+    """Hold a dense model to quantize.
+
+    plan: names its layers. calibration: a text file, of which `samples` times `seqlen` tokens are
+    drawn. scratch: a folder for the files of a method. kept: a folder that passes the blocks of
+    calibrated sketches on to healing.
+    """
 
     checkpoint: DenseCheckpoint
     plan: Plan
@@ -65,7 +71,7 @@ class Subject:
     kept: Path
 
     def layers(self) -> Iterator[tuple[str, Singles]]:
-        """Path in the model and dense weight of every layer to quantize."""
+        """Yield the path in the model and the dense weight of every layer to quantize."""
         for name, tensor in self.plan.weights.items():
             raw = read_bytes(tensor, 0, tensor.nbytes)
             yield (
@@ -88,7 +94,7 @@ class Subject:
         )
 
     def tokens(self, method: Method) -> Tensor:
-        """The calibration tokens, int64 [samples, seqlen], the same for every method."""
+        """Return the calibration tokens, int64 [samples, seqlen], the same for every method."""
         source, config = locate(str(self.checkpoint.folder)), self.calibrated_config(method)
         return draw_texts(source, config, trust_remote_code=False).calibration
 
@@ -96,14 +102,14 @@ class Subject:
 def open_subject(
     dense: Path, scratch: Path, kept: Path, calibration: Path, **drawn: int
 ) -> Subject:
-    """The model of a folder, with all linear layers inside its blocks to be quantized."""
+    """Open the model of a folder, with all linear layers inside its blocks to be quantized."""
     checkpoint = locate(str(dense)).open(scratch)
     plan = make_plan(checkpoint, SketchConfig(groups_per_row=1))
     return Subject(checkpoint, plan, calibration, scratch=scratch, kept=kept, **drawn)
 
 
 def quantize(method: Method, subject: Subject) -> Quantized:
-    """Carries out a method, in full float32 as `convert` does."""
+    """Run a method in full float32, as `convert` does."""
     with full_float32():
         return KINDS[method.kind](method, subject)
 
@@ -122,9 +128,9 @@ def _rtn(method: Method, subject: Subject) -> Quantized:
 
 
 def round_to_nearest(weights: Singles, bits: int, group: int) -> Singles:
-    """Rows rounded to integers of `bits` bits, asymmetric, by groups of columns.
+    """Round rows to integers of `bits` bits, asymmetric, by groups of columns.
 
-    Scales are float16; zeros are integers of as many bits, so that 0 stays 0.
+    Scales are float16. Zeros are integers of the same number of bits, so that 0 stays 0.
     """
     top = 2**bits - 1
     found = np.empty_like(weights)
@@ -141,7 +147,7 @@ def round_to_nearest(weights: Singles, bits: int, group: int) -> Singles:
 
 
 def _layerwise(quantizer: Callable[[Tensor, int], tuple[Tensor, int]]) -> Any:
-    """A method that takes one float32 weight and gives it back with the bytes that it stores."""
+    """Run a method that takes one float32 weight and returns it with its stored bytes."""
 
     def run(method: Method, subject: Subject) -> Quantized:
         found, stored = {}, 0
@@ -154,7 +160,7 @@ def _layerwise(quantizer: Callable[[Tensor, int], tuple[Tensor, int]]) -> Any:
 
 
 def _whole(quantizer: Callable[..., None], group: int) -> Any:
-    """A method that quantizes a whole model in place, to integers in groups."""
+    """Run a method that quantizes a whole model in place, to integers in groups."""
 
     def run(method: Method, subject: Subject) -> Quantized:
         from transformers import AutoModelForCausalLM
@@ -199,7 +205,7 @@ def _converted(subject: Subject, config: SketchConfig) -> Quantized:
 
 
 def _sketch_calibrated(method: Method, subject: Subject) -> Quantized:
-    """As `convert` does it, but that the blocks stay, for a run that heals them."""
+    """Sketch as `convert` does, but keep the blocks for a run that heals them."""
     folder = _kept(method, subject)
     shutil.rmtree(folder, ignore_errors=True)
     found = _calibrated(method, subject, folder, heal_steps=0)
@@ -208,7 +214,7 @@ def _sketch_calibrated(method: Method, subject: Subject) -> Quantized:
 
 
 def _sketch_healed(method: Method, subject: Subject) -> Quantized:
-    """Goes on with the blocks of a calibrated run; makes its own unless all of them are there."""
+    """Heal the blocks of a calibrated run; make new ones unless all of them exist."""
     folder, kept = subject.scratch / "calibrated", _kept(method, subject)
     continues = (kept / _COMPLETE).exists()
     if continues:

@@ -1,7 +1,8 @@
-"""Prints the runs of `quality.json` as a table in Markdown, by width and perplexity, and what they
-come to: our losses as parts of LeanQuant's, and what other methods do better.
+"""Print the runs of `quality.json` as a Markdown table, by width and perplexity, and a summary.
 
-python -m benchmarks.quality.table [--input FILE]
+The summary gives our losses as fractions of LeanQuant's, and what other methods do better.
+
+    python -m benchmarks.quality.table [--input FILE]
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from benchmarks.shared.machine import RESULTS
 from .methods import WIDTHS
 from .plot import Row, read
 
-#: Kinds of sketches for a text, as sentences name them.
+#: Names in sentences of the kinds of calibrated sketches.
 OURS = {
     "sketch-calibrated": "the calibrated sketch",
     "sketch-healed": "the healed one",
@@ -46,7 +47,7 @@ def main() -> int:
 
 
 def table(runs: list[Row]) -> str:
-    """The table; runs of the same width stand together, the best of them first."""
+    """Return the table. Runs of the same width are together, the best run first."""
     (dense,) = (row["nats_per_token"] for row in runs if row["kind"] == "dense")
     rows = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 1))]
     for row in sorted(runs, key=lambda row: (-row["bits"], row["nats_per_token"])):
@@ -66,7 +67,7 @@ def table(runs: list[Row]) -> str:
 
 
 def beside_leanquant(runs: list[Row]) -> list[str]:
-    """A line per width: the perplexity that is lost with one table per row."""
+    """Return a line per width: the lost perplexity with one table per row."""
     (dense,) = (row["perplexity"] for row in runs if row["kind"] == "dense")
     losses = {
         (row["kind"], row["bits"]): row["perplexity"] - dense
@@ -87,7 +88,7 @@ def beside_leanquant(runs: list[Row]) -> list[str]:
 
 
 def better_in_both(runs: list[Row]) -> str:
-    """Names methods of others with fewer bits and less perplexity than a sketch for a text."""
+    """Name other methods with fewer bits and a lower perplexity than a calibrated sketch."""
     axes = ("bits_per_weight", "perplexity")
     others = [row for row in runs if not row["kind"].startswith(("sketch", "hash", "dense"))]
     found = [
@@ -103,7 +104,7 @@ def better_in_both(runs: list[Row]) -> str:
 
 
 def _continued(row: Row, runs: list[Row]) -> list[Row]:
-    """The run whose results this one went on with, if it did. Raises PlotError without its row."""
+    """Return the run that this run continued, if any. Raise PlotError if its row is missing."""
     kind = row.get("continues")
     if kind is None:
         return []

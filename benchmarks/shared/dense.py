@@ -1,4 +1,4 @@
-"""The dense model that benchmarks of whole models begin with."""
+"""Prepare the dense model that benchmarks of whole models start from."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ Linears = Mapping[str, tuple[int, int]]
 
 
 def dense_folder(model: Path | None, shape: str | None, cache: Path) -> Path:
-    """The dense model: a folder as it is, random weights of a shape, or the installed demo model.
+    """Return the folder of a dense model: a given one, random weights, or the installed demo.
 
-    What is made lies below `cache`, and is made once.
+    Models that are made are stored below `cache`, and made once.
     """
     if model is not None:
         if not (model / CONFIG_FILE).is_file():
-            raise OptionError(f"{model} is no folder of a Hugging Face model: no {CONFIG_FILE}")
+            raise OptionError(
+                f"{model} is not the folder of a Hugging Face model: no {CONFIG_FILE}"
+            )
         return model
     if shape is None:
         path = demo_model()
@@ -46,14 +48,14 @@ def dense_folder(model: Path | None, shape: str | None, cache: Path) -> Path:
 
 
 def model_name(model: Path | None, shape: str | None = None) -> str:
-    """What results call the model that `dense_folder` gives for the same arguments."""
+    """Return the name in results of the model that `dense_folder` gives for the same arguments."""
     if model is not None:
         return model.resolve().name
     return shape or demo_model().stem
 
 
 def digest(dense: Path) -> str:
-    """Identifies a model by its config and weights, whichever transformers wrote them."""
+    """Identify a model by its config and weights, whichever version of transformers wrote them."""
     config = json.loads((dense / CONFIG_FILE).read_text())
     config.pop("transformers_version", None)
     weights = map(sha256, sorted(dense.glob("*.safetensors")))
@@ -62,5 +64,5 @@ def digest(dense: Path) -> str:
 
 
 def read_linears(dense: Path) -> Linears:
-    """(out_features, in_features) of the layers that are sketched, or get adapters."""
+    """Return (out_features, in_features) of the layers that are sketched or get adapters."""
     return read_skeleton(dense, json.loads((dense / CONFIG_FILE).read_text())).linears

@@ -1,4 +1,4 @@
-"""What drawings of results share: their command line, their error, and SVG of the same bytes.
+"""Draw benchmark results: the command line, the error, and SVG files with reproducible bytes.
 
 matplotlib is not a dependency of the package: `pip install matplotlib`, or `benchmarks/peers.txt`.
 """
@@ -19,7 +19,7 @@ Document = dict[str, Any]
 
 
 class PlotError(Exception):
-    """Why there is nothing to draw."""
+    """Report why there is nothing to draw."""
 
 
 def run(
@@ -30,7 +30,7 @@ def run(
     *,
     results: str,
 ) -> int:
-    """Draws a file of results into docs/NAME.svg, both unless told otherwise; the exit code."""
+    """Draw a results file into docs/NAME.svg, or as options say; return the exit code."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--input", type=Path, default=RESULTS / results)
     parser.add_argument("--output", type=Path, default=DOCS / f"{name}.svg")
@@ -45,7 +45,7 @@ def run(
 
 
 def load_pyplot(name: str) -> Any:
-    """matplotlib, set up to write the same SVG for the same figures."""
+    """Return matplotlib's pyplot, set up to write the same SVG for the same figures."""
     try:
         import matplotlib
     except ImportError:
@@ -58,6 +58,6 @@ def load_pyplot(name: str) -> Any:
 
 
 def save(figure: Any, output: Path) -> None:
-    """Writes a figure as SVG, without the date."""
+    """Write a figure as SVG, without the date."""
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, metadata={"Date": None})

@@ -1,4 +1,4 @@
-"""What the benchmarks share: which machine and versions, memory, quantiles, writing results."""
+"""Describe machine, versions and memory for all benchmarks, compute quantiles and write results."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def cores() -> int:
-    """Cores that this process may run on."""
+    """Return the cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def machine() -> dict[str, Any]:
-    """The machine, as far as results depend on it."""
+    """Describe the machine, as far as results depend on it."""
     return {"cpu": _cpu_model(), "cores": cores(), "platform": platform.platform()}
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of installed packages."""
+    """Return the versions of Python and of installed packages."""
     found = {package: importlib.metadata.version(package) for package in packages}
     return {"python": platform.python_version()} | found
 
@@ -46,7 +46,7 @@ def module_environment() -> dict[str, str]:
 
 
 def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process. Elsewhere than on Linux its peak, which is never reset."""
+    """Return VmRSS or VmHWM of this process; outside Linux its peak, which is never reset."""
     if not _STATUS.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
     lines = _STATUS.read_text().splitlines()
@@ -54,13 +54,13 @@ def resident(field: str) -> int:
 
 
 def quantiles(samples: Sequence[float]) -> dict[str, float]:
-    """The median and the quantiles on both sides of it that few outliers do not move."""
+    """Return the median and a lower and an upper quantile, which a few outliers do not change."""
     levels = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
     return {name: float(np.quantile(samples, level)) for name, level in levels.items()}
 
 
 def write_results(path: Path, document: dict[str, Any]) -> None:
-    """Writes JSON, making the folder if it is not there."""
+    """Write JSON, making the folder if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(to_json(document))
 

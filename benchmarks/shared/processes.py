@@ -1,4 +1,4 @@
-"""Runs in processes of their own, and the file that keeps what came of them."""
+"""Run jobs in separate processes, and keep their results in a file."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Row = dict[str, Any]
 
 
 def run_in_process(module: str, job: Row, scratch: Path) -> Row | None:
-    """What a module makes of a job: it is started with two files, to read from and to write to.
+    """Run a module on a job in a new process, and return its result; None if it failed.
 
-    None when it failed.
+    The module is started with two files: one to read the job from, one to write the result to.
     """
     described, result = scratch / "job.json", scratch / "result.json"
     write_results(described, job)
@@ -37,14 +37,14 @@ def run_in_process(module: str, job: Row, scratch: Path) -> Row | None:
 
 
 def missing(packages: Iterable[str]) -> list[str]:
-    """Packages that are not installed, sorted, by the names they are imported by."""
+    """Return the packages that are not installed, sorted, by the names they are imported by."""
     return sorted(name for name in set(packages) if importlib.util.find_spec(name) is None)
 
 
 def open_document(path: Path, header: Row, *, fresh: bool) -> Row:
-    """The document to add to: what the file holds, when it was made in the same way.
+    """Return the document to add to: the contents of the file, if it was made in the same way.
 
-    The platform may differ: an update of the kernel is no other machine.
+    The platform may differ, because an updated kernel does not make another machine.
     """
     if fresh or not path.exists():
         return header | {"runs": []}
@@ -67,7 +67,7 @@ def open_document(path: Path, header: Row, *, fresh: bool) -> Row:
 
 
 def _flat(document: Row) -> Row:
-    """Settings, versions and machine with dotted names, less the platform."""
+    """Return settings, versions and machine with dotted names, without the platform."""
     found: Row = {"benchmark": document.get("benchmark")}
     for part in ("settings", "versions", "machine"):
         found |= {f"{part}.{name}": value for name, value in document.get(part, {}).items()}

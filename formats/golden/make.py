@@ -1,7 +1,7 @@
-"""Writes the golden checkpoints: python formats/golden/make.py
+"""Write the golden checkpoints: python formats/golden/make.py
 
-Everything follows from small formulas, and files and expected weights are written out here with
-plain loops and the safetensors library, not with the code they are there to test.
+All values come from small formulas. Files and expected weights are written here with plain loops
+and the safetensors library, not with the code that they test.
 """
 
 import json
@@ -30,7 +30,7 @@ def code(row: int, column: int, bits: int, mapping: str) -> int:
 
 
 def entry(row: int, group: int, value: int) -> float:
-    """A multiple of 1/64 below 2 in magnitude: exact in every table dtype."""
+    """Return a multiple of 1/64 below 2 in magnitude, which is exact in every table dtype."""
     return ((131 * row + 17 * group + 29 * value) % 255 - 127) / 64
 
 

@@ -1,7 +1,7 @@
-"""Writes the hostile checkpoints: python formats/hostile/make.py
+"""Write the hostile checkpoints: python formats/hostile/make.py
 
-Each is the golden 3-bit checkpoint with one thing broken, and `error.txt` with what a reader must
-say about it.
+Each is the golden 3-bit checkpoint with one thing broken. `error.txt` holds a part of the message
+that a reader must give.
 """
 
 import json
@@ -45,7 +45,7 @@ def index(weight_map: dict[str, str]) -> str:
 
 
 def cases() -> dict[str, tuple[str, dict[str, bytes | str | None]]]:
-    """Name -> (expected error, files to replace; None removes one)."""
+    """Return, by name, the expected error and the files to replace (None removes a file)."""
     data = (GOLDEN / "model.safetensors").read_bytes()
     header, body = split(data)
     repeated = json.dumps(header)[:-1] + f', "{NORM}": {json.dumps(header[NORM])}}}'
@@ -86,7 +86,7 @@ def cases() -> dict[str, tuple[str, dict[str, bytes | str | None]]]:
             {in_file: with_header(lambda h: h.update(__metadata__={"format": 1}))},
         ),
         "two-kinds-of-files": (
-            "are there",
+            "found both",
             {"model.safetensors.index.json": index({WEIGHT: in_file})},
         ),
         "size-lies": (

@@ -1,4 +1,4 @@
-"""The on-disk format of sketched checkpoints: read, write, validate, pack. See SPEC.md."""
+"""Read, write, validate and pack the on-disk format of sketched checkpoints. See SPEC.md."""
 
 from .dtypes import FLOAT_STORAGE, ITEM_BYTES, TABLE_DTYPES, from_float32, to_float32
 from .errors import FormatError, SpallmError

@@ -1,7 +1,7 @@
-"""Packing and unpacking rows of codes in numba; `packing.py` says what and checks the arguments.
+"""Pack and unpack rows of codes in numba. `packing.py` defines the format and checks the arguments.
 
-A module of its own, so that reading headers does not import numba. A 64-bit accumulator holds at
-most 7 waiting bits and one code of 8: it never overflows.
+This is a separate module so that reading headers does not import numba. A 64-bit accumulator holds
+at most 7 waiting bits and one code of 8, so it never overflows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Bytes = npt.NDArray[np.uint8]
 
 @numba.njit(cache=True, parallel=True, nogil=True)
 def pack_rows(codes: Bytes, bits: int, packed: Bytes) -> None:
-    """Fills packed [rows, row_bytes], zeroed before, from codes [rows, in_features]."""
+    """Fill packed [rows, row_bytes], which must be zero, from codes [rows, in_features]."""
     for row in numba.prange(codes.shape[0]):
         waiting = np.uint64(0)
         filled = np.uint64(0)
@@ -34,7 +34,7 @@ def pack_rows(codes: Bytes, bits: int, packed: Bytes) -> None:
 
 @numba.njit(cache=True, parallel=True, nogil=True)
 def unpack_rows(packed: Bytes, bits: int, codes: Bytes) -> None:
-    """Fills codes [rows, in_features] from packed [rows, row_bytes]."""
+    """Fill codes [rows, in_features] from packed [rows, row_bytes]."""
     mask = np.uint64((1 << bits) - 1)
     for row in numba.prange(packed.shape[0]):
         waiting = np.uint64(0)

@@ -1,6 +1,6 @@
-"""Element types: their safetensors names, sizes, and the way to and from float32.
+"""Define element types: their safetensors names and sizes, and conversion to and from float32.
 
-NumPy has no bfloat16, so bf16 data travels as uint16 bit patterns: a bf16 is the upper half of the
+NumPy has no bfloat16, so bf16 data is held as uint16 bit patterns: a bf16 is the upper half of the
 float32 of the same value.
 """
 
@@ -32,7 +32,7 @@ ITEM_BYTES = {
     "C64": 8,
 }
 
-#: How float data of each dtype lies in a NumPy array.
+#: NumPy dtype that holds float data of each safetensors dtype.
 FLOAT_STORAGE: dict[str, npt.DTypeLike] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
 #: Names of the table dtypes in `config.json` (torch's names) and in safetensors.
@@ -40,7 +40,15 @@ TABLE_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def to_float32(raw: bytes | bytearray | memoryview, dtype: str) -> npt.NDArray[np.float32]:
-    """Decodes little-endian `dtype` data ("BF16", "F16" or "F32") into a flat float32 array."""
+    """Decode little-endian data to float32.
+
+    Args:
+        raw: The bytes.
+        dtype: "BF16", "F16" or "F32".
+
+    Returns:
+        float32 [elements].
+    """
     stored = np.frombuffer(raw, dtype=np.dtype(FLOAT_STORAGE[dtype]).newbyteorder("<"))
     if dtype == "BF16":
         return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -48,10 +56,18 @@ def to_float32(raw: bytes | bytearray | memoryview, dtype: str) -> npt.NDArray[n
 
 
 def from_float32(values: npt.ArrayLike, dtype: str) -> npt.NDArray[np.generic]:
-    """Rounds to `dtype`, ties to even; bf16 comes back as uint16 bit patterns.
+    """Round values to a stored dtype, ties to even.
 
-    Values are first rounded to float32, so float64 input is rounded twice: one value in some 2^17
-    (bf16) or 2^14 (f16) ends at the other of two neighbours that are all but equally near.
+    Values are first rounded to float32, so float64 input is rounded twice. About one value in 2^17
+    (bf16) or 2^14 (f16) is then rounded to the other of two neighbours that are almost equally
+    near.
+
+    Args:
+        values: Values of any shape.
+        dtype: "BF16", "F16" or "F32".
+
+    Returns:
+        The rounded values, in the same shape; bf16 as uint16 bit patterns.
     """
     wide = np.ascontiguousarray(values, dtype=np.float32)
     if dtype == "BF16":

@@ -1,4 +1,4 @@
-"""Writing that survives a crash: flushed to disk, then renamed into place."""
+"""Write files that survive a crash: flush to disk, then rename into place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file so that it is there whole or not at all, also after a loss of power."""
+    """Write a file so that it is complete or absent, even after a power failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
@@ -18,13 +18,13 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def flush(file: BinaryIO) -> None:
-    """Makes what was written to a file durable."""
+    """Flush a file to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes renames in a folder durable, where the system knows how to."""
+    """Flush renames in a folder to disk, on systems that can do that."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

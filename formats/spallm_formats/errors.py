@@ -1,7 +1,7 @@
-"""What can be wrong with a checkpoint.
+"""Define the errors that a checkpoint can cause.
 
-SpallmError             anything a user can mend: bad input, a full disk, a missing token
-└── FormatError         a checkpoint that breaks the format; carries every problem found
+SpallmError             anything a user can fix: bad input, a full disk, a missing token
+└── FormatError         a checkpoint that breaks the format; lists every problem found
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from collections.abc import Sequence
 
 
 class SpallmError(Exception):
-    """Base of every error that this project raises for something its user can mend."""
+    """Base class of every error in this project that the user can fix."""
 
 
 class FormatError(SpallmError):
-    """A checkpoint breaks the format.
+    """Report that a checkpoint breaks the format.
 
-    `problems` lists everything that was found wrong, one line each, so that a user mends a folder
-    once and not once per problem.
+    Args:
+        problems: One line, or one line per problem. All problems are reported together, so that a
+            user can fix a folder at once.
+
+    Attributes:
+        problems: Every problem found, one line each.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:

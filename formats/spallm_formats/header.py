@@ -1,8 +1,8 @@
-"""The safetensors header: parsed defensively, built deterministically.
+"""Parse safetensors headers defensively, and build them deterministically.
 
-A safetensors file is `u64 N | N bytes of JSON | data`. The library parses it too, but only one
-error at a time and without naming the tensor; this reader checks the same rules, reports all
-that it finds, reads nothing but the header, and lets tensors be streamed in pieces.
+A safetensors file is `u64 N | N bytes of JSON | data`. The safetensors library parses it too, but
+it reports one error at a time and does not name the tensor. This reader checks the same rules,
+reports all problems, reads only the header, and lets tensors be streamed in pieces.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ _METADATA = "__metadata__"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, safetensors dtype and shape of a tensor."""
+    """Describe a tensor.
+
+    Attributes:
+        name: Name in the checkpoint.
+        dtype: Its safetensors dtype, such as "BF16".
+        shape: Its shape.
+    """
 
     name: str
     dtype: str
@@ -33,27 +39,42 @@ class TensorSpec:
 
     @property
     def elements(self) -> int:
+        """Return the number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Return the size in bytes."""
         return self.elements * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class StoredTensor(TensorSpec):
-    """A tensor and where its bytes begin, counted from the start of `file`."""
+    """Describe a tensor in a file.
+
+    Attributes:
+        file: The file.
+        offset: Offset of its first byte from the start of the file.
+    """
 
     file: Path
     offset: int
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Reads which tensors a safetensors file holds, in order of their data.
+    """Read which tensors a safetensors file holds.
 
-    Raises FormatError naming the file and every tensor that breaks a rule: header longer than the
-    file, JSON that does not parse or repeats a key, unknown dtype, shape and byte range that
-    disagree, data that overlaps, has holes, or is not exactly as long as the file.
+    Args:
+        path: The file.
+
+    Returns:
+        Tensors by name, in the order of their data.
+
+    Raises:
+        FormatError: If a rule is broken; it names the file and every tensor concerned. Refused are
+            a header longer than the file, JSON that does not parse or repeats a key, an unknown
+            dtype, a shape that disagrees with its byte range, and data that overlaps, has holes or
+            is not exactly as long as the file.
     """
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
@@ -69,7 +90,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         text = file.read(length)
     entries = load_json(text, path.name)
     if not isinstance(entries, dict):
-        raise FormatError(f"{path.name}: the header must be a JSON object")
+        raise FormatError(f"{path.name}: the header must be a JSON object, found another value")
     metadata = entries.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(f"{path.name}: {_METADATA} must map names to strings")
@@ -79,10 +100,16 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def build_header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """Lays tensors out as the safetensors library does: widest dtype first, then by name.
+    """Lay tensors out as the safetensors library does: widest dtype first, then by name.
 
-    Returns the header (length prefix included, padded with spaces to 8 bytes) and the offset of
-    every tensor from the start of the file. A pure function of the set of specs.
+    The result depends only on the set of tensors, not on their order.
+
+    Args:
+        specs: The tensors.
+
+    Returns:
+        The header (with its length in front, padded with spaces to 8 bytes), and the offset of
+        every tensor from the start of the file.
     """
     ordered = sorted(specs, key=lambda spec: (-ITEM_BYTES[spec.dtype], spec.dtype, spec.name))
     document: dict[str, Any] = {_METADATA: {"format": "pt"}}
@@ -102,7 +129,18 @@ def build_header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
 
 
 def load_json(text: bytes, name: str) -> Any:
-    """Parses JSON, refusing repeated keys; `name` stands in the errors."""
+    """Parse JSON, refusing repeated keys.
+
+    Args:
+        text: UTF-8 text.
+        name: Name for error messages.
+
+    Returns:
+        The parsed document.
+
+    Raises:
+        FormatError: If it is not valid JSON or repeats a key.
+    """
 
     def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         document = dict(pairs)
@@ -119,7 +157,14 @@ def load_json(text: bytes, name: str) -> Any:
 
 
 def to_json(document: Any) -> bytes:
-    """The one way this project writes JSON files: two spaces, UTF-8, keys in the order given."""
+    """Write JSON as all of this project does: two spaces, UTF-8, keys in the given order.
+
+    Args:
+        document: Any JSON document.
+
+    Returns:
+        The text, ending in a line feed.
+    """
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -167,7 +212,7 @@ def _checked_entry(
         raise FormatError(f"{where} has shape {shape!r}, expected a list of sizes")
     if not (_is_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         raise FormatError(f"{where} has data_offsets {offsets!r}, expected [begin, end]")
-    if math.prod(shape) >= 1 << 63:  # nor may it be printed
+    if math.prod(shape) >= 1 << 63:  # printing it could fail too
         raise FormatError(f"{where} has a shape of 2^63 elements or more")
     begin, end = offsets
     tensor = StoredTensor(name, dtype, tuple(shape), path, data_start + begin)
@@ -180,5 +225,5 @@ def _checked_entry(
 
 
 def _is_sizes(value: Any) -> bool:
-    """Whether `value` is a list of non-negative integers (True and False are none)."""
+    """Return whether `value` is a list of non-negative integers (True and False are not)."""
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

@@ -1,7 +1,7 @@
-"""Which tensor goes into which shard: a pure function of the tensors and the size limit.
+"""Decide which tensor goes into which shard, from the tensors and the size limit alone.
 
-An interrupted conversion can be resumed, and ends in the same bytes, only because nothing here
-depends on what has been computed so far.
+Nothing here depends on what has been computed so far. Therefore an interrupted conversion can be
+resumed and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,21 @@ from .header import TensorSpec, build_header, to_json
 
 SINGLE_SHARD = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-#: Names that `_filename` makes, and those of several files as a shell matches them.
+#: Matches the names that `_filename` makes; and a shell pattern for the names of several shards.
 SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 SHARDS_GLOB = "model-*-of-*.safetensors"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of the checkpoint: its name, header, and where each tensor's bytes begin."""
+    """Hold the plan of one file of the checkpoint.
+
+    Attributes:
+        filename: Name of the file.
+        header: Its header, with the length in front.
+        tensors: Its tensors by name.
+        offsets: Offset of each tensor from the start of the file, in bytes.
+    """
 
     filename: str
     header: bytes
@@ -30,14 +37,22 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
+        """Return the size of the file in bytes."""
         return len(self.header) + sum(spec.nbytes for spec in self.tensors.values())
 
 
 def plan_shards(groups: Iterable[Sequence[TensorSpec]], max_shard_bytes: int) -> list[Shard]:
-    """Fills shards in order, keeping the tensors of a group in one shard.
+    """Fill shards in order, keeping the tensors of a group in one shard.
 
-    A shard holds at most `max_shard_bytes` of tensor data, unless a single group is larger. One
-    shard is `model.safetensors`; several are numbered and need an index.
+    One shard is named `model.safetensors`; several are numbered and need an index.
+
+    Args:
+        groups: Groups of tensors.
+        max_shard_bytes: The most bytes of tensor data in a shard. A single larger group gets its
+            own shard.
+
+    Returns:
+        The shards.
     """
     shards: list[list[TensorSpec]] = [[]]
     filled = 0
@@ -53,7 +68,11 @@ def plan_shards(groups: Iterable[Sequence[TensorSpec]], max_shard_bytes: int) ->
 
 
 def index_json(shards: Sequence[Shard]) -> bytes:
-    """The `model.safetensors.index.json` of several shards."""
+    """Return the contents of `model.safetensors.index.json` for several shards.
+
+    Args:
+        shards: All shards of the checkpoint.
+    """
     total = sum(spec.nbytes for shard in shards for spec in shard.tensors.values())
     weight_map = {name: shard.filename for shard in shards for name in shard.tensors}
     document = {

@@ -1,8 +1,8 @@
-"""The `quantization_config` of a sketched checkpoint: which modules are sketched, and how.
+"""Parse and write `quantization_config`, which lists the sketched modules of a checkpoint.
 
-It is exact: a module is sketched if and only if it is listed, with every number that a reader
-needs to decode it. Nothing is inferred from name patterns or skip lists, and unknown keys are
-refused: they could change the meaning of the known ones.
+The list is exact: a module is sketched if and only if it is listed, with every number that a reader
+needs to decode it. Nothing is inferred from name patterns or skip lists. Unknown keys are refused,
+because they could change the meaning of the known ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ TABLE_SUFFIX = ".weight_table"
 
 @dataclass(frozen=True, kw_only=True)
 class SketchedModule:
-    """Shape of one sketched linear layer: W [out_features, in_features]."""
+    """Hold the shape of one sketched linear layer.
+
+    Attributes:
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        bits: Bits of a code, 1 to 8.
+        groups_per_row: Tables per row; divides in_features.
+    """
 
     in_features: int
     out_features: int
@@ -34,24 +41,37 @@ class SketchedModule:
 
     @property
     def entries(self) -> int:
-        """Values in one sketch table of one row and group."""
+        """Return the entries of one sketch table, which serves one group of one row."""
         return 1 << self.bits
 
     @property
     def weights(self) -> int:
+        """Return the number of weights."""
         return self.in_features * self.out_features
 
     @property
     def table_shape(self) -> tuple[int, int, int]:
+        """Return the shape of the tables, (out_features, groups_per_row, entries)."""
         return self.out_features, self.groups_per_row, self.entries
 
     def stored_bits_per_weight(self, mapping: str, table_dtype: str) -> float:
-        """Bits on disk per weight of this module: index map with its padding, plus tables."""
+        """Return the bits on disk per weight of this module: index map with padding, plus tables.
+
+        Args:
+            mapping: "cluster" or "hash".
+            table_dtype: "bfloat16", "float16" or "float32".
+        """
         specs = self.tensors("module", mapping, table_dtype)
         return 8 * sum(spec.nbytes for spec in specs) / self.weights
 
     def tensors(self, name: str, mapping: str, table_dtype: str) -> tuple[TensorSpec, TensorSpec]:
-        """The index map and the table of this module as they stand on disk."""
+        """Return the index map and the table of this module as they are stored.
+
+        Args:
+            name: Path of the module in the model.
+            mapping: "cluster" or "hash".
+            table_dtype: "bfloat16", "float16" or "float32".
+        """
         packed = row_bytes(self.in_features, self.bits) if mapping == "cluster" else 0
         return (
             TensorSpec(name + INDEX_MAP_SUFFIX, "U8", (self.out_features, packed)),
@@ -61,11 +81,13 @@ class SketchedModule:
 
 @dataclass(frozen=True, kw_only=True)
 class SketchMetadata:
-    """`quantization_config`, parsed and checked.
+    """Hold a parsed and checked `quantization_config`.
 
-    mapping: "cluster" (index map stored) or "hash" (index map computed from `hash_seed`).
-    table_dtype: "bfloat16", "float16" or "float32".
-    modules: module path in the transformers model -> how it is sketched.
+    Attributes:
+        mapping: "cluster" (the index map is stored) or "hash" (it is computed from `hash_seed`).
+        table_dtype: "bfloat16", "float16" or "float32".
+        modules: Sketched modules by their path in the transformers model.
+        hash_seed: Seed of the `hash` mapping, 0 to 2^32 - 1.
     """
 
     mapping: str
@@ -75,11 +97,11 @@ class SketchMetadata:
 
     @property
     def bits(self) -> int:
-        """The widest code of any module; 0 when no module is sketched."""
+        """Return the largest `bits` of any module; 0 if no module is sketched."""
         return max((module.bits for module in self.modules.values()), default=0)
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Every tensor that the sketched modules put on disk, by name."""
+        """Return every stored tensor of the sketched modules, by name."""
         return {
             spec.name: spec
             for name, module in self.modules.items()
@@ -87,7 +109,7 @@ class SketchMetadata:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The `quantization_config` object of `config.json`."""
+        """Return the `quantization_config` object of `config.json`."""
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -100,7 +122,17 @@ class SketchMetadata:
 
     @classmethod
     def from_json(cls, document: Any) -> SketchMetadata:
-        """Parses a `quantization_config`; raises FormatError listing every problem."""
+        """Parse a `quantization_config`.
+
+        Args:
+            document: The parsed JSON.
+
+        Returns:
+            The metadata.
+
+        Raises:
+            FormatError: If there are problems; it lists all of them.
+        """
         if not isinstance(document, dict):
             raise FormatError(f"quantization_config must be an object, found {document!r}")
         if document.get("quant_method") != QUANT_METHOD:
@@ -110,7 +142,7 @@ class SketchMetadata:
         if document.get("format_version") != FORMAT_VERSION:
             raise FormatError(
                 f"format_version is {document.get('format_version')!r}, this version of "
-                f"spallm-convert reads {FORMAT_VERSION}: a newer one may read it"
+                f"spallm-convert reads {FORMAT_VERSION}: try a newer version"
             )
         problems = _key_problems("quantization_config", document, _TOP_LEVEL)
         modules = document.get("modules")

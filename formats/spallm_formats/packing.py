@@ -1,11 +1,12 @@
-"""The index map on disk: codes of 1 to 8 bits as one little-endian bit stream per row.
+"""Pack the index map: codes of 1 to 8 bits as one little-endian bit stream per row.
 
-Code i of a row occupies bits [i * bits, (i + 1) * bits) of the stream, least significant first;
-bit b of the stream is bit b % 8 of byte b // 8; every row is padded with zero bits to a multiple
-of 16 bytes, so that rows stay aligned for wide loads.
+Code i of a row occupies bits [i * bits, (i + 1) * bits) of the stream, least significant first. Bit
+b of the stream is bit b % 8 of byte b // 8. Every row is padded with zero bits to a multiple of 16
+bytes, so that rows stay aligned for wide loads.
 
-`pack_reference` and `unpack_reference` say that in a few lines of NumPy. `pack` and `unpack` do the
-same by the loops of `bitstream.py`, in parallel and without the one byte per bit of the reference.
+`pack_reference` and `unpack_reference` do that in a few lines of NumPy. `pack` and `unpack` give
+the same result with the loops of `bitstream.py`: in parallel, and without the byte per bit that the
+reference needs.
 """
 
 from __future__ import annotations
@@ -20,13 +21,29 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def row_bytes(in_features: int, bits: int) -> int:
-    """Bytes of one packed row of `in_features` codes."""
+    """Return the bytes of one packed row, padding included.
+
+    Args:
+        in_features: Codes per row.
+        bits: Bits of a code, 1 to 8.
+    """
     used = (in_features * bits + 7) // 8
     return -(-used // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def pack_reference(codes: Bytes, bits: int) -> Bytes:
-    """Packs codes [rows, in_features] into bytes [rows, row_bytes], bit by bit."""
+    """Pack codes bit by bit, as a reference for `pack`.
+
+    Args:
+        codes: uint8 [rows, in_features], each below 2^bits.
+        bits: Bits of a code, 1 to 8.
+
+    Returns:
+        Packed rows, uint8 [rows, row_bytes].
+
+    Raises:
+        ValueError: If the dtype, rank or `bits` is wrong, or a code does not fit in `bits`.
+    """
     _check_codes(codes, bits)
     stream = np.unpackbits(codes[:, :, None], axis=2, count=bits, bitorder="little")
     packed = np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little")
@@ -34,7 +51,19 @@ def pack_reference(codes: Bytes, bits: int) -> Bytes:
 
 
 def unpack_reference(packed: Bytes, bits: int, in_features: int) -> Bytes:
-    """Restores the codes [rows, in_features] of bytes [rows, row_bytes], bit by bit."""
+    """Unpack codes bit by bit, as a reference for `unpack`.
+
+    Args:
+        packed: uint8 [rows, row_bytes].
+        bits: Bits of a code, 1 to 8.
+        in_features: Codes per row.
+
+    Returns:
+        Codes, uint8 [rows, in_features].
+
+    Raises:
+        ValueError: If the dtype, shape or `bits` is wrong.
+    """
     _check_packed(packed, bits, in_features)
     stream = np.unpackbits(packed, axis=1, count=in_features * bits, bitorder="little")
     fields = stream.reshape(len(packed), in_features, bits)
@@ -42,9 +71,17 @@ def unpack_reference(packed: Bytes, bits: int, in_features: int) -> Bytes:
 
 
 def pack(codes: Bytes, bits: int) -> Bytes:
-    """Packs codes [rows, in_features] (uint8, each below 2^bits) into [rows, row_bytes].
+    """Pack codes in parallel.
 
-    Raises ValueError for codes of another dtype or rank, and for codes that do not fit in `bits`.
+    Args:
+        codes: uint8 [rows, in_features], each below 2^bits.
+        bits: Bits of a code, 1 to 8.
+
+    Returns:
+        Packed rows, uint8 [rows, row_bytes].
+
+    Raises:
+        ValueError: If the dtype, rank or `bits` is wrong, or a code does not fit in `bits`.
     """
     _check_codes(codes, bits)
     from .bitstream import pack_rows
@@ -55,7 +92,19 @@ def pack(codes: Bytes, bits: int) -> Bytes:
 
 
 def unpack(packed: Bytes, bits: int, in_features: int) -> Bytes:
-    """Restores the codes [rows, in_features] of bytes [rows, row_bytes]."""
+    """Unpack codes in parallel.
+
+    Args:
+        packed: uint8 [rows, row_bytes].
+        bits: Bits of a code, 1 to 8.
+        in_features: Codes per row.
+
+    Returns:
+        Codes, uint8 [rows, in_features].
+
+    Raises:
+        ValueError: If the dtype, shape or `bits` is wrong.
+    """
     _check_packed(packed, bits, in_features)
     from .bitstream import unpack_rows
 
@@ -65,7 +114,7 @@ def unpack(packed: Bytes, bits: int, in_features: int) -> Bytes:
 
 
 def padding_is_zero(packed: Bytes, bits: int, in_features: int) -> bool:
-    """Whether every bit after the last code of every row is zero."""
+    """Return whether every bit after the last code of every row is zero."""
     used_bits = in_features * bits
     tail = packed[:, used_bits // 8 :]
     if used_bits % 8 == 0:

@@ -1,8 +1,8 @@
-"""Opening a sketched checkpoint: everything is checked before anything is allocated.
+"""Open a sketched checkpoint, checking everything before anything is allocated.
 
 `SketchedCheckpoint.open` reads `config.json`, the index and the headers, compares them with each
-other and reports all problems together. `deep_problems` then reads the data for what headers
-cannot show: padding bits that are set and table values that are not finite.
+other and reports all problems together. `deep_problems` then reads the data and finds what headers
+cannot show: padding bits that are set, and table values that are not finite.
 """
 
 from __future__ import annotations
@@ -29,16 +29,23 @@ _SAFE_FILENAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
 
 def open_shards(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a safetensors checkpoint, sketched or not, sharded or not.
+    """Read the headers of a safetensors checkpoint, sketched or not, sharded or not.
 
-    Raises FormatError when there is none, a shard is missing or damaged, or the index and the
-    shards disagree.
+    Args:
+        folder: Folder of the checkpoint.
+
+    Returns:
+        Every tensor by name.
+
+    Raises:
+        FormatError: If there are no shards, a shard is missing or damaged, or the index and the
+            shards disagree; it lists every problem.
     """
     index = folder / INDEX_FILE
-    if (folder / SINGLE_SHARD).exists():  # where both are there, transformers takes this one too
+    if (folder / SINGLE_SHARD).exists():  # if both exist, transformers uses this one too
         return read_header(folder / SINGLE_SHARD)
     if not index.exists():
-        raise FormatError(f"{folder}: neither {SINGLE_SHARD} nor {INDEX_FILE} is there")
+        raise FormatError(f"{folder}: found neither {SINGLE_SHARD} nor {INDEX_FILE}")
     weight_map = read_index(index)
     problems: list[str] = []
     tensors: dict[str, StoredTensor] = {}
@@ -62,7 +69,17 @@ def open_shards(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The weight_map of an index file: tensor name -> file name. Raises FormatError."""
+    """Read the weight_map of an index file.
+
+    Args:
+        index: The file.
+
+    Returns:
+        File names by tensor name.
+
+    Raises:
+        FormatError: If it is not valid JSON or has no such map.
+    """
     document = load_json(index.read_bytes(), index.name)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not all(
@@ -73,7 +90,19 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def read_bytes(tensor: StoredTensor, start: int, stop: int) -> bytearray:
-    """Bytes [start, stop) of a tensor."""
+    """Read bytes of a tensor.
+
+    Args:
+        tensor: The tensor.
+        start: First byte, counted from the tensor's first.
+        stop: Byte after the last.
+
+    Returns:
+        Bytes [start, stop) of the tensor.
+
+    Raises:
+        FormatError: If the file ends earlier.
+    """
     buffer = bytearray(stop - start)
     with tensor.file.open("rb") as file:
         file.seek(tensor.offset + start)
@@ -81,16 +110,20 @@ def read_bytes(tensor: StoredTensor, start: int, stop: int) -> bytearray:
     if count != len(buffer):
         raise FormatError(
             f"{tensor.file.name}: tensor {tensor.name!r} ends after {start + count} bytes, "
-            f"expected {tensor.nbytes}"
+            f"expected {tensor.nbytes}: the file is truncated, get it again"
         )
     return buffer
 
 
 @dataclass(frozen=True)
 class SketchedCheckpoint:
-    """A sketched checkpoint on disk whose headers have been checked.
+    """Hold a sketched checkpoint on disk whose headers have been checked.
 
-    tensors: every tensor by name, those of sketched modules and all others.
+    Attributes:
+        folder: Folder of the checkpoint.
+        config: The parsed `config.json`.
+        metadata: Its `quantization_config`.
+        tensors: Every tensor by name, of sketched modules and all others.
     """
 
     folder: Path
@@ -100,16 +133,28 @@ class SketchedCheckpoint:
 
     @classmethod
     def open(cls, folder: Path) -> SketchedCheckpoint:
-        """Opens a folder; raises FormatError listing every problem that headers show."""
+        """Open a checkpoint and check its headers.
+
+        Args:
+            folder: Folder of the checkpoint.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            FormatError: If the headers show problems; it lists all of them.
+        """
         path = folder / CONFIG_FILE
         if not path.is_file():
-            raise FormatError(f"{folder}: no {CONFIG_FILE}, so it is not a whole checkpoint")
+            raise FormatError(f"{folder}: no {CONFIG_FILE}, so the checkpoint is not complete")
         config = load_json(path.read_bytes(), CONFIG_FILE)
         if not isinstance(config, dict) or "quantization_config" not in config:
             raise FormatError(f"{folder}: {CONFIG_FILE} has no quantization_config, not sketched")
         metadata = SketchMetadata.from_json(config["quantization_config"])
         if (folder / SINGLE_SHARD).exists() and (folder / INDEX_FILE).exists():
-            raise FormatError(f"{folder}: both {SINGLE_SHARD} and {INDEX_FILE} are there")
+            raise FormatError(
+                f"{folder}: found both {SINGLE_SHARD} and {INDEX_FILE}, expected one of them"
+            )
         tensors = open_shards(folder)
         problems = _sketch_problems(metadata, tensors)
         if problems:
@@ -117,17 +162,31 @@ class SketchedCheckpoint:
         return cls(folder, config, metadata, tensors)
 
     def index_map(self, module: str) -> npt.NDArray[np.uint8]:
-        """The packed index map of a module, uint8 [out_features, row_bytes] (0 for hash)."""
+        """Read the packed index map of a module.
+
+        Args:
+            module: Path of the module in the model.
+
+        Returns:
+            uint8 [out_features, row_bytes]; row_bytes is 0 for the `hash` mapping.
+        """
         tensor = self.tensors[module + INDEX_MAP_SUFFIX]
         return np.frombuffer(read_bytes(tensor, 0, tensor.nbytes), np.uint8).reshape(tensor.shape)
 
     def table(self, module: str) -> npt.NDArray[np.float32]:
-        """The sketch tables of a module, float32 [out_features, groups_per_row, 2^bits]."""
+        """Read the sketch tables of a module.
+
+        Args:
+            module: Path of the module in the model.
+
+        Returns:
+            float32 [out_features, groups_per_row, 2^bits].
+        """
         tensor = self.tensors[module + TABLE_SUFFIX]
         return to_float32(read_bytes(tensor, 0, tensor.nbytes), tensor.dtype).reshape(tensor.shape)
 
     def deep_problems(self) -> Iterator[str]:
-        """Reads all sketched data and yields what is wrong with it."""
+        """Read all sketched data and yield one line per problem found in it."""
         dtype = TABLE_DTYPES[self.metadata.table_dtype]
         for name, module in self.metadata.modules.items():
             for rows in _row_blocks(self.tensors[name + INDEX_MAP_SUFFIX]):
@@ -144,7 +203,7 @@ class SketchedCheckpoint:
 
 
 def _row_blocks(tensor: StoredTensor) -> Iterator[bytearray]:
-    """The data of a tensor in blocks of whole rows; nothing when it is empty."""
+    """Yield the data of a tensor in blocks of whole rows; nothing if it is empty."""
     if not tensor.nbytes:
         return
     row = tensor.nbytes // tensor.shape[0]
@@ -155,7 +214,8 @@ def _row_blocks(tensor: StoredTensor) -> Iterator[bytearray]:
 
 def _set_problems(filename: str, found: set[str], listed: set[str]) -> list[str]:
     return [
-        f"{filename}: tensor {name!r} is in the index only" for name in sorted(listed - found)
+        f"{filename}: tensor {name!r} is in the index, but not in the file"
+        for name in sorted(listed - found)
     ] + [f"{filename}: tensor {name!r} is not in the index" for name in sorted(found - listed)]
 
 

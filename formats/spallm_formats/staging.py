@@ -1,11 +1,14 @@
-"""Writing a checkpoint so that a folder is loadable only when it is whole.
+"""Write a checkpoint so that its folder can be loaded only when it is complete.
 
-Everything is written below `<folder>/.spallm-partial/`: each file under a temporary name, flushed
-to disk, then renamed into `files/`. When nothing is missing, a marker is left and the files move
-up, `config.json` last: without it no loader takes the folder for a model. Killed at any moment, a
-later run finds finished shards by their names and goes on from there; killed while the files move
-up, it moves the rest. Until then nothing in `<folder>` is touched, so with `overwrite` the older
-checkpoint lives until the newer one is complete.
+All files are first written below `<folder>/.spallm-partial/`: under a temporary name, flushed to
+disk, then renamed into `files/`. When all files are written, a marker is written too and the files
+move up into `<folder>`. `config.json` moves last: no loader accepts the folder as a model without
+it.
+
+The process may be killed at any moment. The next run finds finished shards by their names and
+continues from there. If the files were already moving up, it moves the rest. Until they move,
+nothing in `<folder>` is touched, so with `overwrite` the older checkpoint exists until the newer
+one is complete.
 """
 
 from __future__ import annotations
@@ -33,16 +36,23 @@ _MARKER = "complete.json"
 _LOCK = "lock"
 _FILES = "files"
 _SCRATCH = "scratch"
-#: Of file systems that have no locks, as some over a network: there it is as on Windows.
+#: Errors of file systems without locks, such as some network file systems. Without locks, two runs
+#: into one folder are not prevented, as on Windows.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 
 
 class Staging:
-    """A checkpoint being written into `folder`, in a `with` block.
+    """Write a checkpoint into a folder, in a `with` block.
 
-    `plan` describes source, options and versions: a run is resumed only under an equal plan.
-    Raises SpallmError when the folder holds something and neither `resume` nor `overwrite` says
-    what to do with it, when the plans differ, or when another process is writing there.
+    Entering the block raises SpallmError if the folder holds something and neither `resume` nor
+    `overwrite` says what to do with it, if the plans differ, or if another process is writing
+    there.
+
+    Args:
+        folder: Output folder.
+        plan: Source, options and versions. A run is resumed only under an equal plan.
+        resume: Whether to continue an unfinished conversion in the folder.
+        overwrite: Whether to replace what the folder holds.
     """
 
     def __init__(
@@ -63,7 +73,7 @@ class Staging:
     def __enter__(self) -> Self:
         check_output_folder(self.folder, resume=self._resume, overwrite=self._overwrite)
         self._made_folder = not self.folder.exists()
-        # What an earlier run has left is the user's to give up: it stays if this one fails.
+        # If this run fails, the work of an earlier run stays: only the user may give it up.
         self._resumed = is_unfinished(self.folder) and not self._overwrite
         self._partial.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self._partial / _LOCK, self.folder)
@@ -83,11 +93,15 @@ class Staging:
         self._leave(failed=kind is not None)
 
     def has(self, shard: Shard) -> bool:
-        """Whether a shard has been written; `record` also checks that it is sound."""
+        """Return whether a shard has been written; `record` also checks that it is intact."""
         return (self._files / shard.filename).exists()
 
     def record(self, shard: Shard) -> dict[str, Any] | None:
-        """What `write_shard` recorded of a shard that is whole and as planned, else None."""
+        """Return the record of a shard that `write_shard` kept.
+
+        Returns:
+            The record; None if the shard is missing, damaged or differs from the plan.
+        """
         if not self.has(shard):
             return None
         try:
@@ -103,9 +117,14 @@ class Staging:
 
     @contextlib.contextmanager
     def write_shard(self, shard: Shard, record: dict[str, Any]) -> Iterator[ShardFile]:
-        """Gives a ShardFile to fill; on leaving, the shard is whole and `record` kept with it.
+        """Yield a ShardFile to fill.
 
-        `record` may be filled inside the block; "sha256" and "bytes" of the file are added to it.
+        When the block ends, the shard is complete and `record` is kept with it.
+
+        Args:
+            shard: The planned shard.
+            record: Any JSON values, which may be added inside the block. "sha256" and "bytes" of
+                the file are added at its end.
         """
         temporary = self._partial / (shard.filename + ".tmp")
         file = ShardFile(temporary, shard)
@@ -124,18 +143,40 @@ class Staging:
         temporary.replace(self._files / shard.filename)
 
     def write_file(self, name: str, data: bytes) -> dict[str, Any]:
-        """Adds a file to the checkpoint; returns its "sha256" and "bytes"."""
+        """Add a file to the checkpoint.
+
+        Args:
+            name: Path in the checkpoint.
+            data: Contents.
+
+        Returns:
+            "sha256" and "bytes" of the file.
+        """
         write_atomic(self._files / name, data)
         return {"sha256": _digest(data), "bytes": len(data)}
 
     def copy_file(self, source: Path, name: str) -> dict[str, Any]:
-        """Adds a copy of a small file to the checkpoint; returns its "sha256" and "bytes"."""
+        """Add a copy of a small file to the checkpoint.
+
+        Args:
+            source: File to copy.
+            name: Path in the checkpoint.
+
+        Returns:
+            "sha256" and "bytes" of the file.
+        """
         return self.write_file(name, source.read_bytes())
 
     def scratch(self, name: str, *, worth_keeping: bool = False) -> Path:
-        """A folder for intermediate files, gone when the checkpoint is published.
+        """Create a folder for intermediate files, removed when the checkpoint is published.
 
-        worth_keeping: what is in it is kept after a failure, to be gone on with.
+        Args:
+            name: Name of the folder.
+            worth_keeping: Whether its files are kept after a failure, so that a later run can use
+                them.
+
+        Returns:
+            The folder.
         """
         path = self._partial / _SCRATCH / name
         path.mkdir(parents=True, exist_ok=True)
@@ -145,30 +186,37 @@ class Staging:
 
     @property
     def is_published(self) -> bool:
-        """Whether an earlier run had everything written and only had to move it up."""
+        """Return whether an earlier run wrote all files and only had to move them up."""
         return self._marker.exists()
 
     def publish(self, names: list[str], obsolete: list[str]) -> None:
-        """Moves the files `names` (config.json among them) up into the folder.
+        """Move files up into the folder.
 
-        `obsolete` names files of an older checkpoint there, removed unless they are replaced.
+        Args:
+            names: Files to move, including config.json.
+            obsolete: Files of an older checkpoint in the folder, removed unless they are replaced.
         """
         assert CONFIG_FILE in names
         gone = sorted({*obsolete, *self._older_shards()} - set(names))
-        flush_folder(self._files)  # the marker says that all of them are there
+        flush_folder(self._files)  # before the marker, which says that all files are written
         write_atomic(self._marker, to_json({"names": names, "obsolete": gone}))
         self.finish_publishing()
 
     def finish_publishing(self) -> None:
-        """Moves up whatever is left to move; does nothing twice."""
+        """Move up the files that are still to be moved; a second call does nothing more.
+
+        Raises:
+            SpallmError: If a file of an interrupted run is missing, or its name leads out of the
+                folder.
+        """
         todo = load_json(self._marker.read_bytes(), _MARKER)
         names = [_inside(name) for name in todo["names"] if name != CONFIG_FILE]
         staged = [name for name in [*names, CONFIG_FILE] if (self._files / name).exists()]
         lost = [n for n in names if n not in staged and not (self.folder / n).exists()]
         if lost:
             raise SpallmError(
-                f"{self.folder}: {', '.join(lost[:3])} of the conversion that was interrupted "
-                f"cannot be found; use --overwrite to start anew"
+                f"{self.folder}: {', '.join(lost[:3])} of the interrupted conversion "
+                f"cannot be found; use --overwrite to start again"
             )
         if staged:
             (self.folder / CONFIG_FILE).unlink(missing_ok=True)
@@ -187,7 +235,7 @@ class Staging:
     def _open_plan(self) -> None:
         path = self._partial / _PLAN_FILE
         if self._overwrite or not is_unfinished(self.folder):
-            # The marker first: without it, what is left can only be an unfinished conversion.
+            # Remove the marker first: without it, the rest can only be an unfinished conversion.
             self._marker.unlink(missing_ok=True)
             flush_folder(self._partial)
             _clear(self._partial, keep={_LOCK})
@@ -196,16 +244,16 @@ class Staging:
             if differences:
                 raise SpallmError(
                     f"{self.folder} holds an unfinished conversion of something else "
-                    f"({'; '.join(differences)}); use --overwrite to start anew"
+                    f"({'; '.join(differences)}); use --overwrite to start again"
                 )
         else:
             write_atomic(path, to_json(self._plan))
         self._files.mkdir(exist_ok=True)
-        for unfinished in self._partial.glob("*.tmp"):  # takes space that this run may need
+        for unfinished in self._partial.glob("*.tmp"):  # this run may need the space
             unfinished.unlink()
 
     def _leave(self, *, failed: bool) -> None:
-        """Gives up the lock; after a failure with nothing worth resuming, removes the work."""
+        """Release the lock. After a failure with nothing worth resuming, remove the work folder."""
         assert self._lock is not None
         work = (self._files, *self._worth_keeping)
         nothing_done = not any(path.exists() and any(path.iterdir()) for path in work)
@@ -217,9 +265,9 @@ class Staging:
         self._lock.close()
 
     def _remove_work(self) -> None:
-        """Removes the work folder, so that a kill in between leaves a state that is understood.
+        """Remove the work folder in an order that a later run understands if this one is killed.
 
-        The marker goes before the plan that it belongs to; the lock goes last.
+        The marker is removed before the plan that it belongs to, and the lock last.
         """
         with contextlib.suppress(OSError):
             _clear(self._partial, keep={_MARKER, _PLAN_FILE, _LOCK})
@@ -232,7 +280,16 @@ class Staging:
 
 
 def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raises SpallmError unless a checkpoint may be written into `folder`."""
+    """Check that a checkpoint may be written into a folder.
+
+    Args:
+        folder: Output folder.
+        resume: Whether an unfinished conversion in it is continued.
+        overwrite: Whether its contents are replaced.
+
+    Raises:
+        SpallmError: If it is a file, or holds something that neither option covers.
+    """
     if folder.exists() and not folder.is_dir():
         raise SpallmError(f"output {folder} is a file, expected a folder or a new name")
     if not folder.exists() or overwrite:
@@ -240,29 +297,29 @@ def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if is_unfinished(folder):
         if not resume:
             raise SpallmError(
-                f"output folder {folder} holds an unfinished conversion: use --resume to go on "
-                f"with it, or --overwrite to start anew"
+                f"output folder {folder} holds an unfinished conversion: use --resume to "
+                f"continue it, or --overwrite to start again"
             )
     elif any(path.name != PARTIAL_FOLDER for path in folder.iterdir()):
-        nothing = ", and nothing in it is to be resumed" if resume else ""
+        nothing = " and holds no conversion to resume" if resume else ""
         raise SpallmError(
             f"output folder {folder} is not empty{nothing}: use --overwrite to replace it"
         )
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether an interrupted run left something in a folder that can be gone on with."""
+    """Return whether an interrupted run left work in a folder that can be continued."""
     return any((folder / PARTIAL_FOLDER / name).exists() for name in (_FILES, _MARKER))
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a run killed at its very last step left beside a checkpoint that is whole."""
+    """Remove what a run killed in its very last step left beside a complete checkpoint."""
     if not is_unfinished(folder):
         shutil.rmtree(folder / PARTIAL_FOLDER, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the SHA-256 of a file, 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -272,16 +329,19 @@ def _digest(data: bytes) -> str:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name from a file is one of a file below a folder, on any system."""
+    """Return whether a name read from a file is a path below a folder, on any system."""
     return bool(name) and not any(
         path.anchor or ".." in path.parts for path in (PurePosixPath(name), PureWindowsPath(name))
     )
 
 
 def _inside(name: str) -> str:
-    """A name from a work file, refused if it leads out of the folder."""
+    """Return a name from a work file; raise SpallmError if it leads out of the folder."""
     if not is_inside(name):
-        raise SpallmError(f"{_MARKER}: {name!r} is no file of this folder; use --overwrite")
+        raise SpallmError(
+            f"{_MARKER}: {name!r} is not a path inside the output folder; "
+            f"use --overwrite to start again"
+        )
     return name
 
 
@@ -292,7 +352,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if isinstance(was, dict) and isinstance(is_now, dict):
             found += _differences(was, is_now)
         elif was != is_now:
-            digests = _is_digest(was) or _is_digest(is_now)  # which tell a reader nothing
+            digests = _is_digest(was) or _is_digest(is_now)  # they mean nothing to a reader
             found.append(f"other {key}" if digests else f"{key} was {was!r}, now {is_now!r}")
     return found
 
@@ -302,17 +362,19 @@ def _is_digest(value: Any) -> bool:
 
 
 def _locked(path: Path, folder: Path) -> BinaryIO:
-    """Opens and locks a file; the lock goes with the process, however it ends."""
+    """Open and lock a file. The lock ends with the process, however the process ends."""
     file = path.open("wb")
     try:
         import fcntl
-    except ImportError:  # no advisory locks on Windows: two runs into one folder are on the user
+    except ImportError:  # Windows has no advisory locks: the user must avoid two runs at once
         return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise SpallmError(f"another process is writing to {folder}") from None
+        raise SpallmError(
+            f"another process is writing to {folder}: wait for it, or use another folder"
+        ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -320,7 +382,7 @@ def _locked(path: Path, folder: Path) -> BinaryIO:
 
 
 def _clear(folder: Path, *, keep: set[str]) -> None:
-    """Empties a folder but for the files `keep`."""
+    """Empty a folder, except for the files `keep`."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""A tables-only checkpoint: what it says about itself, and what ties it to its base."""
+"""Describe a tables-only checkpoint and identify the base that it belongs to."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ TABLES_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class TablesMetadata:
-    """`sketch_tables.json`, parsed and checked.
+    """Hold a parsed and checked `sketch_tables.json`.
 
-    base_model and base_revision say where the index maps can be had, as far as it is known;
-    fingerprint says which they are.
+    Attributes:
+        base_model: Where the base, with its index maps, comes from; None if unknown.
+        base_revision: Revision of the base; None if unknown.
+        fingerprint: Fingerprint of the base's index maps, from `fingerprint`.
     """
 
     base_model: str | None
@@ -29,11 +31,22 @@ class TablesMetadata:
     fingerprint: str
 
     def to_json(self) -> dict[str, Any]:
+        """Return the contents of `sketch_tables.json`."""
         return {"format": TABLES_FORMAT, "format_version": TABLES_VERSION} | asdict(self)
 
     @classmethod
     def from_json(cls, document: Any) -> TablesMetadata:
-        """Raises FormatError listing every problem."""
+        """Parse the contents of `sketch_tables.json`.
+
+        Args:
+            document: The parsed JSON.
+
+        Returns:
+            The metadata.
+
+        Raises:
+            FormatError: If there are problems; it lists all of them.
+        """
         if not isinstance(document, dict) or document.get("format") != TABLES_FORMAT:
             found = document.get("format") if isinstance(document, dict) else document
             raise FormatError(
@@ -42,7 +55,7 @@ class TablesMetadata:
         if document.get("format_version") != TABLES_VERSION:
             raise FormatError(
                 f"{TABLES_METADATA_FILE}: format_version is {document.get('format_version')!r}, "
-                f"this version of spallm-convert reads {TABLES_VERSION}: a newer one may read it"
+                f"this version of spallm-convert reads {TABLES_VERSION}: try a newer version"
             )
         values = {key: document[key] for key in document.keys() - {"format", "format_version"}}
         problems = [
@@ -52,7 +65,9 @@ class TablesMetadata:
         ]
         for key in ("base_model", "base_revision"):
             if not isinstance(values.get(key, ""), str | None):
-                problems.append(f"{TABLES_METADATA_FILE}: {key} is {values[key]!r}, expected text")
+                problems.append(
+                    f"{TABLES_METADATA_FILE}: {key} is {values[key]!r}, expected text or null"
+                )
         fingerprint = values.get("fingerprint")
         if not isinstance(fingerprint, str) or not _is_digest(fingerprint):
             problems.append(
@@ -69,9 +84,16 @@ class TablesMetadata:
 
 
 def fingerprint(modules: Mapping[str, SketchedModule], digests: Mapping[str, str]) -> str:
-    """SHA-256, 64 hexadecimal digits, of the index maps of a model.
+    """Compute the fingerprint of a model's index maps.
 
-    digests: of each module, `map_digest` of its index map. Tables of equal fingerprint fit.
+    Tables with an equal fingerprint fit the model.
+
+    Args:
+        modules: Sketched modules by name.
+        digests: `map_digest` of each module's index map, by name.
+
+    Returns:
+        SHA-256, 64 hexadecimal digits (see SPEC.md for the text that is hashed).
     """
     whole = hashlib.sha256()
     for name in sorted(modules):
@@ -89,7 +111,15 @@ def fingerprint(modules: Mapping[str, SketchedModule], digests: Mapping[str, str
 
 
 def map_digest(index_map: Any, hash_seed: int | None) -> str:
-    """What a fingerprint takes of one index map: of its packed bytes, or the seed of its hash."""
+    """Compute the digest of one index map, which `fingerprint` takes.
+
+    Args:
+        index_map: Packed index map, a C-contiguous buffer; ignored with `hash_seed`.
+        hash_seed: Seed of the `hash` mapping; None if codes are stored.
+
+    Returns:
+        SHA-256 of the packed bytes, 64 hexadecimal digits; or `hash:` and the seed.
+    """
     if hash_seed is not None:
         return f"hash:{hash_seed}"
     return hashlib.sha256(memoryview(index_map).cast("B")).hexdigest()

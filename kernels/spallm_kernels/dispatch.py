@@ -1,8 +1,8 @@
-"""Which implementation serves a call: the backend by device, the path by shape and dtype.
+"""Choose the implementation of a call: the backend by device, the path by shape and dtype.
 
-Two paths lead to a product. *decode* looks weights up on their way into the multiplication and
-reads only packed codes: best for few tokens. *dense* writes the weight once, multiplies by the
-library's matrix product, and throws it away.
+A product can be computed on two paths. *decode* looks weights up on their way into the
+multiplication and reads only packed codes: it is best for few tokens. *dense* writes the weight
+once, multiplies by the library's matrix product, and discards the weight.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _MODULES = {
     "triton": "spallm_kernels.triton.linear",
 }
 PATHS = ("decode", "dense")
-#: What can go through the columns of a layer in calibration.
+#: Backends that can process the columns of a layer in calibration.
 _COLUMN_BACKENDS = ("torch", "triton")
 
-#: Widest codes that the Triton kernels take.
+#: The widest codes, in bits, and the oldest compute capability that the Triton kernels support.
 _TRITON_BITS = 4
 _TRITON_CAPABILITY = (8, 0)
 
 
 class Backend(Protocol):
-    """What a backend provides; `reference/linear.py` documents `dequantize` and `table_grad`."""
+    """Describe a backend module. `reference/linear.py` documents `dequantize` and `table_grad`."""
 
     def dequantize(
         self,
@@ -55,7 +55,7 @@ class Backend(Protocol):
 
 
 class Decoder(Backend, Protocol):
-    """A backend with a path of its own for few tokens."""
+    """Describe a backend module with a separate path for few tokens."""
 
     def can_decode(self, x: Tensor, table: Tensor) -> bool: ...
 
@@ -73,10 +73,21 @@ class Decoder(Backend, Protocol):
 
 
 def choose_backend(device: torch.device, bits: int = 4, backend: str | None = None) -> str:
-    """Name of the backend for tensors on `device`: `backend` where given, else the fastest.
+    """Return the name of the backend for tensors on a device.
 
-    Where a CUDA device cannot run the Triton kernels, it gets the reference and a warning says why,
-    once. Raises ValueError for a backend that does not exist or does not take such tensors.
+    If a CUDA device cannot run the Triton kernels, the reference is used. The first time, a
+    RuntimeWarning gives the reason.
+
+    Args:
+        device: Device of the tensors.
+        bits: Bits of a code.
+        backend: `cpu`, `reference` or `triton`; by default the fastest one for the device.
+
+    Returns:
+        The name of the backend.
+
+    Raises:
+        ValueError: If the backend does not exist or does not support such tensors.
     """
     if backend is None:
         if device.type == "cpu":
@@ -89,18 +100,26 @@ def choose_backend(device: torch.device, bits: int = 4, backend: str | None = No
     if backend not in _MODULES:
         raise ValueError(f"backend must be one of {sorted(_MODULES)}, found {backend!r}")
     if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' needs tensors on the CPU, found them on {device}")
+        raise ValueError(f"backend 'cpu' needs tensors on the CPU, found tensors on {device}")
     if backend == "triton" and (obstacle := _why_not_triton(device, bits)) is not None:
         raise ValueError(f"backend 'triton' cannot serve this call: {obstacle}")
     return backend
 
 
 def choose_column_backend(device: torch.device, entries: int, backend: str | None = None) -> str:
-    """Returns `triton` or `torch`, which go through the columns of a layer in calibration.
+    """Return the backend that processes the columns of a layer in calibration.
 
-    entries: entries of a table; backend: the one to use, by default Triton on a GPU that can run
-    it. Tensors on the CPU are for Triton's interpreter, on request. Raises ValueError if there is
-    no such backend or if it cannot take the tensors.
+    Args:
+        device: Device of the tensors.
+        entries: Entries of a table.
+        backend: `torch` or `triton`; by default Triton on a GPU that can run it, else torch. On the
+            CPU, `triton` needs Triton's interpreter.
+
+    Returns:
+        `torch` or `triton`.
+
+    Raises:
+        ValueError: If the backend does not exist or does not support such tensors.
     """
     bits = (entries - 1).bit_length()
     if backend is None:
@@ -114,7 +133,21 @@ def choose_column_backend(device: torch.device, entries: int, backend: str | Non
 def choose_path(
     backend: str, x: Tensor, table: Tensor, *, hashed: bool = False, path: str | None = None
 ) -> str:
-    """`decode` or `dense` for x [tokens, in_features]: `path` where given, else the faster one."""
+    """Return the path of a product.
+
+    Args:
+        backend: Name of the backend.
+        x: Inputs, float [tokens, in_features].
+        table: Tables, float [out_features, groups, 2^bits].
+        hashed: Whether codes are computed, not stored.
+        path: `decode` or `dense`; by default the faster one.
+
+    Returns:
+        `decode` or `dense`.
+
+    Raises:
+        ValueError: If the path does not exist or the backend cannot decode such tensors.
+    """
     if path is not None and path not in PATHS:
         raise ValueError(f"path must be one of {sorted(PATHS)}, found {path!r}")
     decodes = backend != "reference" and load_decoder(backend).can_decode(x, table)
@@ -131,23 +164,37 @@ def choose_path(
 
 @functools.cache
 def load_backend(name: str) -> Backend:
-    """The module of a backend."""
+    """Return the module of a backend, which is imported on the first call.
+
+    Args:
+        name: `cpu`, `reference` or `triton`.
+
+    Returns:
+        The module.
+    """
     return cast(Backend, importlib.import_module(_MODULES[name]))
 
 
 @functools.cache
 def load_decoder(name: str) -> Decoder:
-    """The module of a backend that has the decode path."""
+    """Return the module of a backend that has the decode path, which is imported on the first call.
+
+    Args:
+        name: `cpu` or `triton`.
+
+    Returns:
+        The module.
+    """
     return cast(Decoder, importlib.import_module(_MODULES[name]))
 
 
 @functools.cache
 def _why_not_triton(device: torch.device, bits: int) -> str | None:
-    """What keeps the Triton kernels from serving a device, None when nothing does."""
+    """Return why the Triton kernels cannot be used on a device, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if bits > _TRITON_BITS:
-        return f"the Triton kernels take up to {_TRITON_BITS} bits, found {bits}"
+        return f"the Triton kernels support up to {_TRITON_BITS} bits, found {bits}"
     if device.type == "cpu":
         interpreted = load_backend("triton").INTERPRETED  # type: ignore[attr-defined]
         return None if interpreted else "tensors are on the CPU"

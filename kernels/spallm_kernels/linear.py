@@ -1,4 +1,4 @@
-"""`lut_linear`, the product with a sketched weight, and `dequantize`, the weight itself."""
+"""Compute the product with a sketched weight (`lut_linear`), or the weight (`dequantize`)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,35 @@ def lut_linear(
     backend: str | None = None,
     path: str | None = None,
 ) -> Tensor:
-    """y = x W^T + bias for the sketched weight W (SpaLLM, arXiv 2410.06364, section 3).
+    """Compute y = x W^T + bias for a sketched weight W (SpaLLM, arXiv 2410.06364, section 3).
 
-    x: float [..., in_features]; index_map: uint8 [out_features, row_bytes], the packed codes;
-    table: float [out_features, groups, 2^bits]; bias: [out_features]. With `hash_seed` the codes
-    are computed and index_map is [out_features, 0]. Computes in the dtype of x; differentiable in
-    x, table and bias, with the table's gradient summed in float32 or wider. `backend` and `path`
-    force what `dispatch.py` would choose. Raises TypeError for an x of integers, ValueError for
-    shapes that cannot belong together: how many columns packed codes have only the caller knows.
+    The result is differentiable once in x, table and bias. The gradient of the table is summed in
+    float32 or wider. Under autocast, x is first cast to autocast's dtype, unless it is float64.
+
+    Args:
+        x: Inputs, float [..., in_features].
+        index_map: Packed codes, uint8 [out_features, row_bytes]; [out_features, 0] with
+            `hash_seed`.
+        table: Tables, float [out_features, groups, 2^bits].
+        bias: Float [out_features], or None.
+        hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
+        backend: `cpu`, `reference` or `triton`; by default the fastest one (see `dispatch.py`).
+        path: `decode` or `dense`; by default the faster one (see `dispatch.py`).
+
+    Returns:
+        y [..., out_features], computed in the dtype of x.
+
+    Raises:
+        TypeError: If x is not floating point.
+        ValueError: If the shapes cannot match, or the backend or path cannot be used. An index map
+            may be longer than it needs to be: only the caller knows how many columns the packed
+            codes have.
     """
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, found {x.dtype}")
     _check(x.shape[-1], index_map, table, hash_seed)
     device = x.device.type
-    # torch.compile traces no question of whether a device has autocast at all; meta has none.
+    # Meta has no autocast. It is tested by name: torch.compile cannot trace the question itself.
     if device == "meta" or not torch.is_autocast_enabled(device):
         return _product(x, index_map, table, bias, hash_seed, backend, path)
     x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
@@ -62,10 +77,21 @@ def dequantize(
     hash_seed: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The dense weight [out_features, in_features] of a sketch, in the dtype of its table.
+    """Return the dense weight of a sketch. It is not differentiable.
 
-    index_map: uint8 [out_features, row_bytes], [out_features, 0] with `hash_seed`;
-    table: float [out_features, groups, 2^bits]. Not differentiable.
+    Args:
+        index_map: Packed codes, uint8 [out_features, row_bytes]; [out_features, 0] with
+            `hash_seed`.
+        table: Tables, float [out_features, groups, 2^bits].
+        in_features: Columns of the weight.
+        hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
+        backend: `cpu`, `reference` or `triton`; by default the fastest one (see `dispatch.py`).
+
+    Returns:
+        The weight [out_features, in_features], in the dtype of the table.
+
+    Raises:
+        ValueError: If the shapes cannot match or the backend cannot be used.
     """
     _check(in_features, index_map, table, hash_seed)
     weight: Tensor = torch.ops.spallm.dequantize(

@@ -1,10 +1,12 @@
-"""The sketched linear layer as torch operators, `torch.ops.spallm`: what torch.compile sees.
+"""Define the sketched linear layer as torch operators, `torch.ops.spallm`, for torch.compile.
 
-Each is a single node with known shapes, whatever runs inside. `Library.define` and `impl` take
-less per call than `torch.library.custom_op`, which one token of one layer would notice.
+To torch.compile each operator is a single node with known shapes, whatever runs inside.
+`Library.define` and `impl` cost less per call than `torch.library.custom_op`; for one token of one
+layer the difference would be noticeable.
 
-Neither pass keeps a dense weight for the other: the forward saves its inputs only, the backward
-looks the weight up again, and the gradient of the weight exists for a block of rows at a time.
+Neither pass keeps a dense weight for the other. The forward pass saves its inputs only; the
+backward pass looks the weight up again, and holds the gradient of the weight for one block of rows
+at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from .dispatch import choose_backend, choose_path, load_backend, load_decoder
 #: Elements of the dense weight's gradient that exist at once in the backward pass: 64 MiB of
 #: 16-bit floats. On an H100, products over fewer rows (1024 of 14336 columns) take 10 % longer.
 GRAD_ELEMENTS = 1 << 25
-_GRAD_ALIGNMENT = 128  # rows: whole tiles of the library's matrix product
+_GRAD_ALIGNMENT = 128  # rows; blocks are then whole tiles of the library's matrix product
 
 
 def _lut_linear(
@@ -112,7 +114,7 @@ def _lut_linear_backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _no_second_derivative(ctx: Any, *gradients: Tensor) -> Any:
-    raise NotImplementedError("a sketched product can be differentiated once, not twice")
+    raise NotImplementedError("second derivatives of a sketched product are not supported")
 
 
 def _lut_linear_shape(x: Tensor, index_map: Tensor, table: Tensor, *rest: Any) -> Tensor:
@@ -143,7 +145,7 @@ def _weight(
     in_features: int,
     hash_seed: int | None,
 ) -> Tensor:
-    # Casting the table, not the weight, costs 2^bits values per group and not one per column.
+    # Cast the table and not the weight: 2^bits values per group instead of one per column.
     return load_backend(name).dequantize(
         index_map, table.to(dtype), in_features, hash_seed=hash_seed
     )
@@ -167,7 +169,7 @@ def _register(
     backward: Callable[..., Any] | None,
     setup_context: Callable[..., None] | None = None,
 ) -> None:
-    """An operator, what it returns for tensors without data, and its derivative."""
+    """Register an operator, its shape function (for tensors without data) and its derivative."""
     _library.define(schema)
     name = schema.partition("(")[0]
     _library.impl(name, implementation, "CompositeExplicitAutograd")

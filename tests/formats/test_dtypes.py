@@ -1,4 +1,4 @@
-"""Rounding to the stored dtypes, against torch."""
+"""Rounding to the stored dtypes matches torch."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""The format pinned down to its bytes, and the errors that broken checkpoints must give."""
+"""The format matches the golden files byte for byte; broken checkpoints give their errors."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Packing: the fast functions against the bit-by-bit reference, at every width."""
+"""Packing: the fast functions match the bit-by-bit reference, at every width."""
 
 import numpy as np
 import pytest

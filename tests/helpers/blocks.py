@@ -1,4 +1,4 @@
-"""Blocks of a dense checkpoint, opened as calibration does it."""
+"""Open the blocks of a dense checkpoint as calibration does."""
 
 import torch
 
@@ -16,7 +16,7 @@ def open_blocks(folder, tokens, batch=2):
 
 @torch.no_grad()
 def run_through(blocks):
-    """The first batch's hidden states after the last block."""
+    """Return the first batch's hidden states after the last block."""
     hidden = blocks.inputs[0]
     for number in range(len(blocks)):
         hidden = blocks.run(number, blocks.load(number), hidden)

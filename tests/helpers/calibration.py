@@ -1,5 +1,4 @@
-"""What a calibrated conversion needs: a small model with a tokenizer, a text, options, and a way to
-stop."""
+"""Make the parts of a calibrated conversion: model, tokenizer, text, options, and a way to stop."""
 
 import random
 from dataclasses import fields
@@ -15,7 +14,7 @@ from spallm_convert import CalibrationConfig, SketchConfig, load_sketched
 
 
 def save_source(folder: Path) -> Path:
-    """A Llama of two blocks, smaller than `save_tiny_llama` makes it by itself."""
+    """Save a Llama of two blocks, smaller than the default of `save_tiny_llama`."""
     sizes = {"hidden_size": 32, "intermediate_size": 48}
     save_tiny_llama(folder, num_attention_heads=2, num_key_value_heads=1, **sizes)
     word_tokenizer().save_pretrained(folder)
@@ -23,7 +22,7 @@ def save_source(folder: Path) -> Path:
 
 
 def save_uneven_source(folder: Path) -> Path:
-    """A larger one, whose second block matters more than its first."""
+    """Save a larger Llama, whose second block matters more than its first."""
     sizes = {"hidden_size": 128, "intermediate_size": 256}
     save_tiny_llama(folder, initializer_range=0.1, **sizes)
     weights = folder / "model.safetensors"
@@ -37,32 +36,32 @@ def save_uneven_source(folder: Path) -> Path:
 
 
 def save_text(path: Path, words: int = 4000) -> Path:
-    """Words at random, of those that the tokenizer has."""
+    """Save random words that the tokenizer knows."""
     generator = random.Random(0)
     path.write_text(" ".join(f"word{generator.randrange(126)}" for _ in range(words)))
     return path
 
 
 def options(text: Path, **changes: object) -> SketchConfig:
-    """Two bits, two groups, float32 tables, unless they are changed."""
+    """Return options: two bits, two groups, float32 tables, unless they are changed."""
     given = {"bits": 2, "groups_per_row": 2, "samples": 16, "seqlen": 32}
     return calibrated(text, **given | {"table_dtype": "float32"} | changes)
 
 
 def calibrated(text: Path | str, **given: object) -> SketchConfig:
-    """A config for a text; options of calibration are told by their names."""
+    """Return a config for a text. given: options of both configs, told apart by their names."""
     names = {field.name for field in fields(CalibrationConfig)}
     nested = {name: given.pop(name) for name in names & given.keys()}
     return SketchConfig(calibration=CalibrationConfig(text=str(text), **nested), **given)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files of a checkpoint."""
+    """Return the files of a checkpoint."""
     return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def divergence(source: Path, folder: Path, text: Path) -> float:
-    """KL(dense || sketched) on text like that of calibration, nats per token."""
+    """Return KL(dense || sketched) on text like the calibration text, in nats per token."""
     words = text.read_text().split()[-1024:]
     tokens = torch.tensor([2 + int(word.removeprefix("word")) for word in words]).reshape(32, 32)
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -73,8 +72,10 @@ def divergence(source: Path, folder: Path, text: Path) -> float:
 
 
 class StopAt:
-    """Stops a conversion when so many modules are done or lines are said, and lists both; a block
-    of `save_source` has seven modules. weights: those that are left."""
+    """Stop a conversion after N modules or N lines, and list both.
+
+    A block of `save_source` has seven modules. weights: weights that are left.
+    """
 
     def __init__(self, modules: int = 10**6, *, lines: int = 10**6) -> None:
         self.modules, self.lines = modules, lines

@@ -1,6 +1,7 @@
-"""Compiles every kernel for a GPU generation and prints what came out, as JSON.
+"""Compile every kernel for a GPU generation and print the results as JSON.
 
-A program of its own, because Triton decides when kernels are defined whether it interprets them.
+This is a separate program, because Triton decides whether to interpret kernels when it defines
+them.
 
     python tests/helpers/compile_report.py 90
 """
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def cases():
-    """Launches by name: each width, number of tokens, source of codes, dtype and shape of step."""
+    """Return launches by name: each width, number of tokens, source of codes, dtype and step."""
     found = {}
     for bits in (2, 3, 4):
         for tokens in (1, 2, 16, 32, 64):
@@ -98,7 +99,7 @@ def table_grad(bits):
 
 
 def columns(bits):
-    """The column loops of both steps of calibration, for the first block."""
+    """Return the column loops of both steps of calibration, for the first block."""
     rows, square = torch.empty(ROWS, COLUMNS), torch.empty(COLUMNS, COLUMNS)
     tables = tuple(torch.empty(ROWS, GROUPS, entries) for entries in (1 << bits, (1 << bits) - 1))
     codes, order = rows.to(torch.uint8), torch.empty(COLUMNS, dtype=torch.int64)

@@ -1,8 +1,8 @@
-"""Compiles Triton kernels for GPUs that are not there, just as a launcher would, to read the code.
+"""Compile Triton kernels for GPUs that are not present, as a launcher would, to read the code.
 
 with recorded(module, "decode_kernel") as launches:
     module.decode(...)                  # tensors on the CPU; nothing runs
-code = compile_launch(launches[0], 90)  # as for compute capability 9.0
+code = compile_launch(launches[0], 90)  # for compute capability 9.0
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Code:
     instructions: list[str]
 
     def loop(self, containing: str) -> list[str]:
-        """Instructions of the innermost loop that holds an instruction."""
+        """Return the instructions of the innermost loop that holds an instruction."""
         addressed = [(int(a, 16), text) for a, text in (i.split(" ", 1) for i in self.instructions)]
         loops = []
         for address, text in addressed:
@@ -66,7 +66,7 @@ def count(instructions: list[str], operation: str) -> int:
 
 @contextlib.contextmanager
 def recorded(module, *names):
-    """Launches of kernels that a module knows by these names, instead of running them."""
+    """Record launches of the named kernels of a module, instead of running them."""
     launches = []
 
     class Recorder:
@@ -90,7 +90,7 @@ def recorded(module, *names):
 
 
 def compile_launch(launch: Launch, capability: int) -> Code:
-    """What a launch compiles to, with the specialisations that it would get on a device."""
+    """Compile a launch with the specialisations that it would get on a device."""
     kernel = launch.kernel
     values = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.options
     signature, constants, attributes = {}, {}, {}

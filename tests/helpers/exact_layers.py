@@ -1,7 +1,7 @@
-"""Layers in whose calibration float32 rounds nothing, so that any order of sums gives the same.
+"""Make layers whose calibration has no rounding in float32, so that any order of sums agrees.
 
-Weights and entries are eighths, Hessians and their factors small integers with powers of two on the
-diagonal: slopes, quotients and sums stay multiples of 1/64 below 2^13.
+Weights and entries are eighths. Hessians and their factors are small integers with powers of two on
+the diagonal. So slopes, quotients and sums stay multiples of 1/64 below 2^13.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from spallm_kernels.batched import PreparedHessian
 
 
 def exact_layer(rows, n, groups, entries, *, device="cpu"):
-    """Weights, tables and codes, then a Hessian with an order of columns and a factor."""
+    """Return weights, tables and codes, then a Hessian with an order of columns and a factor."""
     draw = torch.Generator().manual_seed(n + entries)
 
     def integers(low, high, *shape):

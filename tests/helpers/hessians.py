@@ -1,4 +1,4 @@
-"""Hessians and weights like those of layers, small."""
+"""Make small Hessians and weights like those of layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def correlated_hessian(n, seed, *, dead=(), rank=None):
-    """X^T X of inputs that are correlated, of very different size per column, `dead` ones zero."""
+    """Return X^T X of correlated inputs of very different size per column; `dead` ones are zero."""
     rng = np.random.default_rng(seed)
     rank = rank or 2 * n
     inputs = rng.standard_normal((rank, n)) + 2 * rng.standard_normal((rank, 1))
@@ -16,7 +16,7 @@ def correlated_hessian(n, seed, *, dead=(), rank=None):
 
 
 def weight_rows(rows, n, seed, kind="normal"):
-    """float32 [rows, n]: Gaussian, or with constant rows, or with few distinct values."""
+    """Return float32 [rows, n]: Gaussian, or with constant rows, or with few distinct values."""
     weights = np.random.default_rng([seed, 1]).standard_normal((rows, n)).astype(np.float32)
     if kind == "constant":
         weights[::2] = np.float32(0.25)
@@ -26,7 +26,7 @@ def weight_rows(rows, n, seed, kind="normal"):
 
 
 def sorted_tables(weights, groups, entries, seed):
-    """float32 [rows, groups, entries]: some of each group's own weights, ascending."""
+    """Return float32 [rows, groups, entries]: weights of each group, ascending."""
     rng = np.random.default_rng([seed, 2])
     grouped = weights.reshape(len(weights), groups, -1)
     places = rng.integers(0, grouped.shape[2], (len(weights), groups, entries))

@@ -1,6 +1,6 @@
-"""Command lines that talk to `hub_server`, each in a fresh process, and what they leave there.
+"""Run command lines against `hub_server`, each in a new process, and collect what they leave there.
 
-The client reads its settings when it is imported, so all that talks to the server runs in
+The client reads its settings when it is imported. So everything that talks to the server runs in
 subprocesses, several command lines or models in each.
 """
 
@@ -35,7 +35,7 @@ print(json.dumps(answers))
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command line gave."""
+    """Hold the results of a command line."""
 
     code: int | str
     out: str
@@ -43,7 +43,7 @@ class Answer:
 
 
 def run(script, stdin, environment):
-    """Runs a script in a fresh process; it must succeed and leave nothing on stderr."""
+    """Run a script in a new process; it must succeed and write nothing to stderr."""
     done = subprocess.run(
         [sys.executable, "-c", script],
         input=json.dumps(stdin),
@@ -58,7 +58,7 @@ def run(script, stdin, environment):
 
 
 def command_lines(environment, cases):
-    """Runs command lines, each a token and arguments, one after the other in one process."""
+    """Run command lines, each a token and arguments, one after another in one process."""
     cases = {name: (token, [*map(str, words)]) for name, (token, *words) in cases.items()}
     answers, escaped = run(COMMAND_LINES, cases, environment)
     assert escaped == ""
@@ -66,7 +66,7 @@ def command_lines(environment, cases):
 
 
 def assert_one_line(answer, *wanted):
-    """An error: exit code 1 and exactly one line, with these words in it."""
+    """Check for an error: exit code 1 and exactly one line, with these words in it."""
     assert answer.code == 1, answer
     assert answer.err.count("\n") == 1, answer.err
     assert answer.err.startswith("spallm-convert: error: ")
@@ -88,6 +88,6 @@ def on_server(hub, repo_id, revision="main"):
 
 
 def with_card(tiny_llama):
-    """The files of a small random Llama with a card."""
+    """Return the files of a small random Llama with a card."""
     card = b"---\nlicense: apache-2.0\n---\n# tiny\n"
     return contents(tiny_llama.folder) | {"README.md": card}

@@ -1,10 +1,10 @@
-"""Runs conversions that are killed:
+"""Run conversions that are killed:
 
     python killed_conversion.py SOURCE OUTPUT KILL_AT [--resume] [--overwrite] [--calibration=FILE]
 
-Before its KILL_AT-th write, flush or rename below OUTPUT the process sends itself SIGKILL: nothing
-is cleaned up, and what was not flushed may be half there. With KILL_AT 0 it runs to the end and
-prints how many such moments there were.
+Before its KILL_AT-th write, flush or rename below OUTPUT, the process sends itself SIGKILL. Nothing
+is cleaned up, and data that was not flushed may be written in part. With KILL_AT 0 the conversion
+runs to the end and prints the number of such moments.
 """
 
 import io
@@ -36,7 +36,7 @@ def before(original):
 
 
 class MomentousFile(io.BufferedRandom):
-    """A file whose every write is a moment, and reaches the disk by halves."""
+    """Count every write to a file as a moment, and write it to disk in two halves."""
 
     def write(self, data):
         moment()

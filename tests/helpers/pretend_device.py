@@ -1,8 +1,8 @@
-"""A device that is not there: its tensors are computed on the CPU, and mix with no others.
+"""Pretend to have a device: its tensors are computed on the CPU, but mix with no others.
 
-Tensors that say they are elsewhere hold one on the CPU. Whoever forgets to carry one there or back
-sees what a GPU would give: an error from an operation with tensors of both kinds, or from
-`.numpy()`. The kind of device is one that torch knows by name and never asks for.
+A tensor on the device holds one on the CPU. Code that forgets to move a tensor there or back gets
+the error that a GPU would give, from an operation on tensors of both kinds or from `.numpy()`. The
+type of the device is one that torch knows by name but never checks for.
 
     with PretendDevice():
         torch.ones(2, device=DEVICE) + torch.ones(2)     raises RuntimeError
@@ -19,7 +19,7 @@ _CARRYING = ("_to_copy", "copy_")
 
 
 class _Elsewhere(torch.Tensor):
-    """A tensor on the device."""
+    """Wrap a CPU tensor as a tensor on the device."""
 
     @staticmethod
     def __new__(cls, held):
@@ -38,7 +38,7 @@ class _Elsewhere(torch.Tensor):
 
 
 class PretendDevice(TorchDispatchMode):
-    """Counts in `ran` the operations that the device has done."""
+    """Provide the device, and count its operations in `ran`."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ def _held(tensor):
 
 
 def _tensors(value):
-    """Those in arguments or results of an operation, in which lists and tuples lie."""
+    """Yield the tensors in arguments or results of an operation, lists and tuples included."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, list | tuple):
@@ -94,7 +94,7 @@ def _tensors(value):
 
 
 def _changed(value, change):
-    """The same with every tensor as `change` gives it."""
+    """Return the same structure with every tensor replaced by `change`."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
-"""Runs straight-line PTX in NumPy: enough of it to prove what a lookup's assembly computes.
+"""Run straight-line PTX in NumPy: enough of it to prove what the assembly of a lookup computes.
 
-The text that the compiler gets is the text that runs here. Every operand is an array of uint32 (or
-uint16 for halves), so all code values go through at once.
+The text that runs here is the text that the compiler gets. Every operand is an array of uint32 (or
+uint16 for halves), so all code values are computed at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def run(assembly: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """The operands $0 to $<outputs - 1> after running a block on $<outputs> and so on."""
+    """Run a block on $<outputs> and later operands; return the operands $0 to $<outputs - 1>."""
     values = {f"${outputs + number}": value for number, value in enumerate(inputs)}
     for statement in assembly.strip().strip("{}").split(";"):
         text = statement.strip()
@@ -42,7 +42,7 @@ def _binary(function):
 
 
 def _mov(values, operands):
-    """mov.b32: between a register and a register, or two halves, low one first."""
+    """Run mov.b32: between two registers, or between a register and two halves, low one first."""
     target, source = operands
     if target.startswith("{"):
         low, high = _split(target.strip("{}"))
@@ -57,7 +57,7 @@ def _mov(values, operands):
 
 
 def _prmt(values, operands):
-    """prmt.b32: four bytes of b:a chosen by nibbles; bit 3 of a nibble spreads the byte's sign."""
+    """Run prmt.b32: nibbles choose four bytes of b:a; bit 3 of a nibble spreads the byte's sign."""
     a, b, selector = (_read(values, operand) for operand in operands[1:])
     both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
     result = np.uint32(0)
@@ -70,7 +70,7 @@ def _prmt(values, operands):
 
 
 def _lop3(values, operands):
-    """lop3.b32: any function of three bits, as the byte that 0xf0, 0xcc and 0xaa would give."""
+    """Run lop3.b32: any function of three bits, given as its value on 0xf0, 0xcc and 0xaa."""
     a, b, c = (_read(values, operand) for operand in operands[1:4])
     function = int(operands[4], 0)
     result = np.uint32(0)
@@ -90,7 +90,7 @@ def _mad(values, operands):
 
 
 def _shf(values, operands):
-    """shf.r.clamp.b32: the low word of high:low shifted right."""
+    """Run shf.r.clamp.b32: the low word of high:low shifted right."""
     low, high, shift = (_read(values, operand).astype(np.uint64) for operand in operands[1:])
     values[operands[0]] = ((high << np.uint64(32) | low) >> shift).astype(np.uint32)
 

@@ -1,4 +1,4 @@
-"""Random sketches, their dense weight by plain indexing, and what float64 makes of them."""
+"""Make random sketches, their dense weight by plain indexing, and results in float64."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def random_sketch(bits, groups, rows=9, columns=48, *, dtype=torch.float64, hash
 
 
 def random(*shape, dtype=torch.float64, seed=0):
-    """Float64 values that `dtype` holds exactly."""
+    """Return float64 values that `dtype` holds exactly."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).double()
 
 
 def relative_error(found, expected):
-    """Frobenius norm of the difference over that of what is expected, NaN if anything is."""
+    """Return the Frobenius norm of the difference relative to the expected; NaN if any value is."""
     found, expected = found.double().cpu(), expected.double().cpu()
     return ((found - expected).norm() / expected.norm()).item()
 
 
 def passes(function, x, table, bias, y_grad):
-    """y and the gradients of x, table and bias, of a function of the three."""
+    """Return y and the gradients of x, table and bias, for a function of the three."""
     inputs = [tensor.clone().requires_grad_() for tensor in (x, table, bias)]
     y = function(*inputs)
     y.backward(y_grad)

@@ -1,4 +1,4 @@
-"""Small random models, saved as checkpoints to convert."""
+"""Make small random models, saved as checkpoints to convert."""
 
 import json
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A checkpoint of a small random model: a folder and its config."""
+    """Hold the folder and config of a checkpoint of a small random model."""
 
     folder: Path
     config: dict[str, Any]
@@ -23,7 +23,7 @@ def save_tiny_llama(
     dtype: torch.dtype = torch.bfloat16,
     **changes: Any,
 ) -> TinyModel:
-    """Saves a random Llama with tokenizer-like extra files; `changes` go to its config."""
+    """Save a random Llama with tokenizer-like extra files; `changes` go to its config."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     options = {

@@ -1,4 +1,4 @@
-"""A small tokenizer built in memory: a token per printable ASCII character, and a few of two."""
+"""Build a small tokenizer in memory: a token per printable ASCII character, and a few of two."""
 
 import string
 
@@ -8,7 +8,7 @@ _MERGES = [("t", "h"), ("i", "n"), ("e", "r"), (" ", "a")]
 
 
 def tiny_tokenizer(*, adds_bos=False, has_eos=True):
-    """A PreTrainedTokenizerFast with fewer than 128 tokens."""
+    """Return a PreTrainedTokenizerFast with fewer than 128 tokens."""
     from tokenizers import Tokenizer, decoders, models, processors
     from transformers import PreTrainedTokenizerFast
 

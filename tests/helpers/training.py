@@ -1,4 +1,4 @@
-"""What the training tests share: data that can be learned, a Trainer, what came out of it."""
+"""Share parts of the training tests: data that can be learned, a Trainer, and its results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FIRST, _IDS = 2, 126
 
 
 def counting(rows=24, length=16):
-    """Sequences that count upwards from random starts, as a dataset and as labelled examples."""
+    """Return sequences that count up from random starts, as a dataset and as labelled examples."""
     generator = torch.Generator().manual_seed(1)
     starts = torch.randint(0, _IDS, (rows, 1), generator=generator)
     tokens = (starts + torch.arange(length)) % _IDS + _FIRST
@@ -19,7 +19,7 @@ def counting(rows=24, length=16):
 
 
 def word_tokenizer():
-    """One for the tiny models: "word0" to "word125" are tokens, 0 is the end, 1 all else."""
+    """Return a tokenizer for the tiny models: "word0" to "word125", 0 is the end, 1 all else."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -32,7 +32,7 @@ def word_tokenizer():
 
 
 def trainer(model, output, *, evaluation=None, callbacks=(), **options):
-    """transformers' Trainer on sequences that count, on the CPU, four of them per step."""
+    """Return transformers' Trainer on counting sequences, on the CPU, four of them per step."""
     from transformers import Trainer, TrainingArguments
 
     defaults = {
@@ -57,7 +57,7 @@ def trainer(model, output, *, evaluation=None, callbacks=(), **options):
 
 
 def checkpointing(*, reentrant):
-    """Options of Trainer that have activations computed again, under the names that it knows."""
+    """Return options of Trainer that recompute activations, under the names that it knows."""
     from transformers import TrainingArguments
 
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -67,10 +67,10 @@ def checkpointing(*, reentrant):
 
 
 def losses(trainer):
-    """The loss of every step."""
+    """Return the loss of every step."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def parameters(model):
-    """A copy of every parameter by name."""
+    """Return a copy of every parameter by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}

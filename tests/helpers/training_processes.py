@@ -1,11 +1,11 @@
-"""Trains in processes of their own, which may be several and may be killed.
+"""Train in separate processes, of which there may be several, and which may be killed.
 
     python tests/helpers/training_processes.py JOBS.json
 
-Imports take longer than the training, so they are done once and the processes are forked off. Each
-job leaves in its output folder: exits.json (exits-killed.json if it was to be killed), how its
-processes ended, negative for a signal; output-RANK.txt, what one of them printed; result-RANK.json;
-model/, saved as Trainer does it.
+Imports take longer than training, so they are done once and the processes are forked. Each job
+writes to its output folder: exits.json (exits-killed.json if it was to be killed), the exit codes
+of its processes, negative for a signal; output-RANK.txt, what each process printed;
+result-RANK.json; and model/, saved as Trainer does it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Job:
 
 
 def run_jobs(jobs, folder):
-    """Runs jobs one after the other, in a program of its own."""
+    """Run jobs one after another, in a separate program."""
     path = folder / "jobs.json"
     path.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
     threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
@@ -60,7 +60,7 @@ def run_jobs(jobs, folder):
 
 
 def outcome(job, rank=0):
-    """What a process of a job that went well found."""
+    """Return the result of a process of a job that succeeded."""
     output = Path(job.output)
     exits = json.loads((output / "exits.json").read_text())
     printed = "".join(path.read_text() for path in sorted(output.glob("output-*.txt")))
@@ -186,7 +186,7 @@ def _by_hand(job, rank):
 
 
 def _swap_tables(model, job, rows):
-    """Losses with the trained tables, with the same loaded, and after a change of the base."""
+    """Return losses with trained tables, with the same tables loaded, and with a changed base."""
     save_tables(model, f"{job.output}/tables")
     found = [_evaluate(model, rows)]
     load_tables(model, f"{job.output}/tables", name="again")
@@ -224,9 +224,9 @@ class _Kill(TrainerCallback):
 
 
 def _let_accelerate_shard_on_cpus() -> None:
-    """Has accelerate use FSDP on the CPU, where it takes the options and then uses DDP.
+    """Make accelerate use FSDP on the CPU, where it accepts the options and then uses DDP.
 
-    torch shards on any device, so all else is the code that runs on GPUs.
+    torch shards on any device, so everything else is the code that runs on GPUs.
     """
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 

@@ -1,4 +1,4 @@
-"""Calibrated sketching in torch gives what numba gives; here on the CPU."""
+"""Calibrated sketching in torch gives the same results as numba, here on the CPU."""
 
 import itertools
 
@@ -71,7 +71,7 @@ def test_compensate_matches(shape):
     expected = spallm_kernels.compensate(*arrays[:2], arrays[3])
     found = batched.compensate(weights, table, hessian)
     assert found.dtype == torch.uint8
-    # Another order of float32 sums decides differently where a weight is next to the middle.
+    # Another order of float32 sums may decide differently for a weight close to a middle.
     assert (found.numpy() == expected).mean() > 0.99
     ours, theirs = (losses(*arrays[:2], codes, arrays[3]).sum() for codes in (found, expected))
     assert ours == pytest.approx(theirs, rel=1e-4)
@@ -127,7 +127,7 @@ def test_fit_matches(shape):
     assert all(after <= before for (_, before), (_, after) in itertools.pairwise(steps))
     total = losses(array, table, codes, prepared).sum()
     assert total == pytest.approx(steps[-1][1], rel=1e-9)
-    # Rows whose codes once differ end elsewhere, about as well.
+    # Rows whose codes once differ end with other results, which are about as good.
     assert total == pytest.approx(expected.losses[-1][1], rel=0.01)
     with pytest.raises(ValueError, match="powers must name at least one"):
         batched.fit(weights, hessian, groups, 2**bits, powers=())

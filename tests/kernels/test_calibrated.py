@@ -1,4 +1,4 @@
-"""Calibrated sketching: every step against its plain statement, and none raises a loss."""
+"""Every step of calibrated sketching matches its plain statement, and none raises a loss."""
 
 import itertools
 
@@ -21,7 +21,7 @@ from spallm_kernels import (
 )
 from spallm_kernels.reference import calibrated as reference
 
-#: rows, columns, groups, bits: odd row counts, columns that fill no block or more than one.
+#: rows, columns, groups, bits: odd row counts; columns that fill less than a block, or several.
 SHAPES = [(5, 12, 1, 2), (17, 40, 2, 3), (9, 60, 4, 4), (3, 260, 1, 4), (33, 136, 4, 2)]
 
 
@@ -96,17 +96,17 @@ def test_unusable_hessians_are_refused(hessian, damping, message):
 def test_arrays_that_do_not_match_are_refused():
     weights, table, prepared = layer(4, 12, 2, 2)
     codes = assign(weights, table)
-    with pytest.raises(ValueError, match="do not match a Hessian of 12 columns"):
+    with pytest.raises(ValueError, match="for a Hessian of 12 columns"):
         fit(weights[:, :10], prepared, 2, 4)
-    with pytest.raises(ValueError, match="do not match a Hessian of 12 columns"):
+    with pytest.raises(ValueError, match="for a Hessian of 12 columns"):
         compensate(weights[:, :10], table, prepared)
     with pytest.raises(ValueError, match="and tables"):
         compensate(weights[:3], table, prepared)
-    with pytest.raises(ValueError, match="and codes"):
+    with pytest.raises(ValueError, match="weights and codes must have the same shape"):
         descend(weights, table, codes[:, :10], prepared, 1)
-    with pytest.raises(ValueError, match="and codes"):
+    with pytest.raises(ValueError, match="weights and codes must have the same shape"):
         least_squares(weights, table, codes[:3], prepared)
-    with pytest.raises(ValueError, match="do not match"):
+    with pytest.raises(ValueError, match="weights and dense must be"):
         quadratic_loss(weights, look_up(table, codes)[:3], prepared.full)
 
 
@@ -126,7 +126,7 @@ def test_compensate_matches_gptq(shape, kind):
     codes = compensate(weights, table, prepared)
     expected = reference.compensate(weights, table, prepared.full, prepared.order)
     same = look_up(table, codes) == look_up(table, expected)  # equal entries are as good
-    # Float32 sums decide differently where a weight is next to the middle, and then differ on.
+    # Float32 sums may decide differently for a weight close to a middle; later codes differ too.
     assert same.all(axis=1).mean() >= 0.9
     np.testing.assert_array_equal(
         look_up(table, codes)[:, 1], look_up(table, assign(weights, table))[:, 1]
@@ -140,7 +140,7 @@ def test_ties_go_to_the_lower_code():
     codes = compensate(weights, table, prepared)
     assert codes.tolist() == [[0, 1, 2, 3]]
     np.testing.assert_array_equal(codes, assign(weights, table))
-    # What is already as good stays: code 2 has the same entry as code 1.
+    # Codes that are already as good stay: code 2 has the same entry as code 1.
     start = np.array([[1, 2, 0, 0]], np.uint8)
     assert descend(weights, table, start, prepared, 9).tolist() == [[1, 2, 2, 3]]
 

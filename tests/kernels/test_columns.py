@@ -1,6 +1,6 @@
-"""The kernels that go through columns in calibration, against the loops in torch.
+"""The column kernels of calibration match the loops in torch.
 
-In Triton's interpreter, or on a GPU where there is one.
+They run in Triton's interpreter, or on a GPU if there is one.
 """
 
 import pytest
@@ -14,7 +14,7 @@ from spallm_kernels.dispatch import choose_column_backend
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-# With a device these are its tests; without one, `conftest.py` has chosen the interpreter.
+# With a device, these tests run on it; without one, `conftest.py` has chosen the interpreter.
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 #: rows, columns, groups, entries, columns of a block.
@@ -67,8 +67,8 @@ def test_correlated_and_dead_columns(bits):
         (batched.descend, weights, table, start, hessian, 1),
     ):
         ours, theirs = by_both(step, *operands, block=16)
-        # Where only one of both fuses its multiply-adds, sums differ in the last bit, and codes of
-        # weights next to a middle with them: one of the 200 at most.
+        # If only one of the two fuses its multiply-adds, sums differ in the last bit. Then codes of
+        # weights close to a middle differ too: at most one of the 200.
         assert (ours != theirs).sum() <= 1
 
 
@@ -110,7 +110,7 @@ def test_kernels_serve_a_gpu_by_default():
     ("entries", "backend", "message"),
     [
         (16, "cpu", "backend must be one of \\['torch', 'triton'\\], found 'cpu'"),
-        (17, "triton", "take up to 4 bits, found 5"),
+        (17, "triton", "support up to 4 bits, found 5"),
     ],
 )
 def test_unusable_backends_are_refused(entries, backend, message):

@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to for GPUs that are not there: registers, spills, loads."""
+"""The compiled Triton kernels for GPUs that are not present: registers, spills, loads."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_no_register_is_spilled(report):
 
 def test_a_program_fits_the_shared_memory_of_its_generation(report, request):
     capability = request.node.callspec.params["report"]
-    # 8.6 and 8.9 have the least of all since 8.0.
+    # 8.6 and 8.9 have the least shared memory of all since 8.0.
     most = {80: 99 << 10, 90: 227 << 10}[capability]
     assert max(code["shared_bytes"] for code in report.values()) <= most
 
@@ -46,7 +46,7 @@ def test_weights_stay_in_registers_on_their_way_to_the_tensor_cores(report):
         if name.startswith("decode") and "hashed" not in name
     }
     assert len(stored) == 3 * 7
-    # Inputs may take a few stores where loads run no steps ahead; weights would take tens.
+    # If loads do not run ahead, inputs may take a few stores; weights would take tens.
     assert max(stored.values()) < 8
 
 

@@ -1,4 +1,4 @@
-"""The hash mapping: the fast functions against the reference, and what the mixer is good for."""
+"""The hash mapping: the fast functions match the reference, and the mixer spreads codes well."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Clustering is exact: against the plain dynamic programme, brute force and `ckmeans`."""
+"""Clustering is exact: it matches the plain dynamic programme, brute force and `ckmeans`."""
 
 import itertools
 from fractions import Fraction
@@ -104,7 +104,7 @@ def test_long_rows_match_ckmeans(dtype, entries):
 
 @pytest.mark.parametrize("heavy", [1e3, 1e10, 1e14, 1e18])
 def test_masses_of_very_different_size(heavy):
-    """Prefix sums of masses lose the light ones beside a heavy one; the result must not."""
+    """Prefix sums lose light masses next to a heavy one; the result must not."""
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((4, 80)).astype(np.float32)
     importance = np.ones((4, 80), np.float32)

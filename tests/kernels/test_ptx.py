@@ -1,4 +1,4 @@
-"""The lookup's assembly, run in NumPy: every code value in every place, every bit of an entry."""
+"""The lookup's assembly, run in NumPy: every code in every place, every bit of an entry."""
 
 import itertools
 

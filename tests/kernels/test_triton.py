@@ -1,4 +1,4 @@
-"""The Triton kernels against float64: in Triton's interpreter, or on a GPU where there is one."""
+"""The Triton kernels match float64, in Triton's interpreter, or on a GPU if there is one."""
 
 import os
 import subprocess
@@ -16,12 +16,12 @@ from spallm_kernels.triton import lookup, ptx, tiles
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-# With a device these are its tests; without one, `conftest.py` has chosen the interpreter.
+# With a device, these tests run on it; without one, `conftest.py` has chosen the interpreter.
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 HALVES = [torch.float16, torch.bfloat16]
 #: rows, columns, groups: whole tiles, ragged rows, ragged steps, an odd number of groups, a row
-#: of one unit, groups that are no whole units, rows of bytes that are no whole words.
+#: of one unit, groups that are not whole units, rows of bytes that are not whole words.
 SHAPES = {
     "even": (32, 512, 2),
     "eight groups": (19, 1024, 8),
@@ -101,7 +101,7 @@ def test_a_bias_with_gaps(path):
 @pytest.mark.parametrize("hash_seed", [None, 7])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_forward_and_gradients(monkeypatch, bits, hash_seed, dtype, shape):
-    """Both passes of the op, tables in float32 where the rest is narrower, as in training."""
+    """Both passes of the op; tables are float32 even if the rest is narrower, as in training."""
     rows, columns, groups = SHAPES[shape]
     monkeypatch.setattr(operators, "GRAD_ELEMENTS", 8 * columns)  # several blocks, the last partial
     sketch = random_sketch(bits, groups, rows, columns, dtype=dtype, hash_seed=hash_seed)
@@ -143,7 +143,7 @@ def test_path_by_shape_and_dtype():
     assert path(tiles.HASHED_DECODE_TOKENS, hashed=True) == "decode"
     assert path(tiles.HASHED_DECODE_TOKENS + 1, hashed=True) == "dense"
     assert path(1, torch.float32) == "dense"  # the tensor cores take 16-bit operands
-    assert path(1, columns=66) == "dense"  # groups of 33 columns are no whole units
+    assert path(1, columns=66) == "dense"  # groups of 33 columns are not whole units
     assert path(1, table=torch.empty(8, 2, 2)) == "dense"  # one bit
     for tokens in (0, tiles.DECODE_TOKENS + 1):
         with pytest.raises(ValueError, match=rf"cannot decode torch.bfloat16 inputs \[{tokens},"):

@@ -1,11 +1,11 @@
-"""Calibrated sketching in torch, all rows at once: for GPUs, where `cpu` works a row at a time.
+"""Sketch with calibration in torch, all rows at once: for GPUs. `cpu` processes a row at a time.
 
-The same algorithms under the same names as in `cpu`, which documents them; results differ by the
-order of float32 sums. The loops over columns are thousands of small operations in torch, so a
-device that can run Triton gets them as kernels (`triton/compensate.py`, `triton/descend.py`).
-Clustering alone stays on the CPU, where it is exact and not what takes the time. On a CUDA device,
-float32 products must not be rounded to TF32, which is torch's default
-(`torch.backends.cuda.matmul.allow_tf32` false).
+The algorithms and their names are those of `cpu`, which documents them; results differ by the order
+of float32 sums. In torch the loops over columns are thousands of small operations, so a device that
+can run Triton runs them as kernels (`triton/compensate.py`, `triton/descend.py`). Only clustering
+stays on the CPU: it is exact there, and not what takes the time. On a CUDA device, float32 products
+must not be rounded to TF32, which torch does not do by default
+(`torch.backends.cuda.matmul.allow_tf32` is false).
 """
 
 from .calibrated import Fitted, fit

@@ -1,4 +1,4 @@
-"""Calibrated sketching: the steps of `cpu.calibrated`, all rows at once."""
+"""Sketch rows with calibration: the steps of `cpu.calibrated`, all rows at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from .quadratic import look_up, quadratic_loss
 
 
 class Fitted(NamedTuple):
-    """What `fit` returns: tensors, otherwise as `cpu.calibrated.Fitted`."""
+    """Hold the result of `fit`, as `cpu.calibrated.Fitted` does, with tensors.
+
+    Attributes:
+        table: float32 [rows, groups, entries], ascending.
+        codes: uint8 [rows, n].
+        losses: The name of every step, and the total loss of all rows after it, by the damped
+            Hessian.
+    """
 
     table: Tensor
     codes: Tensor
@@ -39,9 +46,28 @@ def fit(
     rounds: int = ROUNDS,
     sweeps: int = SWEEPS,
 ) -> Fitted:
-    """Sketches rows such that their loss by a Hessian is small; `cpu.calibrated.fit` has the terms.
+    """Sketch rows so that their loss by a Hessian is small.
 
-    weights: float32 [rows, n], finite.
+    `cpu.calibrated` describes the steps.
+
+    Args:
+        weights: float32 [rows, n], finite.
+        hessian: Damped and factored Hessian of n columns, from `prepare_hessian`.
+        groups: Tables per row; must divide n.
+        entries: Entries per table.
+        powers: Powers of the pivots that weight the columns in clustering (see `importance`). With
+            several powers, each row continues from its best result.
+        compensation: Whether each code compensates the errors of the codes before it.
+        refit: Whether tables are solved by least squares.
+        rounds: The most rounds of improvement. A row is finished earlier if a round lowers its loss
+            by less than the fraction TOLERANCE.
+        sweeps: Sweeps of coordinate descent per round; 0 for none.
+
+    Returns:
+        Tables, codes and losses.
+
+    Raises:
+        ValueError: If the shapes do not match or `powers` is empty.
     """
     best: _Sketched | None = None
     steps: list[tuple[str, float]] = []
@@ -71,7 +97,7 @@ def fit(
 
 
 def _cluster(weights: Tensor, importance: Tensor, groups: int, entries: int) -> Tensor:
-    """Tables by k-means, float32 [rows, groups, entries], ascending."""
+    """Return tables by k-means, float32 [rows, groups, entries], ascending."""
     table, _ = kmeans(weights.cpu().numpy(), importance.cpu().numpy(), groups, entries)
     return torch.from_numpy(table).float().to(weights.device)
 
@@ -90,7 +116,7 @@ def _round(
     refit: bool,
     sweeps: int,
 ) -> Iterator[tuple[str, _Sketched]]:
-    """Every step's name and the rows after it."""
+    """Yield the name of every step and the rows after it."""
 
     def better(table: Tensor, codes: Tensor) -> _Sketched:
         return _better(state, _measured(weights, table, codes, hessian))

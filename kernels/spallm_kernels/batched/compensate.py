@@ -1,4 +1,4 @@
-"""Codes chosen column by column, each making up for the error of those before, all rows at once."""
+"""Choose codes column by column, each compensating earlier errors, for all rows at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spallm_kernels.dispatch import choose_column_backend
 from .hessian import PreparedHessian
 from .nearest import middles_of, nearest
 
-#: Columns that are worked off one by one before the others hear of it in one product.
+#: Columns that are processed one by one before one product updates the columns after them.
 BLOCK = 128
 
 
@@ -24,12 +24,22 @@ def compensate(
     block: int = BLOCK,
     backend: str | None = None,
 ) -> Tensor:
-    """Chooses codes, uint8 [rows, n], greedily in the order of the Hessian's columns.
+    """Choose codes greedily, in the order of the Hessian's columns.
 
-    weights: float32 [rows, n]; table: float32 [rows, groups, entries], ascending; block: how many
-    columns are worked off one by one before the others hear of it. backend: `triton` launches one
-    kernel per block, `torch` about seven per column; by default Triton on GPUs that can run it.
-    Raises ValueError if the backend cannot take the tensors.
+    Args:
+        weights: float32 [rows, n].
+        table: float32 [rows, groups, entries], ascending.
+        hessian: Damped and factored Hessian of n columns, from `prepare_hessian`.
+        block: Columns that are processed one by one before one product updates the columns after
+            them.
+        backend: `triton` launches one kernel per block, `torch` about seven per column; by default
+            Triton on GPUs that can run it.
+
+    Returns:
+        Codes, uint8 [rows, n].
+
+    Raises:
+        ValueError: If the backend does not exist or does not support the tensors.
     """
     weights, table = weights.contiguous(), table.contiguous()
     middles = middles_of(table)
@@ -60,7 +70,7 @@ def _compensate_block(
     first: int,
     last: int,
 ) -> Tensor:
-    """Writes the codes of a block, whose order is on the CPU; returns how far weights moved."""
+    """Write the codes of a block, whose order is on the CPU; return how far its weights moved."""
     width = weights.shape[1] // table.shape[1]
     near = shift[:, first:last].clone()
     moved = torch.empty_like(near)

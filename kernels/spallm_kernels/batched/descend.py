@@ -1,4 +1,4 @@
-"""Cyclic coordinate descent on the codes of fixed tables, all rows at once."""
+"""Improve the codes of fixed tables by cyclic coordinate descent, all rows at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .hessian import PreparedHessian
 from .nearest import middles_of, nearest
 from .quadratic import look_up, quadratic_loss, slopes_and_losses
 
-#: Columns that are worked off one by one before the others hear of it in one product.
+#: Columns that are processed one by one before one product updates the columns after them.
 BLOCK = 128
 
 
@@ -27,10 +27,24 @@ def descend(
     block: int = BLOCK,
     backend: str | None = None,
 ) -> Tensor:
-    """Returns codes, uint8 [rows, n], of no greater loss, after at most `sweeps` passes.
+    """Improve codes by coordinate descent; a code changes only if that lowers the loss.
 
-    weights: float32 [rows, n]; table: float32 [rows, groups, entries], ascending; codes: uint8
-    [rows, n], where to start; block, backend: as in `compensate`.
+    Args:
+        weights: float32 [rows, n].
+        table: float32 [rows, groups, entries], ascending.
+        codes: Codes to start from, uint8 [rows, n].
+        hessian: Damped and factored Hessian of n columns, from `prepare_hessian`.
+        sweeps: The most passes over all columns.
+        block: Columns that are processed one by one before one product updates the columns after
+            them.
+        backend: `triton` launches one kernel per block, `torch` about seven per column; by default
+            Triton on GPUs that can run it.
+
+    Returns:
+        Codes, uint8 [rows, n]. No row has a greater loss than before.
+
+    Raises:
+        ValueError: If the backend does not exist or does not support the tensors.
     """
     weights, table, single = weights.contiguous(), table.contiguous(), hessian.single.contiguous()
     move: Callable[..., Tensor] = _descend_block
@@ -63,10 +77,10 @@ def _descend_block(
     first: int,
     last: int,
 ) -> Tensor:
-    """Changes codes and dense in a block; returns how far weights moved, float32 [rows, block]."""
+    """Change codes and dense in a block; return how far weights moved, float32 [rows, block]."""
     width = codes.shape[1] // table.shape[1]
     near, steps = slopes[:, first:last].clone(), torch.empty_like(slopes[:, first:last])
-    # Stays a tensor: torch divides by a number on a GPU as a product with its rounded inverse.
+    # Must stay a tensor: to divide by a number, torch on a GPU multiplies by its rounded inverse.
     diagonal = hessian.diagonal()
     for k, column in enumerate(range(first, last)):
         group, old, slope = column // width, dense[:, column], near[:, k]

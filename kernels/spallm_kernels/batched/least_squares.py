@@ -1,4 +1,4 @@
-"""The best tables for fixed codes, all groups of a row together, many rows at once."""
+"""Solve for the best tables of fixed codes, all groups of a row together, many rows at once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ from .quadratic import look_up, quadratic_loss, slopes_and_losses
 def least_squares(
     weights: Tensor, table: Tensor, codes: Tensor, hessian: PreparedHessian
 ) -> tuple[Tensor, Tensor]:
-    """Tables, float32 [rows, groups, entries], ascending, and the codes that go with them.
+    """Return the tables of least loss for fixed codes; a row whose loss would rise stays as it is.
 
-    weights: float32 [rows, n]; table: float32 [rows, groups, entries]; codes: uint8 [rows, n]. A
-    row that would lose more is left as it is.
+    Args:
+        weights: float32 [rows, n].
+        table: float32 [rows, groups, entries], ascending.
+        codes: uint8 [rows, n].
+        hessian: Damped and factored Hessian of n columns, from `prepare_hessian`.
+
+    Returns:
+        Ascending tables, float32 [rows, groups, entries], and the codes that match them, uint8
+        [rows, n].
     """
     rows, groups, entries = table.shape
     slopes, losses = slopes_and_losses(weights, look_up(table, codes), hessian.full)
@@ -39,7 +46,7 @@ def least_squares(
 
 
 def _solve(codes: Tensor, slopes: Tensor, hessian: Tensor, groups: int, entries: int) -> Tensor:
-    """Changes of the tables of some rows, float64 [rows, groups * entries]; 0 where unsolvable."""
+    """Return the changes of some rows' tables, float64 [rows, groups * entries]; 0 if singular."""
     rows, n = codes.shape
     grouped = codes.reshape(rows, groups, 1, -1)
     names = torch.arange(entries, device=codes.device)[:, None]

@@ -1,4 +1,4 @@
-"""Nearest table entry for every weight, and the error it leaves, in numba."""
+"""Find the nearest table entry of every weight, and the error that remains, in numba."""
 
 from __future__ import annotations
 
@@ -11,21 +11,40 @@ Codes = npt.NDArray[np.uint8]
 
 
 def assign(weights: Singles, tables: Singles) -> Codes:
-    """Codes, uint8 [rows, columns]: for each weight the nearest entry of its ascending table.
+    """Return the code of the nearest entry for every weight.
 
-    weights: float32 [rows, columns]; tables: float32 [rows, groups, entries]. A weight halfway
-    between two entries takes the lower code.
+    Args:
+        weights: float32 [rows, columns].
+        tables: float32 [rows, groups, entries], ascending.
+
+    Returns:
+        Codes, uint8 [rows, columns]. A weight halfway between two entries takes the lower code.
+
+    Raises:
+        ValueError: If the shapes do not match.
     """
     rows, groups, _ = tables.shape
     if len(weights) != rows or weights.shape[1] % groups:
-        raise ValueError(f"weights {weights.shape} and tables {tables.shape} do not match")
+        raise ValueError(
+            f"weights must be [{rows}, a multiple of {groups}] for tables {tables.shape}, "
+            f"found {weights.shape}"
+        )
     codes = np.empty(weights.shape, np.uint8)
     _assign_rows(np.ascontiguousarray(weights), np.ascontiguousarray(tables), codes)
     return codes
 
 
 def squared_error(weights: Singles, tables: Singles, codes: Codes) -> npt.NDArray[np.float64]:
-    """Sums over each row of (weight - table[code])^2, and of weight^2: float64 [rows, 2]."""
+    """Sum the squared error and the squared weights of each row.
+
+    Args:
+        weights: float32 [rows, columns].
+        tables: float32 [rows, groups, entries].
+        codes: uint8 [rows, columns].
+
+    Returns:
+        float64 [rows, 2]: the sums of (weight - table[code])^2 and of weight^2.
+    """
     sums = np.empty((len(weights), 2))
     _sum_rows(np.ascontiguousarray(weights), np.ascontiguousarray(tables), codes, sums)
     return sums
@@ -41,7 +60,7 @@ def _assign_rows(weights: Singles, tables: Singles, codes: Codes) -> None:
             columns = slice(group * width, (group + 1) * width)
             values, out = weights[row, columns], codes[row, columns]
             out[:] = 0
-            # One comparison per entry and weight vectorises over the weights; bisection does not.
+            # Comparing with every entry vectorises over the weights; bisection does not.
             for entry in range(entries - 1):
                 middle = np.float32((np.float64(table[entry]) + np.float64(table[entry + 1])) * 0.5)
                 for i in range(width):

@@ -1,13 +1,13 @@
-"""Calibrated sketching of rows: tables and codes that lose little on the layer's own inputs.
+"""Sketch rows with calibration: find tables and codes that lose little on the layer's own inputs.
 
-    k-means           tables, by the columns' importance
-    compensate        codes, column by column, each making up for those before
-    least squares     the best tables for these codes        } in turn, as long as
-    compensate        codes anew for these tables            } a row gains by it
-    descend           better codes, one at a time            }
+    k-means           tables, weighted by the columns' importance
+    compensate        codes, column by column, each compensating earlier errors
+    least squares     the best tables for these codes        } repeated while
+    compensate        new codes for these tables             } the row still
+    descend           better codes, one at a time            } improves
 
-No step raises the loss of a row: what does not lower it is dropped. A row's result does not depend
-on the rows beside it.
+No step raises the loss of a row: a result that does not lower it is dropped. The result of a row
+does not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -29,19 +29,23 @@ from .quadratic import Measured, check_columns, keep_better, measure
 Singles = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
 
-#: Of the pivots, for the importance of columns in clustering; each row goes on from the best.
+#: Powers of the pivots that weight the columns in clustering (None: the diagonal of H). Each row
+#: continues from its best result.
 POWERS = (2.5, None)
-#: Times that tables and codes are improved in turn, at most, and sweeps of descent in each.
+#: The most rounds that improve tables and codes in turn, and sweeps of descent in each round.
 ROUNDS, SWEEPS = 5, 3
-#: A row is done when a round lowered its loss by less than this part of it.
+#: A row is finished when a round lowers its loss by less than this fraction.
 TOLERANCE = 3e-3
 
 
 class Fitted(NamedTuple):
-    """What `fit` returns.
+    """Hold the result of `fit`.
 
-    table: float32 [rows, groups, entries], ascending; codes: uint8 [rows, n]; losses: the name of
-    every step and the loss of all rows after it, by the damped Hessian.
+    Attributes:
+        table: float32 [rows, groups, entries], ascending.
+        codes: uint8 [rows, n].
+        losses: The name of every step, and the total loss of all rows after it, by the damped
+            Hessian.
     """
 
     table: Singles
@@ -61,13 +65,26 @@ def fit(
     rounds: int = ROUNDS,
     sweeps: int = SWEEPS,
 ) -> Fitted:
-    """Sketches rows such that their loss by a Hessian is small.
+    """Sketch rows so that their loss by a Hessian is small.
 
-    weights: float32 [rows, n], finite. powers: of the pivots, for the importance of columns in
-    clustering (`importance`); with several, each row goes on from the best of them. compensation:
-    whether codes make up for each other from the start. refit: whether tables are solved for.
-    sweeps: of descent per round, 0 for none. A row is done after `rounds`, or when a round lowered
-    its loss by less than TOLERANCE of it. Raises ValueError for shapes that do not match.
+    Args:
+        weights: float32 [rows, n], finite.
+        hessian: Damped and factored Hessian of n columns, from `prepare_hessian`.
+        groups: Tables per row; must divide n.
+        entries: Entries per table.
+        powers: Powers of the pivots that weight the columns in clustering (see `importance`). With
+            several powers, each row continues from its best result.
+        compensation: Whether each code compensates the errors of the codes before it.
+        refit: Whether tables are solved by least squares.
+        rounds: The most rounds of improvement. A row is finished earlier if a round lowers its loss
+            by less than the fraction TOLERANCE.
+        sweeps: Sweeps of coordinate descent per round; 0 for none.
+
+    Returns:
+        Tables, codes and losses.
+
+    Raises:
+        ValueError: If the shapes do not match, or `powers` is empty.
     """
     check_columns(weights, hessian.columns)
     best: Measured | None = None
@@ -98,7 +115,7 @@ def fit(
 def _start(
     weights: Singles, hessian: PreparedHessian, groups: int, entries: int, power: float | None
 ) -> Measured:
-    """Tables by k-means, every weight at its nearest entry."""
+    """Compute tables by k-means and assign every weight to its nearest entry."""
     table = kmeans(weights, importance(hessian, power), groups, entries)[0].astype(np.float32)
     return measure(weights, table, assign(weights, table), hessian.full)
 
@@ -111,7 +128,7 @@ def _round(
     refit: bool,
     sweeps: int,
 ) -> Iterator[tuple[str, Measured]]:
-    """Every step's name and the rows after it."""
+    """Yield the name of every step and the rows after it."""
 
     def better(table: Singles, codes: Codes) -> Measured:
         return keep_better(state, measure(weights, table, codes, hessian.full))

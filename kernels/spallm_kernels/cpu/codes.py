@@ -1,7 +1,7 @@
-"""A row of codes on the CPU: unpacked from its bytes, or hashed from row, column and seed.
+"""Produce a row of codes on the CPU: unpacked from its bytes, or hashed from row, column and seed.
 
-Unpacking a whole row into the cache first, rather than each code where it is needed, lets the
-compiler do it in vector registers; looking up is then one load per weight.
+A whole row is unpacked into the cache first, because the compiler can do that in vector registers.
+Looking up is then one load per weight.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ Array = npt.NDArray[Any]
 def row_of_codes(
     packed: Array, row: int, bits: int, seed: np.uint32, first_row: np.uint32, codes: Array
 ) -> None:
-    """Fills `codes`, uint8 [columns], with those of a row; hashes them where nothing is packed.
+    """Fill `codes`, uint8 [columns], with the codes of a row.
 
-    packed: uint8 [rows, row_bytes], or [rows, 0] for the `hash` mapping of row `first_row` on.
+    packed is uint8 [rows, row_bytes], or [rows, 0] for the `hash` mapping: then the codes are
+    hashed, and row 0 is row `first_row` of the module.
     """
     if packed.shape[1] == 0:
         key = mix(np.uint32(first_row + np.uint32(row)) ^ mix(seed))
@@ -32,7 +33,7 @@ def row_of_codes(
             codes[column] = mix(np.uint32(column) ^ key) & mask
         return
     stream = packed[row]
-    whole = 0  # codes that the loops over whole bytes have read
+    whole = 0  # codes already read by the loops over whole bytes
     if bits == 4:
         whole = codes.shape[0] & ~1
         for pair in range(whole >> 1):

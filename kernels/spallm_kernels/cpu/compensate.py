@@ -1,9 +1,9 @@
-"""Codes chosen column by column, each making up for the error of those before, in numba.
+"""Choose codes column by column, each compensating the error of the columns before it, in numba.
 
-GPTQ's assignment (arXiv 2210.17323) in the form that `hessian.py` derives. Columns are taken in
-blocks: inside a block a row is worked off alone, in the cache; what the block left behind reaches
-the columns after it in one product. That product is ours, since the bits of a library's depend on
-its threads; every sum here has a fixed order.
+This is GPTQ's assignment (arXiv 2210.17323) in the form that `hessian.py` derives. Columns are
+processed in blocks. Inside a block, a row is processed alone, in the cache. Then one product
+carries the error of the block to the columns after it. We compute that product ourselves, because
+the bits of a library's product depend on its threads; here every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -20,24 +20,34 @@ Singles = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
 Groups = npt.NDArray[np.int64]
 
-#: Columns per block, a multiple of four, and how many of those after it are served at a time.
+#: Columns per block (a multiple of four), and later columns that are updated at a time.
 _BLOCK = 128
 _TILE = 1024
-#: Rows that a thread takes through the columns together, so that they share the factor's lines.
+#: Rows that a thread processes together, so that they share lines of the factor in the cache.
 _TOGETHER = 32
 
 
 def compensate(weights: Singles, table: Singles, hessian: PreparedHessian) -> Codes:
-    """Codes, uint8 [rows, n], chosen greedily in the order of the Hessian's columns.
+    """Choose codes greedily, in the order of the Hessian's columns.
 
-    weights: float32 [rows, n]; table: float32 [rows, groups, entries], ascending. Each column takes
-    the entry nearest to its weight after compensation, the lower code of two as near. Raises
-    ValueError for shapes that do not match.
+    Each column takes the entry nearest to its compensated weight; if two are as near, the lower
+    code.
+
+    Args:
+        weights: float32 [rows, n].
+        table: float32 [rows, groups, entries], ascending.
+        hessian: Damped and factored Hessian of n columns, from `prepare_hessian`.
+
+    Returns:
+        Codes, uint8 [rows, n].
+
+    Raises:
+        ValueError: If the shapes do not match.
     """
     check_shapes(weights, table, None, hessian.columns)
     rows, n = weights.shape
     table = np.ascontiguousarray(table)
-    # In the order of choice throughout: columns picked from all over a row would miss the cache.
+    # Reorder first: columns picked from all over a row would miss the cache.
     ordered = np.take(weights, hessian.order, axis=1)
     groups = hessian.order // (n // table.shape[1])
     chosen = np.empty((rows, n), np.uint8)
@@ -77,7 +87,7 @@ def _choose_block(
     codes: Codes,
     moved: Singles,
 ) -> None:
-    """Chooses the codes of a block; `moved` gets how far each weight moved."""
+    """Choose the codes of a block; write to `moved` how far each weight moved."""
     rows, groups, entries = table.shape
     middles = np.empty((groups, entries - 1), np.float32)
     for row in range(rows):
@@ -95,7 +105,7 @@ def _choose_block(
 
 @numba.njit(cache=True, nogil=True)
 def _push(moved: Singles, factor: Singles, first: int, last: int, shift: Singles) -> None:
-    """Adds moved @ factor to the columns from `last`, four rows of factor in one pass."""
+    """Add moved @ factor to the columns from `last` on, four rows of the factor per pass."""
     rows, n = shift.shape
     for start in range(last, n, _TILE):
         tile = slice(start, min(start + _TILE, n))

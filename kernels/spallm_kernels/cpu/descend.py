@@ -1,8 +1,9 @@
-"""Cyclic coordinate descent on the codes of fixed tables, in numba.
+"""Improve the codes of fixed tables by cyclic coordinate descent, in numba.
 
-LNQ's descent (GuidedQuant, arXiv 2505.07004): with all other columns fixed the loss of a row is a
-parabola in one weight, so the best entry is the one nearest to its lowest point, q_j - G_j / H_jj
-with G = (q - w) H. Only a code that changes costs more than a look: G moves along a row of H.
+This is LNQ's descent (GuidedQuant, arXiv 2505.07004). With all other columns fixed, the loss of a
+row is a parabola in one weight. So the best entry is the one nearest to its lowest point, q_j - G_j
+/ H_jj with G = (q - w) H. A code that stays costs only this test; a code that changes moves G along
+a row of H.
 """
 
 from __future__ import annotations
@@ -18,18 +19,29 @@ from .quadratic import Measured, check_shapes, keep_better, measure
 Singles = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
 
-#: Rows that go through the columns together, so that they share a row of H in the cache.
+#: Rows that are processed together, so that they share a row of H in the cache.
 _TOGETHER = 16
 
 
 def descend(
     weights: Singles, table: Singles, codes: Codes, hessian: PreparedHessian, sweeps: int
 ) -> Codes:
-    """Codes, uint8 [rows, n], of no greater loss: at most `sweeps` passes over the columns.
+    """Improve codes by coordinate descent; a code changes only if that lowers the loss.
 
-    weights: float32 [rows, n]; table: float32 [rows, groups, entries], ascending; codes: uint8
-    [rows, n], where to start. A code changes only where that lowers the loss, which is that of the
-    damped Hessian. Raises ValueError for shapes that do not match.
+    The loss is computed with the damped Hessian.
+
+    Args:
+        weights: float32 [rows, n].
+        table: float32 [rows, groups, entries], ascending.
+        codes: Codes to start from, uint8 [rows, n].
+        hessian: Damped and factored Hessian of n columns, from `prepare_hessian`.
+        sweeps: The most passes over all columns.
+
+    Returns:
+        Codes, uint8 [rows, n]. No row has a greater loss than before.
+
+    Raises:
+        ValueError: If the shapes do not match.
     """
     check_shapes(weights, table, codes, hessian.columns)
     start = measure(weights, table, codes, hessian.full)
@@ -38,7 +50,10 @@ def descend(
 
 
 def descend_from(start: Measured, hessian: PreparedHessian, sweeps: int) -> Codes:
-    """Codes after the sweeps; rounding of slopes may have raised a loss by parts in a million."""
+    """Return the codes after the sweeps.
+
+    Rounded slopes may raise a loss by a few parts in a million.
+    """
     codes = start.codes.copy()
     _descend_rows(
         np.ascontiguousarray(start.table),

@@ -1,6 +1,6 @@
-"""The `hash` mapping in numba: codes computed from row, column and seed, tables by least squares.
+"""Compute the `hash` mapping in numba: codes from row, column and seed, and least-squares tables.
 
-`reference/hashing.py` says what is computed, and where the mixer comes from.
+`reference/hashing.py` gives the formulas and the source of the mixer.
 """
 
 from __future__ import annotations
@@ -16,20 +16,42 @@ Floats = npt.NDArray[np.float64]
 def hash_codes(
     rows: int, columns: int, bits: int, seed: int, first_row: int = 0
 ) -> npt.NDArray[np.uint8]:
-    """Codes, uint8 [rows, columns], of rows `first_row`, `first_row` + 1, ... of a module."""
+    """Compute the codes of rows of a module under the `hash` mapping.
+
+    Args:
+        rows: Number of rows.
+        columns: Number of columns.
+        bits: Bits of a code.
+        seed: Seed of the hash, 0 to 2^32 - 1.
+        first_row: Number of the first row in the module.
+
+    Returns:
+        Codes, uint8 [rows, columns].
+    """
     codes = np.empty((rows, columns), np.uint8)
     _hash_rows(np.uint32(seed), np.uint32(first_row), np.uint32((1 << bits) - 1), codes)
     return codes
 
 
 def hash_table(weights: Singles, groups: int, bits: int, seed: int, first_row: int = 0) -> Floats:
-    """Least-squares tables, float64 [rows, groups, 2^bits]; a bucket no weight hits holds 0.
+    """Compute least-squares tables for the codes of the `hash` mapping.
 
-    weights: float32 [rows, columns]. Raises ValueError for groups that do not divide the columns.
+    Args:
+        weights: float32 [rows, columns].
+        groups: Groups per row; must divide the columns.
+        bits: Bits of a code.
+        seed: Seed of the hash, 0 to 2^32 - 1.
+        first_row: Number of the first row in the module.
+
+    Returns:
+        Tables, float64 [rows, groups, 2^bits]. An entry whose code no weight has is 0.
+
+    Raises:
+        ValueError: If `groups` does not divide the columns.
     """
     rows, columns = weights.shape
     if columns % groups:
-        raise ValueError(f"weights {weights.shape} do not match {groups} groups")
+        raise ValueError(f"groups must divide the columns, found {groups} and {columns}")
     table = np.empty((rows, groups, 1 << bits))
     _table_rows(
         np.ascontiguousarray(weights),
@@ -42,7 +64,7 @@ def hash_table(weights: Singles, groups: int, bits: int, seed: int, first_row: i
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def mix(x: np.uint32) -> np.uint32:
-    """A bijection of 32-bit integers (see `reference/hashing.py`)."""
+    """Map a 32-bit integer to another, one to one (see `reference/hashing.py`)."""
     x = np.uint32(x ^ (x >> np.uint32(16)))
     x = np.uint32(x * np.uint32(0x21F0AAAD))
     x = np.uint32(x ^ (x >> np.uint32(15)))

@@ -1,13 +1,13 @@
-"""Exact weighted 1-D k-means over the rows of a weight matrix, in numba.
+"""Compute exact weighted 1-D k-means over the rows of a weight matrix, in numba.
 
-Each group of a row is sorted, equal values are merged (4096 bf16 weights hold some 1,400 distinct
-ones), and the optimal partition into intervals is found in one of two ways:
+Each group of a row is sorted and equal values are merged (4096 bf16 weights hold about 1,400
+distinct values). Then the optimal partition into intervals is found in one of two ways:
 
 * `penalised_partition`: a few passes over the values, for almost every row.
-* `layered_partition`: slower, for few values, for ties, and when the error is so small beside the
-  values that float64 prefix sums could not tell partitions apart.
+* `layered_partition`: slower; for few values, for ties, and if the error is so small compared with
+  the values that float64 prefix sums cannot tell partitions apart.
 
-Both are exact; which one ran is decided by the values alone, so results do not depend on threads.
+Both are exact. The values alone decide which one runs, so results do not depend on threads.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from .sorting import sort_with_payload
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int32]
 
-#: Up to this many distinct values the layered way is taken: it is cheap there, and never undecided.
+#: Up to this many distinct values the layered way is used: it is cheap there and always decides.
 _FEW_VALUES = 48
-#: Smallest error, as a part of the values' second moment, that prefix sums resolve: those of n
-#: values err by about 1e-15 of the moment, so partitions are told apart to 1e-10 of the error.
+#: The smallest error, as a fraction of the values' second moment, that prefix sums resolve. Prefix
+#: sums of n values are accurate to about 1e-15 of the moment, so partitions are told apart to 1e-10
+#: of the error.
 _RESOLVED = 1e-5
-#: Lightest mass, as a part of all, that prefix sums of masses still resolve to some 1e-7 of itself.
+#: The lightest mass, as a fraction of the total, that prefix sums resolve to about 1e-7 of itself.
 _LIGHT = 1e-9
 _TASKS = 64
 
@@ -39,13 +40,22 @@ def kmeans(
     groups: int,
     entries: int,
 ) -> tuple[Floats, Floats]:
-    """Sketch tables of the rows of `weights` that minimise the weighted squared error.
+    """Compute the tables of each row that minimise the weighted squared error.
 
-    weights: float32 [rows, columns], finite; importance: float32 [1 or rows, columns], finite and
-    non-negative; a group whose importance is all zero counts as uniform. Each row is cut into
-    `groups` equal groups. Returns tables, float64 [rows, groups, entries], ascending, and the
-    error of each, float64 [rows, groups]. A group with fewer distinct values than entries repeats
-    its last value. Raises ValueError for other shapes and for values outside these limits.
+    Args:
+        weights: float32 [rows, columns], finite.
+        importance: float32 [1 or rows, columns], finite and non-negative. If it is zero in a whole
+            group, that group counts as uniform.
+        groups: Number of equal groups that each row is cut into; must divide the columns.
+        entries: Entries per table.
+
+    Returns:
+        Ascending tables, float64 [rows, groups, entries], and the error of each table, float64
+        [rows, groups]. If a group has fewer distinct values than entries, its last value is
+        repeated.
+
+    Raises:
+        ValueError: If the shapes do not match or a value is out of range.
     """
     rows, columns = weights.shape
     if columns == 0 or columns % groups:
@@ -55,9 +65,9 @@ def kmeans(
             f"importance must be [1 or {rows}, {columns}], found {list(importance.shape)}"
         )
     if not (np.isfinite(importance).all() and (importance >= 0).all()):
-        raise ValueError("importance must be finite and non-negative")
+        raise ValueError("importance must be finite and non-negative, found other values")
     if not np.isfinite(weights).all():
-        raise ValueError("weights must be finite")
+        raise ValueError("weights must be finite, found NaN or infinite values")
     tables = np.empty((rows, groups, entries))
     errors = np.empty((rows, groups))
     _kmeans_rows(
@@ -78,7 +88,7 @@ def _kmeans_rows(
 ) -> None:
     rows, groups, _ = tables.shape
     width = weights.shape[1] // groups
-    # Scratch is allocated once per task; every row overwrites what it reads of it.
+    # Scratch is allocated once per task; every row writes each value before it reads it.
     tasks = min(_TASKS, rows)
     for task in numba.prange(tasks):
         keys = np.empty((2, width), np.uint32)
@@ -106,7 +116,7 @@ def _distinct(
     payload: npt.NDArray[np.float32],
     merged: Floats,
 ) -> int:
-    """Sorts values, merges equal ones and drops those without importance; returns how many stay."""
+    """Sort values, merge equal ones and drop those without importance; return how many remain."""
     ordered, weighting = sort_with_payload(values, importance, keys, payload)
     uniform = not importance.any()
     n = 0
@@ -128,7 +138,7 @@ def _distinct(
 def _partition(
     values: Floats, mass: Floats, sums: Floats, best: Floats, links: Integers, bounds: Integers
 ) -> None:
-    """Writes the optimal interval bounds: cluster c holds values bounds[c] .. bounds[c + 1] - 1."""
+    """Write the optimal interval bounds: cluster c holds values bounds[c] .. bounds[c + 1] - 1."""
     n, entries = len(values), len(bounds) - 1
     if n <= entries:
         for c in range(entries + 1):
@@ -167,7 +177,7 @@ def _interval_mean(values: Floats, mass: Floats, i: int, j: int) -> float:
 
 @numba.njit(cache=True, nogil=True)
 def _fill_table(values: Floats, mass: Floats, bounds: Integers, table: Floats) -> float:
-    """Means of the clusters, the last one repeated for empty clusters; returns the error."""
+    """Write the means of the clusters, repeating the last for empty ones; return the error."""
     error = 0.0
     for c in range(len(table)):
         if bounds[c + 1] > bounds[c]:

@@ -1,13 +1,13 @@
-"""Optimal partition of sorted values by a dynamic programme over layers, with careful sums.
+"""Partition sorted values optimally by a dynamic programme over layers, with careful sums.
 
-The programme is the one of `reference/kmeans.py`; since the best split of the first j values moves
-right as j grows, each layer is filled by divide and conquer in O(n log n) interval errors.
+The programme is that of `reference/kmeans.py`. The best split of the first j values moves right as
+j grows, so each layer is filled by divide and conquer in O(n log n) interval errors.
 
-An interval's error is merged from two halves that meet at a fixed value, by the parallel variance
-formula of Chan, Golub & LeVeque (1979). Tables of the halves for every power of two (a disjoint
-sparse table) make that one merge per interval. Every term is non-negative and every mean is kept
-relative to the value where the halves meet, so nothing cancels: errors are accurate to about 1e-14
-of themselves however large the values are beside them, which prefix sums are not.
+The error of an interval is merged from two halves that meet at a fixed value, by the parallel
+variance formula of Chan, Golub & LeVeque (1979). Tables of the halves for every power of two (a
+disjoint sparse table) reduce that to one merge per interval. Every term is non-negative and every
+mean is stored relative to the value where the halves meet, so nothing cancels: errors have a
+relative accuracy of about 1e-14, however large the values are. Prefix sums do not have it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ Integers = npt.NDArray[np.int32]
 
 @numba.njit(cache=True, nogil=True)
 def layered_partition(values: Floats, mass: Floats, bounds: Integers) -> None:
-    """Writes the bounds of the optimal intervals: cluster c is bounds[c] .. bounds[c + 1] - 1.
+    """Write the bounds of the optimal intervals: cluster c is bounds[c] .. bounds[c + 1] - 1.
 
-    values, mass: float64 [n], values ascending and distinct, mass positive; bounds: int32
-    [clusters + 1] with fewer clusters than values.
+    Args:
+        values: float64 [n], ascending and distinct.
+        mass: float64 [n], positive.
+        bounds: int32 [clusters + 1], written; there must be fewer clusters than values.
     """
     n, clusters = len(values), len(bounds) - 1
     halves, level_of = _half_tables(values, mass)
@@ -52,7 +54,7 @@ def _fill_layer(
     current: Floats,
     split: Integers,
 ) -> None:
-    """Best errors and splits of the first j = q .. n values in q intervals."""
+    """Compute the best errors and splits of the first j = q .. n values in q intervals."""
     stack = np.empty((64, 4), np.int32)  # deeper than the binary logarithm of any row
     stack[0, 0], stack[0, 1], stack[0, 2], stack[0, 3] = q, n, q - 1, n - 1
     depth = 1
@@ -87,8 +89,11 @@ def _fill_layer(
 
 @numba.njit(cache=True, nogil=True)
 def _half_tables(values: Floats, mass: Floats) -> tuple[Floats, Integers]:
-    """halves[level, :, i]: mass, mean offset and error of the values between i and the middle of
-    its block of 2^(level + 1); level_of[l ^ r]: the level at which l and r lie in different halves.
+    """Return `halves` and `level_of`.
+
+    halves[level, :, i] is the mass, mean offset and error of the values between i and the middle of
+    its block of 2^(level + 1). level_of[l ^ r] is the level at which l and r lie in different
+    halves.
     """
     n = len(values)
     level_of = np.zeros(max(2, 2 * n), np.int32)
@@ -121,7 +126,7 @@ def _accumulate(
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def _error(halves: Floats, level_of: Integers, i: int, j: int) -> float:
-    """Weighted squared error of values i .. j - 1 around their mean."""
+    """Return the weighted squared error of values i .. j - 1 around their mean."""
     last = j - 1
     if i == last:
         return 0.0

@@ -1,7 +1,7 @@
-"""The best tables for fixed codes, all groups of a row together, in numba.
+"""Solve for the best tables of fixed codes, all groups of a row together, in numba.
 
-With q = S t the loss is least where (S^T H S) t = S^T H w. Solved for the change of t rather than
-for t itself, so that rounding in S^T H S scales the step and not the table.
+With q = S t the loss is smallest where (S^T H S) t = S^T H w. The change of t is solved for, not t
+itself, so that rounding in S^T H S scales the step and not the table.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ Singles = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.uint8]
 
-#: Of the mean diagonal of S^T H S, added to it.
+#: This fraction of the mean diagonal of S^T H S is added to its diagonal.
 RIDGE = 1e-9
-#: Columns of H, and rows of weights, that are worked on while they lie in the cache.
+#: Columns of H and rows of weights that are processed together, so that they stay in the cache.
 _TILE = 256
 _TOGETHER = 8
 
@@ -27,13 +27,24 @@ _TOGETHER = 8
 def least_squares(
     weights: Singles, table: Singles, codes: Codes, hessian: PreparedHessian
 ) -> tuple[Singles, Codes]:
-    """Tables, float32 [rows, groups, entries], ascending, and the codes that go with them.
+    """Return the tables of least loss for fixed codes.
 
-    weights: float32 [rows, n]; table: float32 [rows, groups, entries], ascending; codes: uint8
-    [rows, n]. What is lowered is the loss of the damped Hessian, plus RIDGE times the mean
-    diagonal of S^T H S for every entry's squared distance from the old one; so an entry that no
-    code uses stays. Entries are sorted afterwards and codes renamed. A row that would lose more is
-    left as it is. Raises ValueError for shapes that do not match.
+    The loss uses the damped Hessian. To it is added, for every entry, RIDGE times the mean diagonal
+    of S^T H S times the squared distance from the old entry, so an entry that no code uses stays.
+    Entries are sorted afterwards and codes renamed. A row whose loss would rise stays as it is.
+
+    Args:
+        weights: float32 [rows, n].
+        table: float32 [rows, groups, entries], ascending.
+        codes: uint8 [rows, n].
+        hessian: Damped and factored Hessian of n columns, from `prepare_hessian`.
+
+    Returns:
+        Ascending tables, float32 [rows, groups, entries], and the codes that match them, uint8
+        [rows, n].
+
+    Raises:
+        ValueError: If the shapes do not match.
     """
     check_shapes(weights, table, codes, hessian.columns)
     start = measure(weights, table, codes, hessian.full)
@@ -43,7 +54,7 @@ def least_squares(
 
 
 def solve_from(start: Measured, hessian: PreparedHessian) -> tuple[Singles, Codes]:
-    """Tables and codes of the least loss; rounding may have raised it where little was to gain."""
+    """Return the tables and codes of least loss. If the gain is tiny, rounding may raise it."""
     table, codes = start.table.copy(), start.codes.copy()
     _solve_rows(table, codes, start.slopes, hessian.single, RIDGE)
     return table, codes
@@ -75,7 +86,7 @@ def _solve_rows(
 
 @numba.njit(cache=True, nogil=True)
 def _add_normal(codes: Codes, hessian: Singles, width: int, entries: int, normal: Floats) -> None:
-    """S^T H S of some rows, from the upper half of H: its transpose is added at the end."""
+    """Add S^T H S of some rows, from the upper half of H; the transpose is added at the end."""
     rows, n = codes.shape
     unknowns = normal.shape[1]
     sums = np.empty((rows, unknowns, _TILE), np.float32)
@@ -104,7 +115,7 @@ def _add_normal(codes: Codes, hessian: Singles, width: int, entries: int, normal
 
 @numba.njit(cache=True, nogil=True)
 def _solve(matrix: Floats, right: Floats, ridge: float) -> bool:
-    """Solves (matrix + ridge) x = right by Cholesky, in place; False where it is not definite."""
+    """Solve (matrix + ridge) x = right in place by Cholesky; return False if it is not definite."""
     n = len(right)
     trace = 0.0
     for i in range(n):
@@ -135,7 +146,7 @@ def _solve(matrix: Floats, right: Floats, ridge: float) -> bool:
 
 @numba.njit(cache=True, nogil=True)
 def _sort_table(table: Singles, codes: Codes) -> None:
-    """Sorts the entries of one group and renames its codes, by insertion."""
+    """Sort the entries of one group by insertion, and rename its codes."""
     entries = len(table)
     order = np.arange(entries)
     for i in range(1, entries):

@@ -1,8 +1,8 @@
-"""The sketched linear layer on the CPU, in numba: a row of codes at a time, in the cache.
+"""Compute the sketched linear layer on the CPU in numba, a row of codes at a time, in the cache.
 
-The reference makes int64 temporaries of the size of the weight; here a row's packed bytes, codes
-and tables stay in the cache. Values that are only moved are moved as integers of their size, so
-every float dtype works, bfloat16 included.
+The reference makes int64 temporaries of the size of the weight. Here, the packed bytes, codes and
+tables of a row stay in the cache. Values that are only moved are moved as integers of their size,
+so every float dtype works, including bfloat16.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Array = npt.NDArray[Any]
 
 
 def can_decode(x: Tensor, table: Tensor) -> bool:
-    """Whether `decode` takes such tensors: it computes in float32."""
+    """Return whether `decode` supports such tensors: it computes in float32."""
     return x.dtype in _SINGLE_OR_LESS
 
 
 def decode_tokens(*, hashed: bool) -> int:
-    """Most tokens for which `decode` is the faster path (`benchmarks/cpu/linear.py`)."""
+    """Return the most tokens for which `decode` is the faster path (`benchmarks/cpu/linear.py`)."""
     return 64
 
 
@@ -40,9 +40,17 @@ def decode(
     *,
     hash_seed: int | None = None,
 ) -> Tensor:
-    """y = x W^T + bias, [tokens, out_features] in the dtype of x; one dense row exists at a time.
+    """Compute y = x W^T + bias with one dense row at a time.
 
-    x: float [tokens, in_features]; table: any float, rounded to the dtype of x.
+    Args:
+        x: float [tokens, in_features].
+        index_map: Packed codes, uint8 [out_features, row_bytes]; ignored with `hash_seed`.
+        table: Tables, any float [out_features, groups, 2^bits], rounded to the dtype of x.
+        bias: Float [out_features], or None.
+        hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
+
+    Returns:
+        y [tokens, out_features], in the dtype of x.
     """
     y = torch.empty(x.shape[0], table.shape[0], dtype=torch.float32, device=x.device)
     _decode(
@@ -62,10 +70,17 @@ def dequantize(
     hash_seed: int | None = None,
     first_row: int = 0,
 ) -> Tensor:
-    """The dense weight [out_features, in_features], in the dtype of the table.
+    """Return the dense weight of a sketch.
 
-    index_map: uint8 [out_features, row_bytes]; table: float [out_features, groups, 2^bits]. With
-    `hash_seed` the codes are computed instead, those of row `first_row` of the module first.
+    Args:
+        index_map: Packed codes, uint8 [out_features, row_bytes]; ignored with `hash_seed`.
+        table: Tables, float [out_features, groups, 2^bits].
+        in_features: Columns of the weight.
+        hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
+        first_row: Number of the first row in the module, for the hash.
+
+    Returns:
+        The weight [out_features, in_features], in the dtype of the table.
     """
     weight = torch.empty(table.shape[0], in_features, dtype=table.dtype, device=table.device)
     as_integers = _INTEGER_OF_BYTES[table.element_size()]
@@ -85,9 +100,18 @@ def table_grad(
     hash_seed: int | None = None,
     first_row: int = 0,
 ) -> Tensor:
-    """Gradient of the table given that of the dense weight [out_features, in_features].
+    """Return the gradient of the tables, given the gradient of the dense weight.
 
-    Each entry receives the sum over the weights that use it, in float32 or wider.
+    Args:
+        weight_grad: Float [out_features, in_features].
+        index_map: Packed codes, uint8 [out_features, row_bytes]; ignored with `hash_seed`.
+        table: Tables, float [out_features, groups, 2^bits].
+        hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
+        first_row: Number of the first row in the module, for the hash.
+
+    Returns:
+        The gradient in the shape of the table: for each entry the sum over the weights that use it,
+        in float32 or wider.
     """
     wide = torch.promote_types(weight_grad.dtype, torch.float32)
     sums = torch.empty(table.shape, dtype=wide, device=table.device)
@@ -99,14 +123,17 @@ def table_grad(
 def _codes(
     index_map: Tensor, hash_seed: int | None, first_row: int
 ) -> tuple[Array, np.uint32, np.uint32]:
-    """What the loops below read codes from."""
+    """Return the arguments from which the loops below read codes."""
     packed = index_map if hash_seed is None else index_map[:, :0]
     return _array(packed.contiguous()), np.uint32(hash_seed or 0), np.uint32(first_row)
 
 
 def _array(parameter: Tensor) -> Array:
-    """A parameter as an array. `Tensor.numpy` would forbid for good that its memory is freed, as
-    FSDP2 does with what it has gathered."""
+    """Return a parameter as an array.
+
+    `Tensor.numpy` would make its memory impossible to free for good, and FSDP2 frees the memory of
+    what it has gathered.
+    """
     return np.from_dlpack(parameter.detach())
 
 
@@ -132,7 +159,7 @@ def _look_up(
                 weight[row, column] = entries[codes[column]]
 
 
-# Sums may be taken in any order, or the loop over columns would add one product at a time.
+# Sums may be taken in any order; otherwise the loop over columns adds one product at a time.
 @numba.njit(cache=True, parallel=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def _decode(
     packed: Array, seed: np.uint32, first_row: np.uint32, table: Array, x: Array, y: Array
@@ -162,7 +189,7 @@ def _bin(
     for row in numba.prange(sums.shape[0]):
         codes = np.empty(gradient.shape[1], np.uint8)
         row_of_codes(packed, row, bits, seed, first_row, codes)
-        # Four sums per code: an addition need not wait for the last one to the same code.
+        # Four sums per code: an addition need not wait for the previous one to the same code.
         partial = np.empty((4, sums.shape[2]), sums.dtype)
         for group in range(sums.shape[1]):
             partial[:] = 0

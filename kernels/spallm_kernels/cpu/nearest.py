@@ -1,4 +1,4 @@
-"""The nearest entry of an ascending table for one value at a time, in numba."""
+"""Find the nearest entry of an ascending table, one value at a time, in numba."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Singles = npt.NDArray[np.float32]
 
 @numba.njit(cache=True, nogil=True)
 def fill_middles(table: Singles, middles: Singles) -> None:
-    """Writes the middles between neighbours: table [groups, entries] to [groups, entries - 1]."""
+    """Write the middles between neighbours: [groups, entries] to [groups, entries - 1]."""
     for group in range(table.shape[0]):
         for entry in range(table.shape[1] - 1):
             low, high = np.float64(table[group, entry]), np.float64(table[group, entry + 1])
@@ -20,7 +20,7 @@ def fill_middles(table: Singles, middles: Singles) -> None:
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def nearest(value: np.float32, middles: Singles) -> np.int32:
-    """Code of the entry nearest to value, the lower one of two; as `assign` does."""
+    """Return the code of the nearest entry, as `assign` does; of two as near, the lower code."""
     code = np.int32(0)
     for entry in range(len(middles)):
         code += np.int32(value > middles[entry])

@@ -1,12 +1,12 @@
-"""Optimal partition of sorted values by charging a penalty per cluster.
+"""Partition sorted values optimally by charging a penalty per cluster.
 
-Minimising error + penalty * clusters has no limit on the number of clusters, so one pass over the
-values solves it, with a queue of the interval starts that may still win: their order never
-changes, because the error of an interval is a concave Monge cost. A solution that happens to have
-exactly as many clusters as asked for is optimal among all with as many, so it only remains to find
-a penalty that gives that number (Aggarwal, Schieber & Tokuyama, "Finding a minimum-weight k-link
-path in graphs with the concave Monge property", 1994). That takes some 3 passes, because the number
-falls with the cube root of the penalty. Where clusters tie there may be no such penalty.
+Minimising error + penalty * clusters puts no limit on the number of clusters, so one pass over the
+values solves it. The pass keeps a queue of the interval starts that may still win; their order
+never changes, because the error of an interval is a concave Monge cost. If the solution has exactly
+the requested number of clusters, it is optimal among all partitions with that number. It remains to
+find a penalty that gives that number (Aggarwal, Schieber & Tokuyama, "Finding a minimum-weight
+k-link path in graphs with the concave Monge property", 1994). That takes about 3 passes, because
+the number falls with the cube root of the penalty. If clusters tie, there may be no such penalty.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ _MAX_PENALTIES = 40
 
 @numba.njit(cache=True, nogil=True)
 def prefix_sums(values: Floats, mass: Floats, sums: Floats) -> float:
-    """Prefix sums of mass and mass * value, values centred; returns the second moment."""
+    """Write the prefix sums of mass and mass * value, with values centred.
+
+    Args:
+        values: float64 [n], ascending.
+        mass: float64 [n], positive.
+        sums: float64 [2, n + 1] or longer, written.
+
+    Returns:
+        The second moment, the sum of mass * (value - mean)^2.
+    """
     n = len(values)
     total = mass.sum()
     centre = values[0] + (mass * (values - values[0])).sum() / total
@@ -39,10 +48,10 @@ def prefix_sums(values: Floats, mass: Floats, sums: Floats) -> float:
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def _gain(sums: Floats, i: int, j: int) -> float:
-    """What one cluster of values i..j-1 takes off the second moment: (sum m x)^2 / sum m."""
+    """Return how much one cluster of i..j-1 lowers the second moment: (sum m x)^2 / sum m."""
     mass = sums[0, j] - sums[0, i]
     linear = sums[1, j] - sums[1, i]
-    # A mass below the resolution of the sums can come out as 0: what it gains is below it too.
+    # A mass below the resolution of the sums can be computed as 0; its gain is below it too.
     return linear * linear / mass if mass > 0.0 else 0.0
 
 
@@ -50,7 +59,19 @@ def _gain(sums: Floats, i: int, j: int) -> float:
 def penalised_partition(
     n: int, moment: float, sums: Floats, best: Floats, links: Integers, bounds: Integers
 ) -> bool:
-    """Searches a penalty whose optimal partition has as many clusters as asked for."""
+    """Search for a penalty whose optimal partition has the requested number of clusters.
+
+    Args:
+        n: Number of values.
+        moment: Second moment, from `prefix_sums`.
+        sums: Prefix sums, from `prefix_sums`.
+        best: Scratch, float64 [n + 1] or longer.
+        links: Scratch, int32 [4, n + 1] or longer.
+        bounds: int32 [clusters + 1], written: cluster c is values bounds[c] .. bounds[c + 1] - 1.
+
+    Returns:
+        Whether such a penalty was found.
+    """
     entries = len(bounds) - 1
     # Panter & Dite (1951): a Gaussian's error at k levels is about 2.72 variance / k^2, and the
     # penalty that asks for k levels is its slope.
@@ -78,11 +99,11 @@ def penalised_partition(
 
 @numba.njit(cache=True, nogil=True)
 def _penalised(n: int, penalty: float, sums: Floats, best: Floats, links: Integers) -> int:
-    """Partitions n values at a price per cluster; returns the number of clusters.
+    """Partition n values at a price per cluster; return the number of clusters.
 
-    best[j] is the largest gain of the first j values, net of penalties; links[0, j] is where the
-    last cluster of their partition begins, links[1, j] how many clusters it has. links[2] and
-    links[3] are a queue of candidate starts and of the first j for which each one is best.
+    best[j] is the largest gain of the first j values, net of penalties. links[0, j] is where the
+    last cluster of their partition begins, and links[1, j] the number of its clusters. links[2] and
+    links[3] are a queue: candidate starts, and the first j for which each start is best.
     """
     parent, count, start, since = links[0], links[1], links[2], links[3]
     best[0], count[0], parent[0] = 0.0, 0, 0

@@ -1,4 +1,4 @@
-"""The quadratic loss of sketched rows, (q - w) H (q - w)^T, and its slope."""
+"""Compute the quadratic loss of sketched rows, (q - w) H (q - w)^T, and its slope."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ Floats = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.intp]
 
-#: Rows per matrix product, so that float64 copies of a large weight are never whole.
+#: Rows per matrix product, so that a large weight is never copied to float64 as a whole.
 _BLOCK = 1024
 
 
 def look_up(table: Singles, codes: Codes) -> Singles:
-    """Sketched weights, float32 [rows, columns].
+    """Return the sketched weights.
 
-    table: float32 [rows, groups, entries]; codes: uint8 [rows, columns], below entries.
+    Args:
+        table: float32 [rows, groups, entries].
+        codes: uint8 [rows, columns], below entries.
+
+    Returns:
+        float32 [rows, columns].
     """
     dense = np.empty(codes.shape, np.float32)
     _look_up_rows(np.ascontiguousarray(table), np.ascontiguousarray(codes), dense)
@@ -28,13 +33,23 @@ def look_up(table: Singles, codes: Codes) -> Singles:
 
 
 def quadratic_loss(weights: Singles, dense: Singles, hessian: Floats) -> Floats:
-    """(dense - weights) H (dense - weights)^T of every row: float64 [rows].
+    """Return the loss (dense - weights) H (dense - weights)^T of every row.
 
-    weights, dense: float32 [rows, n]; hessian: float64 [n, n], symmetric.
+    Args:
+        weights: float32 [rows, n].
+        dense: Sketched weights, float32 [rows, n].
+        hessian: H, float64 [n, n], symmetric.
+
+    Returns:
+        float64 [rows].
+
+    Raises:
+        ValueError: If the shapes do not match.
     """
     if dense.shape != weights.shape or hessian.shape != (weights.shape[1],) * 2:
         raise ValueError(
-            f"weights {weights.shape}, dense {dense.shape} and H {hessian.shape} do not match"
+            "weights and dense must be [rows, n] and H [n, n], "
+            f"found {weights.shape}, {dense.shape} and {hessian.shape}"
         )
     losses = np.empty(len(weights))
     for first in range(0, len(weights), _BLOCK):
@@ -45,10 +60,13 @@ def quadratic_loss(weights: Singles, dense: Singles, hessian: Floats) -> Floats:
 
 
 class Measured(NamedTuple):
-    """Sketched rows and what they lose.
+    """Hold sketched rows and their losses.
 
-    table: float32 [rows, groups, entries], ascending; codes: uint8 [rows, n]; slopes: float32
-    [rows, n], (q - w) H, half the loss's gradient by the sketched weights; losses: float64 [rows].
+    Attributes:
+        table: float32 [rows, groups, entries], ascending.
+        codes: uint8 [rows, n].
+        slopes: (q - w) H, float32 [rows, n]; half the gradient of the loss by the sketched weights.
+        losses: float64 [rows].
     """
 
     table: Singles
@@ -57,19 +75,28 @@ class Measured(NamedTuple):
     losses: Floats
 
     def take(self, rows: Indices) -> Measured:
-        """Copies of some rows."""
+        """Return copies of some rows."""
         return Measured(self.table[rows], self.codes[rows], self.slopes[rows], self.losses[rows])
 
     def put(self, rows: Indices, part: Measured) -> None:
-        """Overwrites some rows."""
+        """Overwrite some rows."""
         self.table[rows], self.codes[rows] = part.table, part.codes
         self.slopes[rows], self.losses[rows] = part.slopes, part.losses
 
 
 def measure(weights: Singles, table: Singles, codes: Codes, hessian: Floats) -> Measured:
-    """Slopes and losses of sketched rows.
+    """Compute the slopes and losses of sketched rows.
 
-    Multiplied in float64: compensated errors cancel, so that a loss may be 1e-6 of its terms.
+    Products are in float64, because compensated errors cancel: a loss may be 1e-6 of its terms.
+
+    Args:
+        weights: float32 [rows, n].
+        table: float32 [rows, groups, entries], ascending.
+        codes: uint8 [rows, n].
+        hessian: Damped H, float64 [n, n].
+
+    Returns:
+        Tables, codes, slopes and losses.
     """
     slopes, losses = look_up(table, codes), np.empty(len(weights))
     for first in range(0, len(weights), _BLOCK):
@@ -82,8 +109,8 @@ def measure(weights: Singles, table: Singles, codes: Codes, hessian: Floats) -> 
 
 
 def keep_better(old: Measured, new: Measured) -> Measured:
-    """Row by row the one of less loss, the old one of two that lose the same."""
-    kept = np.flatnonzero(~(new.losses < old.losses))  # a loss that is no number is not less
+    """Return, for each row, the version with less loss; the old one if the losses are equal."""
+    kept = np.flatnonzero(~(new.losses < old.losses))  # also if the new loss is NaN
     if len(kept) == 0:
         return new
     best = new.take(np.arange(len(new.losses)))
@@ -92,19 +119,28 @@ def keep_better(old: Measured, new: Measured) -> Measured:
 
 
 def check_shapes(weights: Singles, table: Singles, codes: Codes | None, columns: int) -> None:
-    """Raises ValueError for arrays of a layer that do not fit together."""
+    """Raise ValueError if the arrays of a layer do not match."""
     fits = weights.ndim == 2 and table.ndim == 3 and len(weights) == len(table)
     if not fits or weights.shape[1] % table.shape[1] or not 1 <= table.shape[2] <= 256:
-        raise ValueError(f"weights {weights.shape} and tables {table.shape} do not match")
+        raise ValueError(
+            "weights must be [rows, columns] and tables [rows, groups that divide the columns, "
+            f"1 to 256 entries], found weights {weights.shape} and tables {table.shape}"
+        )
     check_columns(weights, columns)
     if codes is not None and codes.shape != weights.shape:
-        raise ValueError(f"weights {weights.shape} and codes {codes.shape} do not match")
+        raise ValueError(
+            "weights and codes must have the same shape, "
+            f"found weights {weights.shape} and codes {codes.shape}"
+        )
 
 
 def check_columns(weights: Singles, columns: int) -> None:
-    """Raises ValueError for weights of another width than the Hessian's."""
+    """Raise ValueError if weights have another width than the Hessian."""
     if weights.shape[1] != columns:
-        raise ValueError(f"weights {weights.shape} do not match a Hessian of {columns} columns")
+        raise ValueError(
+            f"weights must be [rows, {columns}] for a Hessian of {columns} columns, "
+            f"found {weights.shape}"
+        )
 
 
 @numba.njit(cache=True, parallel=True, nogil=True)

@@ -1,7 +1,8 @@
-"""Radix sort of float32 values, each with a float32 of payload.
+"""Sort float32 values by radix, each with a float32 of payload.
 
-Byte by byte from the least significant, with a stable counting sort. A byte that all values share
-is skipped, so bf16 data, whose lower half is zero, takes two passes over the row and not four.
+Values are sorted byte by byte from the least significant, with a stable counting sort. A byte that
+all values share is skipped. So bf16 data, whose lower half is zero, takes two passes over the row
+instead of four.
 """
 
 from __future__ import annotations
@@ -18,15 +19,22 @@ Words = npt.NDArray[np.uint32]
 def sort_with_payload(
     values: Singles, payload: Singles, keys: Words, carried: Singles
 ) -> tuple[Singles, Singles]:
-    """Returns values ascending and the payload in the same order, as views of the scratch arrays.
+    """Sort values in ascending order, and the payload with them.
 
-    values, payload: [n], finite; keys: uint32 [2, n] and carried: float32 [2, n] are scratch.
+    Args:
+        values: float32 [n], finite.
+        payload: float32 [n].
+        keys: Scratch, uint32 [2, n].
+        carried: Scratch, float32 [2, n].
+
+    Returns:
+        The sorted values and the payload in the same order, as views of the scratch arrays.
     """
     n = len(values)
     counts = np.zeros((4, 256), np.int32)
     bits = values.view(np.uint32)
     for i in range(n):
-        # Flip so that unsigned order is numeric order: negative numbers descend with their bits.
+        # Flip so that unsigned order is numeric order: negative values fall as their bits rise.
         word = bits[i]
         word = ~word if word >> np.uint32(31) else word | np.uint32(0x80000000)
         keys[0, i] = word

@@ -1,10 +1,10 @@
-"""The `hash` mapping, said as plainly as possible. The optimised one is `cpu/hashing.py`.
+"""State the `hash` mapping as plainly as possible. The optimised version is `cpu/hashing.py`.
 
-The code of the weight in row o and column i is a hash of both, so it is never stored:
+The code of the weight in row o and column i is a hash of o and i, so it is never stored:
 
     code = mix(i ^ mix(o ^ mix(seed))) mod 2^bits
 
-and a table entry is the least-squares optimum, the mean of the weights that collide.
+A table entry is the least-squares optimum: the mean of the weights that share its code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 
 def mix(x: npt.ArrayLike) -> npt.NDArray[np.uint32]:
-    """A bijection of 32-bit integers whose output bits each depend on every input bit.
+    """Map 32-bit integers one to one, so that each output bit depends on every input bit.
 
     Multipliers and shifts are from hash-prospector's list of low-bias 32-bit mixers (Wellons,
     public domain).
@@ -30,7 +30,18 @@ def mix(x: npt.ArrayLike) -> npt.NDArray[np.uint32]:
 def hash_codes(
     rows: int, columns: int, bits: int, seed: int, first_row: int = 0
 ) -> npt.NDArray[np.uint8]:
-    """Codes, uint8 [rows, columns], of rows `first_row`, `first_row` + 1, ... of a module."""
+    """Compute the codes of rows of a module under the `hash` mapping.
+
+    Args:
+        rows: Number of rows.
+        columns: Number of columns.
+        bits: Bits of a code.
+        seed: Seed of the hash, 0 to 2^32 - 1.
+        first_row: Number of the first row in the module.
+
+    Returns:
+        Codes, uint8 [rows, columns].
+    """
     keys = mix(np.arange(first_row, first_row + rows, dtype=np.uint32) ^ mix(seed))
     mixed = mix(np.arange(columns, dtype=np.uint32)[None, :] ^ keys[:, None])
     return (mixed & np.uint32((1 << bits) - 1)).astype(np.uint8)
@@ -43,9 +54,17 @@ def hash_table(
     seed: int,
     first_row: int = 0,
 ) -> npt.NDArray[np.float64]:
-    """Least-squares tables, float64 [rows, groups, 2^bits]; a bucket no weight hits holds 0.
+    """Compute least-squares tables for the codes of the `hash` mapping.
 
-    weights: [rows, columns].
+    Args:
+        weights: [rows, columns].
+        groups: Groups per row; must divide the columns.
+        bits: Bits of a code.
+        seed: Seed of the hash, 0 to 2^32 - 1.
+        first_row: Number of the first row in the module.
+
+    Returns:
+        Tables, float64 [rows, groups, 2^bits]. An entry whose code no weight has is 0.
     """
     values = np.asarray(weights, np.float64)
     rows, columns = values.shape

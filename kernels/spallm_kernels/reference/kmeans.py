@@ -1,12 +1,12 @@
-"""Exact weighted 1-D k-means, said as plainly as possible. The optimised one is `cpu/kmeans.py`.
+"""State exact weighted 1-D k-means as plainly as possible. The optimised one is `cpu/kmeans.py`.
 
 Optimal clusters of sorted values are intervals, so the best split of the first j values into q
 intervals follows from the best splits of fewer values into q - 1 (Fisher 1958; Wang & Song 2011):
 
     D[q, j] = min over i < j of  D[q - 1, i] + cost(i, j)
 
-where cost(i, j) is the weighted squared error of values i..j-1 around their weighted mean.
-O(entries * n^2) time: for tests only.
+where cost(i, j) is the weighted squared error of values i..j-1 around their weighted mean. This
+takes O(entries * n^2) time, so it is for tests only.
 """
 
 from __future__ import annotations
@@ -20,12 +20,19 @@ Floats = npt.NDArray[np.float64]
 def kmeans(
     weights: npt.ArrayLike, importance: npt.ArrayLike, groups: int, entries: int
 ) -> tuple[Floats, Floats]:
-    """Sketch tables of the rows of `weights` that minimise the weighted squared error.
+    """Compute the tables of each row that minimise the weighted squared error.
 
-    weights: [rows, columns]; importance: [1 or rows, columns], non-negative; a group whose
-    importance is all zero counts as uniform. Each row is cut into `groups` equal groups.
-    Returns tables, float64 [rows, groups, entries], ascending, and the error of each, float64
-    [rows, groups]. A group with fewer distinct values than entries repeats its last value.
+    Args:
+        weights: [rows, columns].
+        importance: [1 or rows, columns], non-negative. If it is zero in a whole group, that group
+            counts as uniform.
+        groups: Number of equal groups that each row is cut into; must divide the columns.
+        entries: Entries per table.
+
+    Returns:
+        Ascending tables, float64 [rows, groups, entries], and the error of each table, float64
+        [rows, groups]. If a group has fewer distinct values than entries, its last value is
+        repeated.
     """
     values = np.asarray(weights, np.float64)
     rows, columns = values.shape
@@ -43,9 +50,14 @@ def kmeans(
 
 
 def assign(weights: npt.ArrayLike, tables: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-    """Codes, uint8 [rows, columns]: for each weight the nearest entry of its ascending table.
+    """Return the code of the nearest entry for every weight.
 
-    A weight halfway between two entries takes the lower code.
+    Args:
+        weights: [rows, columns].
+        tables: [rows, groups, entries], ascending.
+
+    Returns:
+        Codes, uint8 [rows, columns]. A weight halfway between two entries takes the lower code.
     """
     values = np.asarray(weights, np.float64)
     table = np.asarray(tables, np.float64)

@@ -1,8 +1,9 @@
-"""The sketched linear layer in plain torch: the shortest readable statement of the maths.
+"""State the sketched linear layer in plain torch, as short and readable as possible.
 
     W[o, i] = table[o, i // (in_features / groups), code[o, i]]        y = x W^T
 
-Any device, any float dtype; not optimised, as every other backend is compared with it.
+It runs on any device in any float dtype. It is not optimised, because every other backend is
+compared with it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,21 @@ from torch import Tensor
 
 
 def unpack(index_map: Tensor, bits: int, in_features: int) -> Tensor:
-    """Codes, int64 [out_features, in_features], of packed rows, uint8 [out_features, row_bytes].
+    """Unpack the codes of an index map.
 
     Code i of a row is bits [i * bits, (i + 1) * bits) of its little-endian bit stream.
+
+    Args:
+        index_map: Packed codes, uint8 [out_features, row_bytes].
+        bits: Bits of a code.
+        in_features: Codes per row.
+
+    Returns:
+        Codes, int64 [out_features, in_features].
     """
     first = torch.arange(in_features, device=index_map.device) * bits
     low = index_map[:, first // 8].long()
-    # A code that ends in its first byte reads that byte again; the mask drops what it adds.
+    # If a code ends in its first byte, that byte is read twice; the mask removes the extra bits.
     high = index_map[:, (first + bits - 1) // 8].long()
     return ((low | high << 8) >> first % 8) & ((1 << bits) - 1)
 
@@ -26,7 +35,7 @@ def unpack(index_map: Tensor, bits: int, in_features: int) -> Tensor:
 def hash_codes(
     rows: int, in_features: int, bits: int, seed: int, first_row: int, device: torch.device
 ) -> Tensor:
-    """Codes, int64 [rows, in_features], of the `hash` mapping (see `reference/hashing.py`)."""
+    """Return codes of the `hash` mapping, int64 [rows, in_features] (see `hashing.py`)."""
 
     def mix(x: Tensor) -> Tensor:
         x = x ^ x >> 16
@@ -44,7 +53,7 @@ def hash_codes(
 def codes_of(
     index_map: Tensor, table: Tensor, in_features: int, hash_seed: int | None, first_row: int
 ) -> Tensor:
-    """Codes, int64 [out_features, in_features]: stored, or computed when there is a seed."""
+    """Return codes, int64 [out_features, in_features]: unpacked, or hashed if there is a seed."""
     bits = table.shape[-1].bit_length() - 1
     if hash_seed is None:
         return unpack(index_map, bits, in_features)
@@ -59,10 +68,17 @@ def dequantize(
     hash_seed: int | None = None,
     first_row: int = 0,
 ) -> Tensor:
-    """The dense weight [out_features, in_features], in the dtype of the table.
+    """Return the dense weight of a sketch.
 
-    index_map: uint8 [out_features, row_bytes]; table: float [out_features, groups, 2^bits]. With
-    `hash_seed` the codes are computed instead, those of row `first_row` of the module first.
+    Args:
+        index_map: Packed codes, uint8 [out_features, row_bytes]; ignored with `hash_seed`.
+        table: Tables, float [out_features, groups, 2^bits].
+        in_features: Columns of the weight.
+        hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
+        first_row: Number of the first row in the module, for the hash.
+
+    Returns:
+        The weight [out_features, in_features], in the dtype of the table.
     """
     codes = codes_of(index_map, table, in_features, hash_seed, first_row)
     rows, groups, _ = table.shape
@@ -78,9 +94,18 @@ def table_grad(
     hash_seed: int | None = None,
     first_row: int = 0,
 ) -> Tensor:
-    """Gradient of the table given that of the dense weight [out_features, in_features].
+    """Return the gradient of the tables, given the gradient of the dense weight.
 
-    Each entry receives the sum over the weights that use it, in float32 or wider.
+    Args:
+        weight_grad: Float [out_features, in_features].
+        index_map: Packed codes, uint8 [out_features, row_bytes]; ignored with `hash_seed`.
+        table: Tables, float [out_features, groups, 2^bits].
+        hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
+        first_row: Number of the first row in the module, for the hash.
+
+    Returns:
+        The gradient in the shape of the table: for each entry the sum over the weights that use it,
+        in float32 or wider.
     """
     rows, groups, _ = table.shape
     in_features = weight_grad.shape[1]

@@ -1,7 +1,7 @@
-"""Codes of an index map inside a kernel: read from packed words, or hashed from row and column.
+"""Produce the codes of an index map inside a kernel: read from memory, or hashed.
 
-Index maps are seen as 32-bit words, `row_words` per row. Word i of a row holds bits [32 i,
-32 i + 32) of its bit stream, least significant first.
+Index maps are treated as 32-bit words, `row_words` per row. Word i of a row holds bits [32 i, 32 i
++ 32) of its bit stream, least significant first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def mix(x):
-    """A bijection of 32-bit integers (see `reference/hashing.py`)."""
+    """Map 32-bit integers one to one (see `reference/hashing.py`)."""
     x = x ^ (x >> 16)
     x = x * 0x21F0AAAD
     x = x ^ (x >> 15)
@@ -22,13 +22,13 @@ def mix(x):
 
 @triton.jit
 def row_keys(rows, first_row, seed):
-    """What the codes of a row are hashed with; rows counted from `first_row` of the module."""
+    """Return the hash keys of rows, counted from row `first_row` of the module."""
     return mix((rows + first_row).to(tl.uint32) ^ mix(seed.to(tl.uint32)))
 
 
 @triton.jit
 def stored_codes(words, columns, mask, BITS: tl.constexpr):
-    """Codes at any columns. words: pointers to the first word of each row."""
+    """Read the codes at any columns. words: pointers to the first word of each row."""
     bit = columns * BITS
     word, shift = bit // 32, bit % 32
     code = tl.load(words + word, mask=mask, other=0).to(tl.uint32, bitcast=True) >> shift
@@ -41,15 +41,17 @@ def stored_codes(words, columns, mask, BITS: tl.constexpr):
 
 @triton.jit
 def hashed_codes(keys, columns, BITS: tl.constexpr):
-    """Codes at any columns of the `hash` mapping. keys: `row_keys` of each row."""
+    """Compute the codes of the `hash` mapping at any columns. keys: `row_keys` of each row."""
     return (mix(columns.to(tl.uint32) ^ keys) & ((1 << BITS) - 1)).to(tl.int32)
 
 
 @triton.jit
 def stored_unit(words, mask, WORDS: tl.constexpr):
-    """The words of units, a tuple of WORDS tensors. words: pointers to the first of each unit.
+    """Read the words of units, a tuple of WORDS tensors.
 
-    Units of whole quads of words are read 16 bytes at a time.
+    words: pointers to the first word of each unit.
+
+    If WORDS is a multiple of four, words are read 16 bytes at a time.
     """
     unit = ()
     if WORDS % 4 == 0:
@@ -73,7 +75,7 @@ def stored_unit(words, mask, WORDS: tl.constexpr):
 
 @triton.jit
 def hashed_unit(keys, units, BITS: tl.constexpr, CODES: tl.constexpr, WORDS: tl.constexpr):
-    """The words that units of the `hash` mapping would have if they were stored."""
+    """Compute the words that units of the `hash` mapping would have if they were stored."""
     unit = ()
     for number in tl.static_range(WORDS):
         word = tl.zeros_like(keys + units.to(tl.uint32))
@@ -87,7 +89,7 @@ def hashed_unit(keys, units, BITS: tl.constexpr, CODES: tl.constexpr, WORDS: tl.
 
 @triton.jit
 def unit_code(unit, CODE: tl.constexpr, BITS: tl.constexpr):
-    """One code of each unit, int32."""
+    """Return one code of each unit, int32."""
     WORD: tl.constexpr = CODE * BITS // 32
     SHIFT: tl.constexpr = CODE * BITS % 32
     code = unit[WORD] >> SHIFT
@@ -98,5 +100,5 @@ def unit_code(unit, CODE: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _shifted(word, PLACES: tl.constexpr):
-    """Shifted left, or right where PLACES is negative."""
+    """Shift left, or right if PLACES is negative."""
     return word << PLACES if PLACES >= 0 else word >> -PLACES

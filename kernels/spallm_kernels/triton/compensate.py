@@ -1,6 +1,6 @@
-"""The columns of a block, each making up for the error of those before it, in one launch.
+"""Choose the codes of a block of columns in one launch, each column compensating earlier errors.
 
-The loop over columns in `batched/compensate.py`, with the same arithmetic: see `columns.py`.
+This is the loop over columns in `batched/compensate.py`, with the same arithmetic (`columns.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def compensate_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Takes ROWS rows through the `count` columns that are `first` and later in the order."""
+    """Process ROWS rows in the `count` columns from place `first` of the order on."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     line = tl.minimum(row, rows - 1).to(tl.int64)
     place = tl.arange(0, BLOCK)[None, :]
@@ -55,7 +55,7 @@ def compensate_kernel(
         old = pick(weight, here)
         found = nearest(old - pick(near, here), middles, table_number, ENTRIES, PADDED)
         move = tl.load(table + table_number * ENTRIES + found) - old
-        # Zero for the columns up to k, as the factor is above its diagonal.
+        # Zero for the columns up to k, because the factor is zero on and below its diagonal.
         factors = tl.load(along, mask=inside, other=0.0)
         near = tl.fma(move[:, None], factors, near)
         step = tl.where(here, move[:, None], step)
@@ -78,11 +78,24 @@ def compensate_block(
     *,
     tile: ColumnTile = COLUMN_TILE,
 ) -> Tensor:
-    """Writes the codes of the columns order[first:last] and returns how far their weights moved.
+    """Write the codes of the columns order[first:last] and return how far their weights moved.
 
-    weights, shift: float32 [rows, n]; table: float32 [rows, groups, entries]; middles: float32
-    [rows, groups, entries - 1]; order: int64 [n]; factor: float32 [n, n], zero up to its diagonal;
-    codes: uint8 [rows, n]. All are contiguous. Returns float32 [rows, last - first].
+    All tensors are contiguous.
+
+    Args:
+        weights: float32 [rows, n].
+        table: float32 [rows, groups, entries], ascending.
+        middles: float32 [rows, groups, entries - 1].
+        order: int64 [n].
+        factor: float32 [n, n], zero on and below its diagonal.
+        shift: float32 [rows, n].
+        codes: uint8 [rows, n], written.
+        first: Place in the order of the first column.
+        last: Place after the last column.
+        tile: Share of one program.
+
+    Returns:
+        float32 [rows, last - first].
     """
     (rows, columns), (_, groups, entries) = weights.shape, table.shape
     moved = torch.empty(rows, last - first, dtype=torch.float32, device=weights.device)

@@ -1,12 +1,13 @@
-"""The product for few tokens: looks weights up in registers on their way into the tensor cores.
+"""Compute the product for few tokens: look weights up in registers on the way to the tensor cores.
 
-Only packed codes and tables are read. A program computes ROWS outputs; each of its SLOTS warps
-takes an equal share of the columns, so that a tile of codes and one of x are all that a warp needs,
-and the shares are added once at the end: one launch, no atomics, the same bits every time.
+Only packed codes and tables are read. A program computes ROWS outputs. Each of its SLOTS warps
+takes an equal share of the columns, so a warp needs only a tile of codes and a tile of x. The
+shares are added once, at the end: one launch, no atomics, the same bits every time.
 
-Columns enter the dot product in an order of our choosing. An `mma` hands thread t of four the
-columns K_PER_LANE t, K_PER_LANE t + 1, ... of every 4 K_PER_LANE; the tiles are permuted so that
-these are the codes of one unit, and what a thread has looked up stays in its registers.
+Columns enter the dot product in an order that we choose. An `mma` gives thread t of four the
+columns K_PER_LANE t, K_PER_LANE t + 1, ... of every 4 K_PER_LANE columns. The tiles are permuted so
+that these columns are the codes of one unit, and the weights that a thread looks up stay in its
+registers.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def decode_kernel(
     columns,
     row_words,
     width,  # columns of a group
-    span,  # columns of a warp that share a table
+    span,  # consecutive columns of a warp that share a table
     seed,
     BITS: tl.constexpr,
     CODES: tl.constexpr,  # of a unit
@@ -38,20 +39,20 @@ def decode_kernel(
     HASHED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,  # span is a whole number of steps
-    WORD_ALIGN: tl.constexpr,  # every warp's first word in a row is a multiple of it
+    WORD_ALIGN: tl.constexpr,  # divides the first word of every warp in a row
     ASM: tl.constexpr,
     DTYPE: tl.constexpr,
     K_PER_LANE: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
-    UNITS: tl.constexpr,  # of a row, in a step of a warp
+    UNITS: tl.constexpr,  # per row, in one step of a warp
     TOKENS: tl.constexpr,
-    ONE: tl.constexpr,  # a single token, and TOKENS copies of it
+    ONE: tl.constexpr,  # there is one token, which is copied TOKENS times
     STAGES: tl.constexpr,
 ):
     STEP: tl.constexpr = UNITS * CODES
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    # Beyond the end the last row is read again, and not stored.
+    # Beyond the end, the last row is read again and not stored.
     safe_row = tl.minimum(row, rows - 1)
     token = tl.arange(0, TOKENS)
     read_token = tl.arange(0, 1 if ONE else TOKENS)[None, :, None]
@@ -62,7 +63,7 @@ def decode_kernel(
     groups = columns // width
     total = tl.zeros((SLOTS, ROWS, TOKENS), tl.float32)
     for part in range(columns // SLOTS // span):
-        # The compiler sees no alignment through the division; without it, loads are 4 bytes wide.
+        # The division hides the alignment from the compiler; without it, loads are 4 bytes wide.
         start = tl.multiple_of(slot * (columns // SLOTS) + part * span, 32)
         start_word = tl.multiple_of(start // CODES * WORDS, WORD_ALIGN)[:, None, None]
         at = (safe_row[None, :] * groups + (start // width)[:, None]) * 2**BITS
@@ -72,8 +73,8 @@ def decode_kernel(
         row_word = tl.multiple_of(safe_row * row_words, WORD_ALIGN)[None, :, None]
         keys = row_keys(safe_row, 0, seed)[None, :, None]
         for step in tl.range(tl.cdiv(span, STEP), num_stages=STAGES):
-            # Addresses are worked out anew in every step: advancing tiles of pointers, or tiles of
-            # offsets that stay, take twice the registers.
+            # Addresses are computed again in every step: advancing tiles of pointers, or keeping
+            # tiles of offsets, takes twice the registers.
             done = step * STEP
             if HASHED:
                 units = (start + done) // CODES + unit
@@ -83,7 +84,7 @@ def decode_kernel(
                 word = start_word + (step * UNITS + unit) * WORDS
                 packed = stored_unit(words + row_word + word, inside, WORDS)
             inside = None if EVEN else done + column < span
-            if not ONE:  # reading one token in the place of others keeps a cache line busy
+            if not ONE:  # mask: reading another token in place keeps a cache line busy
                 there = read_token < tokens
                 inside = there if EVEN else there & inside
             x_at = x + read_token * columns + (start + done + column)
@@ -113,6 +114,6 @@ def _by_lane(
     CODES: tl.constexpr,
     K_PER_LANE: tl.constexpr,
 ):
-    """Columns of [SLOTS, LINES, ...] reordered: four units side by side, K_PER_LANE codes each."""
+    """Reorder columns of [SLOTS, LINES, ...]: four units side by side, K_PER_LANE codes each."""
     split = tensor.reshape(SLOTS, LINES, UNITS // 4, 4, CODES // K_PER_LANE, K_PER_LANE)
     return split.permute(0, 1, 2, 4, 3, 5).reshape(SLOTS, LINES, UNITS * CODES)

@@ -1,4 +1,4 @@
-"""The dense weight of a sketch, written once: for many tokens cuBLAS is the faster multiplier."""
+"""Write the dense weight of a sketch once: for many tokens cuBLAS multiplies faster."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def dequantize_units_kernel(
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """16-bit tables, groups of whole units: a program writes ROWS rows of one group."""
+    """Write ROWS rows of one group per program, for 16-bit tables and groups of whole units."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     safe_row = tl.minimum(row, rows - 1).to(tl.int64)
     group = tl.program_id(1)
@@ -70,7 +70,7 @@ def dequantize_any_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Any table and any columns: a program writes a tile, every weight a load from its table."""
+    """Write one tile per program, for any table and any columns, with one table load per weight."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)

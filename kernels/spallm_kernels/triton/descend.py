@@ -1,6 +1,6 @@
-"""One pass of coordinate descent over the columns of a block, in one launch.
+"""Do one pass of coordinate descent over the columns of a block, in one launch.
 
-The loop over columns in `batched/descend.py`, with the same arithmetic: see `columns.py`.
+This is the loop over columns in `batched/descend.py`, with the same arithmetic (`columns.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def descend_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Takes ROWS rows through the `count` columns from `first`."""
+    """Process ROWS rows in the `count` columns from `first` on."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     line = tl.minimum(row, rows - 1).to(tl.int64)
     place = tl.arange(0, BLOCK)[None, :]
@@ -82,11 +82,23 @@ def descend_block(
     *,
     tile: ColumnTile = COLUMN_TILE,
 ) -> Tensor:
-    """Changes codes and dense in the columns from first to last; returns how far weights moved.
+    """Change codes and dense weights in some columns; return how far the weights moved.
 
-    table: float32 [rows, groups, entries]; middles: float32 [rows, groups, entries - 1]; codes:
-    uint8 [rows, n]; dense, slopes: float32 [rows, n]; hessian: float32 [n, n]. All are contiguous.
-    Returns float32 [rows, last - first], and leaves the slopes to the caller.
+    The slopes are not changed: the caller does that. All tensors are contiguous.
+
+    Args:
+        table: float32 [rows, groups, entries], ascending.
+        middles: float32 [rows, groups, entries - 1].
+        codes: uint8 [rows, n], changed.
+        dense: float32 [rows, n], changed.
+        slopes: float32 [rows, n].
+        hessian: float32 [n, n].
+        first: First column.
+        last: Column after the last.
+        tile: Share of one program.
+
+    Returns:
+        float32 [rows, last - first].
     """
     (rows, columns), (_, groups, entries) = codes.shape, table.shape
     steps = torch.empty(rows, last - first, dtype=torch.float32, device=codes.device)

@@ -1,4 +1,4 @@
-"""The device that kernels are launched on."""
+"""Select the device that kernels are launched on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import torch
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
-    """Make a device the current one: launches go there, whatever device their tensors are on."""
-    # Asking costs a tenth of setting it, and almost always it is the current one.
+    """Make a device the current one, in a `with` block.
+
+    A launch goes to the current device, whatever device its tensors are on.
+    """
+    # The test costs a tenth of setting the device, which is almost always the current one.
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)

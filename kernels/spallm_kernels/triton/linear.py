@@ -1,8 +1,8 @@
-"""The sketched linear layer on a GPU: launches the kernels of this package.
+"""Launch the kernels of the sketched linear layer on a GPU.
 
-Each function has the signature and the meaning of its namesake in `reference/linear.py`. Tensors on
-the CPU are accepted under Triton's interpreter, which has no byte permutes and no bfloat16
-arithmetic: there, tables are looked up by `tl.gather` in float32.
+The functions have the signatures and meanings of those in `reference/linear.py`. Tensors on the CPU
+are accepted under Triton's interpreter. The interpreter has no byte permutes and no bfloat16
+arithmetic, so there tables are looked up by `tl.gather` in float32.
 """
 
 from __future__ import annotations
@@ -32,19 +32,23 @@ from .tiles import (
     table_span,
 )
 
-#: Whether Triton runs in its interpreter, on tensors of the CPU.
+#: Whether Triton runs in its interpreter, on CPU tensors.
 INTERPRETED = not isinstance(decode_kernel, triton.runtime.JITFunction)
-#: Neighbouring columns that a thread of an `mma` holds. Triton chooses it by what the operand is
-#: made of, and reads a chain of joins differently since 3.8. Any value is right, a wrong one slow.
+#: Neighbouring columns that a thread of an `mma` holds. Triton chooses the number from how the
+#: operand is made, and treats a chain of joins differently since 3.8. Any value gives correct
+#: results; a wrong one is slow.
 _K_PER_LANE = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
-#: Said outright, as Triton's default for it is about to change.
+#: Set explicitly, because Triton's default is about to change.
 _OPTIONS = {"enable_fp_fusion": True}
 _HALVES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _INTEGER_OF_BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def can_decode(x: Tensor, table: Tensor) -> bool:
-    """Whether `decode` takes such tensors: few 16-bit x, 2 to 4 bits, groups of whole units."""
+    """Return whether `decode` supports the tensors.
+
+    It needs few tokens in 16 bits, 2 to 4 bits per code, and groups of whole units.
+    """
     (tokens, columns), groups = x.shape, table.shape[1]
     return (
         0 < tokens <= DECODE_TOKENS
@@ -55,7 +59,7 @@ def can_decode(x: Tensor, table: Tensor) -> bool:
 
 
 def decode_tokens(*, hashed: bool) -> int:
-    """Most tokens for which `decode` is the faster path."""
+    """Return the most tokens for which `decode` is the faster path."""
     return HASHED_DECODE_TOKENS if hashed else DECODE_TOKENS
 
 
@@ -68,10 +72,18 @@ def decode(
     hash_seed: int | None = None,
     tile: DecodeTile | None = None,
 ) -> Tensor:
-    """y = x W^T + bias, [tokens, out_features] in the dtype of x, without a dense weight.
+    """Compute y = x W^T + bias without a dense weight.
 
-    x: float16 or bfloat16 [tokens, in_features], at most DECODE_TOKENS of them (see `tiles.py`);
-    table: any float [out_features, groups, 2^bits], rounded to the dtype of x.
+    Args:
+        x: float16 or bfloat16 [tokens, in_features], at most DECODE_TOKENS tokens (see `tiles.py`).
+        index_map: Packed codes, uint8 [out_features, row_bytes]; ignored with `hash_seed`.
+        table: Tables, any float [out_features, groups, 2^bits], rounded to the dtype of x.
+        bias: Float [out_features], or None.
+        hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
+        tile: Share of one program; by default the measured one.
+
+    Returns:
+        y [tokens, out_features], in the dtype of x.
     """
     tokens, columns = x.shape
     rows, groups, entries = table.shape
@@ -84,7 +96,7 @@ def decode(
     )
     quad = 4 if tile.quads else 1
     codes = quad * UNIT_CODES[bits]
-    # The interpreter truncates where it should round to bfloat16, so torch rounds for it.
+    # The interpreter truncates to bfloat16 instead of rounding, so torch rounds the table first.
     table = table.to(x.dtype) if INTERPRETED else table
     exact = torch.float32 if INTERPRETED else x.dtype
     y = torch.empty(tokens, rows, dtype=exact, device=x.device)
@@ -135,7 +147,19 @@ def dequantize(
     first_row: int = 0,
     tile: BlockTile | None = None,
 ) -> Tensor:
-    """The dense weight [out_features, in_features], in the dtype of the table."""
+    """Return the dense weight of a sketch.
+
+    Args:
+        index_map: Packed codes, uint8 [out_features, row_bytes]; ignored with `hash_seed`.
+        table: Tables, float [out_features, groups, 2^bits].
+        in_features: Columns of the weight.
+        hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
+        first_row: Number of the first row in the module, for the hash.
+        tile: Share of one program; by default the measured one.
+
+    Returns:
+        The weight [out_features, in_features], in the dtype of the table.
+    """
     rows, groups, entries = table.shape
     bits, width = entries.bit_length() - 1, in_features // groups
     weight = torch.empty(rows, in_features, dtype=table.dtype, device=table.device)
@@ -188,7 +212,20 @@ def table_grad(
     first_row: int = 0,
     tile: BlockTile = TABLE_GRAD,
 ) -> Tensor:
-    """Gradient of the table given that of the dense weight, in float32 or wider."""
+    """Return the gradient of the tables, given the gradient of the dense weight.
+
+    Args:
+        weight_grad: Float [out_features, in_features].
+        index_map: Packed codes, uint8 [out_features, row_bytes]; ignored with `hash_seed`.
+        table: Tables, float [out_features, groups, 2^bits].
+        hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
+        first_row: Number of the first row in the module, for the hash.
+        tile: Share of one program; by default the measured one.
+
+    Returns:
+        The gradient in the shape of the table: for each entry the sum over the weights that use it,
+        in float32 or wider.
+    """
     rows, groups, entries = table.shape
     columns = weight_grad.shape[1]
     wide = torch.promote_types(weight_grad.dtype, torch.float32)
@@ -217,17 +254,20 @@ def table_grad(
 
 
 def _words(index_map: Tensor) -> tuple[Tensor, int]:
-    """An index map as 32-bit words, and how many a row has. Stored maps are whole words already."""
+    """Return an index map as 32-bit words, and the words per row.
+
+    Stored maps are whole words already.
+    """
     rows, row_bytes = index_map.shape
     if row_bytes % 4:
         index_map = torch.nn.functional.pad(index_map, (0, -row_bytes % 4))
-    elif row_bytes == 0:  # hashed: no bytes cannot be viewed as words
+    elif row_bytes == 0:  # hashed; an empty tensor of bytes cannot be viewed as words
         return index_map.new_empty(rows, 0, dtype=torch.int32), 0
     words = index_map.contiguous().view(torch.int32)
     return words, words.shape[1]
 
 
-#: Tiles depend on a few numbers per layer; working one out takes as long as half a launch.
+#: Tiles depend on a few numbers per layer, and computing one takes half as long as a launch.
 _tile = functools.lru_cache(maxsize=1024)(decode_tile)
 
 

@@ -1,7 +1,7 @@
-"""Looking a unit of codes up in a table inside a kernel (see `ptx.py` for units and the method).
+"""Look up a unit of codes in a table inside a kernel (see `ptx.py` for units and the method).
 
-With ASM the weights come from byte permutes. Without it, they come from `tl.gather`, which states
-the same plainly and is what Triton's interpreter can run.
+With ASM the weights come from byte permutes. Without ASM they come from `tl.gather`, which does the
+same more plainly, and which Triton's interpreter can run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LOOK_UP_2, _LOOK_UP_3, _LOOK_UP_4 = (tl.constexpr(ptx.look_up(bits)) for bits i
 
 @triton.jit
 def unstack(tensor, COUNT: tl.constexpr):
-    """[..., 2, 2, ...] to a tuple of its COUNT innermost entries, in bit-reversed order."""
+    """Split [..., 2, 2, ...] into a tuple of its COUNT innermost entries, in bit-reversed order."""
     if COUNT == 1:
         return (tensor,)
     else:
@@ -28,7 +28,7 @@ def unstack(tensor, COUNT: tl.constexpr):
 
 @triton.jit
 def stack(tensors):
-    """A tuple of 2^n tensors to one of shape [..., 2, 2, ...], in order."""
+    """Join a tuple of 2^n tensors into one of shape [..., 2, 2, ...], in order."""
     if len(tensors) == 1:
         return tensors[0]
     else:
@@ -37,7 +37,10 @@ def stack(tensors):
 
 @triton.jit
 def prepare(table, BITS: tl.constexpr, ASM: tl.constexpr):
-    """What `look_up` needs of a table, [..., 2^BITS] of 16-bit floats (any float without ASM)."""
+    """Convert a table to the form that `look_up` needs.
+
+    table: [..., 2^BITS] of 16-bit floats; of any float dtype without ASM.
+    """
     if not ASM:
         return (table,)
     else:
@@ -57,9 +60,9 @@ def prepare(table, BITS: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def look_up(unit, prepared, DTYPE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """The weights of units, a tuple of one tensor of DTYPE per code.
+    """Return the weights of units, a tuple of one tensor of DTYPE per code.
 
-    unit: a tuple of tensors [..., units]; prepared: `prepare` of a table [..., 2^BITS].
+    unit: a tuple of tensors [..., units]. prepared: `prepare` of a table [..., 2^BITS].
     """
     weights = ()
     if ASM:

@@ -1,13 +1,13 @@
-"""The lookup in PTX: packed codes and a table in registers give 16-bit weights, by byte permutes.
+"""Generate the lookup in PTX: it turns packed codes and a table in registers into 16-bit weights.
 
 A table of 16-bit entries is split into registers of low bytes and registers of high bytes, four
 entries each. `prmt` picks four bytes from two registers by the low three bits of the nibbles of a
-selector, so eight entries cost one instruction per four low bytes and one per four high bytes; two
-more interleave the halves. Nothing is looked up in memory, and float16 and bfloat16 are alike.
-Instructions of the integer pipe per weight: 2.6 at 4 bits, 2.1 at 3, 1.4 at 2.
+selector. So among eight entries, four low bytes cost one instruction and four high bytes another;
+two more instructions interleave the halves. Nothing is read from memory, and float16 and bfloat16
+work alike. Instructions of the integer pipe per weight: 2.6 at 4 bits, 2.1 at 3, 1.4 at 2.
 
-A *unit* is the fewest whole words that hold whole codes: 8 codes in a word at 4 bits, 16 at 2 bits,
-32 codes in three words at 3 bits.
+A *unit* is the fewest whole words that hold whole codes: 8 codes in a word at 4 bits, 16 codes in a
+word at 2 bits, 32 codes in three words at 3 bits.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ UNIT_WORDS = {2: 1, 3: 3, 4: 1}
 
 
 def byte_registers(bits: int) -> int:
-    """Registers that hold a table: half of them low bytes, half high bytes."""
+    """Return how many registers hold a table: half of them low bytes, half high bytes."""
     return max(2, (1 << bits) // 2)
 
 
 def split_table(bits: int) -> tuple[str, str]:
-    """Assembly and constraints: 2^bits entries, bit-reversed order, to `byte_registers(bits)`."""
+    """Return the assembly that splits a table into bytes, and its constraints.
+
+    It takes 2^bits entries in bit-reversed order and writes `byte_registers(bits)` registers.
+    """
     entries, registers = 1 << bits, byte_registers(bits)
     entry = [f"${registers + _reversed(number, bits)}" for number in range(entries)]
     lines = [".reg .b32 a, b;"]
@@ -34,12 +37,15 @@ def split_table(bits: int) -> tuple[str, str]:
             f"prmt.b32 ${quad}, a, b, 0x6420;",
             f"prmt.b32 ${registers // 2 + quad}, a, b, 0x7531;",
         ]
-    # Early clobber: outputs are written while inputs are still to be read.
+    # Early clobber: outputs are written before all inputs have been read.
     return _block(lines), ",".join(["=&r"] * registers + ["h"] * entries)
 
 
 def look_up(bits: int) -> tuple[str, str]:
-    """Assembly and constraints: the words of a unit and a split table give the unit's weights."""
+    """Return the assembly that looks up the weights of a unit, and its constraints.
+
+    It takes the words of the unit and a split table, and writes one weight per code.
+    """
     codes, words, registers = UNIT_CODES[bits], UNIT_WORDS[bits], byte_registers(bits)
     word = [f"${codes + number}" for number in range(words)]
     table = [f"${codes + words + number}" for number in range(registers)]
@@ -51,9 +57,9 @@ def look_up(bits: int) -> tuple[str, str]:
 def _four_bits(word: list[str], low: list[str], high: list[str]) -> list[str]:
     lines = [
         ".reg .b32 s, t, a, b, c, d;",
-        f"and.b32 s, {word[0]}, 0x77777777;",  # which of eight entries, in each half of the table
+        f"and.b32 s, {word[0]}, 0x77777777;",  # the entry of eight, in each half of the table
         f"shr.u32 t, {word[0]}, 1;",
-        # Byte i, of the lower half; byte 4 + i, of the upper half, where bit 3 of the code is set.
+        # Select byte i (lower half), or byte 4 + i (upper half) if bit 3 of the code is set.
         f"lop3.b32 t, t, 0x44444444, 0x32103210, {_AND_OR};",
     ]
     for half in range(2):
@@ -81,8 +87,8 @@ def _three_bits(word: list[str], low: list[str], high: list[str]) -> list[str]:
     lines = [".reg .b32 s, t, a, b, c, d;"]
     for number, eight in enumerate(eights):
         lines.append(eight)
-        # Spread eight codes to nibbles: halves apart, then quarters, then eighths. Bits above the
-        # codes are carried along and removed at the end.
+        # Spread eight codes to nibbles: first halves, then quarters, then eighths. Bits above the
+        # codes move with them and are removed at the end.
         for shift, mask in ((4, "0x0000ffff"), (2, "0x00ff00ff"), (1, "0x0f0f0f0f")):
             lines += [f"shl.b32 t, s, {shift};", f"lop3.b32 s, s, t, {mask}, {_SELECT};"]
         lines.append("and.b32 s, s, 0x77777777;")
@@ -98,8 +104,8 @@ def _three_bits(word: list[str], low: list[str], high: list[str]) -> list[str]:
 
 
 def _two_bits(word: list[str], low: list[str], high: list[str]) -> list[str]:
-    # Low and high bytes of four entries are eight bytes, so one permute gives two whole weights:
-    # its selector holds, for each, the nibbles code and code + 4.
+    # Low and high bytes of four entries are eight bytes, so one permute gives two whole weights.
+    # For each weight, its selector holds the nibbles code and code + 4.
     lines = [".reg .b32 s0, s1, s2, s3, a, b, c, d;"]
     for number in range(4):  # byte j of s<n> is code 4 j + n
         shifted = word[0] if number == 0 else f"s{number}"
@@ -129,7 +135,7 @@ _SELECT = "0xe4"  # lop3: the first operand where the third has a bit, else the 
 
 
 def _interleave(first: int) -> list[str]:
-    """Low bytes in a and high bytes in c to weights `first` to `first` + 3."""
+    """Combine low bytes in a and high bytes in c into the weights `first` to `first` + 3."""
     return [
         "prmt.b32 b, a, c, 0x5140;",
         "prmt.b32 d, a, c, 0x7362;",

@@ -1,4 +1,4 @@
-"""The gradient of the tables from that of the dense weight: a sum per code, row and group."""
+"""Sum the gradient of the dense weight per code, row and group: the gradient of the tables."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def table_grad_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A program sums ROWS rows of one group, all codes at once, in registers.
+    """Sum ROWS rows of one group per program, all codes at once, in registers.
 
-    Every thread keeps 2^BITS partial sums of its own; they meet once, at the end, in a fixed order.
+    Every thread keeps its own 2^BITS partial sums. They are added once, at the end, in a fixed
+    order.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)

@@ -1,7 +1,7 @@
-"""Tile choices: how much of a layer one program of each kernel takes, per GPU generation.
+"""Choose tiles: how much of a layer one program of each kernel takes, per GPU generation.
 
 Nothing is searched for at run time. `benchmarks/gpu/tune.py` measures the alternatives on a device;
-what it finds better belongs here.
+better tiles that it finds belong here.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from typing import NamedTuple
 
 from .ptx import UNIT_CODES
 
-#: Most tokens that the fused product takes by default; a dense weight should serve more sooner.
+#: The most tokens that are decoded by default; for more, a dense weight should be faster.
 DECODE_TOKENS = 64
-#: The same where codes are hashed: sixteen instructions per weight are better spent once.
+#: The same for hashed codes: they cost sixteen instructions per weight, better spent only once.
 HASHED_DECODE_TOKENS = 16
-#: Groups must be a whole number of these columns for lookups in whole units.
+#: For lookups in whole units, the columns of a group must be a multiple of this.
 ALIGNMENT = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeTile:
-    """A program's share: `rows` outputs, `slots` warps that split the columns, `tokens` inputs.
+    """Describe a program's share: `rows` outputs, `slots` warps, `tokens` inputs.
 
-    A warp looks up `columns` codes of each row per step; loads run `stages` - 1 steps ahead.
-    `registers` caps what a thread takes. With `quads`, a thread reads four units of packed codes
-    side by side, 16 bytes at a time.
+    The warps split the columns. A warp looks up `columns` codes of each row per step; loads run
+    `stages` - 1 steps ahead. `registers` limits the registers of a thread. With `quads`, a thread
+    reads four neighbouring units of packed codes, 16 bytes at a time.
     """
 
     slots: int
@@ -39,7 +39,7 @@ class DecodeTile:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTile:
-    """A program's share of a dense weight: `rows`, so many `columns` at a time, on `warps`."""
+    """Describe a program's share of a dense weight: `rows`, `columns` at a time, on `warps`."""
 
     rows: int
     columns: int
@@ -61,8 +61,8 @@ class _Shape(NamedTuple):
 
 
 #: By bits and padded tokens, measured on an H100 with Triton 3.6 over layers of 4096 to 28672
-#: columns (1,586 tiles). Three bits read in quads take 0.6 times as long for one token: by
-#: itself, a thread's unit is three words, which no load takes at once.
+#: columns (1,586 tiles). With quads, 3 bits take 0.6 times as long for one token: without
+#: them a thread's unit is three words, which one load cannot read.
 _MEASURED = {
     4: {
         1: _Shape(4, 16, 256, 3, 168),
@@ -86,11 +86,11 @@ _MEASURED = {
         64: _Shape(4, 32, 128, 3, 255),
     },
 }
-#: In the place of quads, where columns or rows are no whole number of them.
+#: Used instead of quads if columns or rows are not a whole number of quads.
 _UNALIGNED = _Shape(8, 16, 256, 1, 128)
-#: No codes are on their way while others are computed, so short steps cost nothing.
+#: Hashed codes need no loads that run ahead, so short steps cost nothing.
 _HASHED = {1: 16, 8: 16, 16: 32}  # rows by padded tokens
-#: Shared memory that a program may take, by the major number of the compute capability.
+#: Shared memory that a program may use, in bytes, by the major compute capability.
 _SHARED_BYTES = {8: 96 << 10, 9: 224 << 10}
 
 
@@ -104,10 +104,20 @@ def decode_tile(
     hashed: bool = False,
     aligned: bool = True,
 ) -> DecodeTile:
-    """Return the tile for `tokens` inputs of `columns` columns in groups of `width`.
+    """Return the tile of the decode kernel.
 
-    generation: major number of the compute capability; one that is not listed gets the next older.
-    aligned: whether rows of packed codes are whole multiples of 16 bytes.
+    Args:
+        bits: Bits of a code, 2 to 4.
+        tokens: Number of inputs.
+        columns: Columns of the layer.
+        width: Columns of a group.
+        generation: Major number of the compute capability. The next older one is used if it is not
+            listed.
+        hashed: Whether codes are computed, not stored.
+        aligned: Whether rows of packed codes are whole multiples of 16 bytes.
+
+    Returns:
+        The tile.
     """
     padded = next(size for size in _MEASURED[bits] if size >= tokens)
     shape = _MEASURED[bits][padded]
@@ -139,7 +149,7 @@ def _takes_quads(bits: int, columns: int, width: int, slots: int) -> bool:
 
 
 def _shares_tables(columns: int, width: int, slots: int) -> bool:
-    """Whether each warp's columns are whole groups, or lie in one group, and start at a unit."""
+    """Return whether a warp's columns start at a unit and are whole groups, or lie in one."""
     share, remainder = divmod(columns, slots)
     aligned = remainder == 0 and share % ALIGNMENT == 0
     return aligned and (width % share == 0 or share % width == 0)
