@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .runtime import registration
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .config import SketchConfig
@@ -57,8 +58,6 @@ __all__ = [
     "trainable_summary",
     "verify",
 ]
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "CalibrationError": "errors",

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spallm_convert import __version__
 from spallm_convert.config import SketchConfig
 from spallm_convert.devices import device_name, has_fast_bfloat16
 from spallm_convert.paths import user_path
 from spallm_convert.sketch.plan import Plan
+from spallm_convert.version import __version__
 from spallm_formats import FORMAT_VERSION, FormatError, load_json
 from spallm_formats.staging import is_inside
 
