@@ -22,9 +22,10 @@ from spallm_convert.calibration.calibrate import calibrate, draw_texts, open_blo
 from spallm_convert.calibration.healing.heal import heal
 from spallm_convert.cli.terminal import ConversionProgress
 from spallm_convert.devices import full_float32
-from spallm_convert.evaluation.opening import load_tokenizer
 from spallm_convert.sketch.plan import Plan, make_plan
-from spallm_convert.source.locate import DenseCheckpoint, locate
+from spallm_convert.source.checkpoint import DenseCheckpoint
+from spallm_convert.source.locate import locate
+from spallm_convert.source.tokenizer import load_tokenizer
 from spallm_formats import SketchedCheckpoint, read_bytes, to_float32, unpack
 from spallm_kernels import hash_codes, look_up
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from spallm_convert.config import SketchConfig
 from spallm_convert.errors import CalibrationError, SourceError
 from spallm_convert.sketch.plan import Plan
-from spallm_convert.source.locate import DenseCheckpoint, Source
+from spallm_convert.source.checkpoint import DenseCheckpoint
+from spallm_convert.source.locate import Source
 from spallm_convert.source.skeleton import build_empty
 
 from .store import CalibratedModule, CalibratedModules
@@ -49,7 +50,7 @@ def draw_texts(source: Source, config: SketchConfig, *, trust_remote_code: bool)
     that is too short.
     """
     from spallm_convert.calibration.healing.heal import samples_for
-    from spallm_convert.evaluation.opening import load_tokenizer
+    from spallm_convert.source.tokenizer import load_tokenizer
 
     from .windows import CalibrationText
 
@@ -90,7 +91,7 @@ def open_blocks(
     OptionError for samples that are longer than the model takes.
     """
     from spallm_convert.calibration.blocks.blocks import Blocks
-    from spallm_convert.evaluation.perplexity import check_tokens, predicts_next_token
+    from spallm_convert.source.causal import check_tokens, predicts_next_token
 
     model = build_empty(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
     if not predicts_next_token(model):

@@ -28,7 +28,9 @@ from spallm_convert.errors import CalibrationError, FormatError, OptionError, Sp
 from spallm_convert.paths import user_path
 from spallm_convert.progress import Progress, Silent
 from spallm_convert.sketch.plan import Plan, make_plan, reallocate
-from spallm_convert.source.locate import DenseCheckpoint, Source, extra_files, find_here, locate
+from spallm_convert.source.checkpoint import DenseCheckpoint, extra_files
+from spallm_convert.source.hub import remote_checkpoint
+from spallm_convert.source.locate import Source, find_here, locate
 from spallm_formats import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -133,8 +135,6 @@ def plan_conversion(
         )
     source = find_here(os.fspath(model), revision)
     if source is None:
-        from spallm_convert.source.hub import remote_checkpoint
-
         checkpoint = remote_checkpoint(os.fspath(model), revision)
         return make_plan(checkpoint, config, trust_remote_code=trust_remote_code)
     with tempfile.TemporaryDirectory() as scratch:

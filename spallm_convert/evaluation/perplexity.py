@@ -27,13 +27,12 @@ from typing import Any, Protocol
 import torch
 
 from spallm_convert.errors import EvaluationError, OptionError
+from spallm_convert.source.causal import check_tokens, predicts_next_token
 
 #: Logits turned to float32 at a time: 64 MiB of them, whatever window and vocabulary.
 _CHUNK_LOGITS = 1 << 24
 #: Of a text that only so many tokens are wanted of, this many characters for each are tokenised.
 _CHARACTERS = 32
-#: Losses that transformers gives to classes which predict the next token; None is an older name.
-_CAUSAL_LOSSES = {"ForCausalLM", "ForConditionalGeneration", None}
 
 
 class Progress(Protocol):
@@ -164,12 +163,6 @@ def _finite_sum(losses: torch.Tensor, end: int) -> float:
     return total
 
 
-def predicts_next_token(model: Any) -> bool:
-    """Whether a transformers model is a causal language model, by its class."""
-    causal = getattr(model, "loss_type", None) in _CAUSAL_LOSSES
-    return causal and not model.config.is_encoder_decoder
-
-
 def check_windows(window: int, stride: int) -> None:
     """Raises OptionError unless windows of this size and distance can be measured."""
     if window < 2 or not 1 <= stride <= window:
@@ -245,23 +238,6 @@ def _check_request(model: Any, tokens: torch.Tensor, window: int, stride: int) -
             f"model is needed"
         )
     check_tokens(model, tokens, min(window, len(tokens)), f"window {window}")
-
-
-def check_tokens(model: Any, tokens: torch.Tensor, length: int, option: str) -> None:
-    """Raises OptionError for tokens that a model has no embeddings for, or for more of them at once
-    than it has positions. length: tokens at once; option: what asks for so many."""
-    name = type(model).__name__
-    text_config = model.config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None)
-    if positions and 0 < positions < length:
-        raise OptionError(f"{option} is more than the {positions} positions of {name}")
-    vocabulary = getattr(text_config, "vocab_size", None)
-    least, most = (int(value) for value in tokens.aminmax())
-    if least < 0 or (vocabulary and most >= vocabulary):
-        raise OptionError(
-            f"token {least if least < 0 else most} is not in the vocabulary of {name}, which has "
-            f"{vocabulary}: is the tokenizer the model's own?"
-        )
 
 
 def _forward_options(model: Any) -> dict[str, Any]:

@@ -6,9 +6,13 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from spallm_convert.errors import FormatError, SourceError
+from spallm_convert.hub_errors import clear_errors
 from spallm_convert.paths import user_path
 from spallm_convert.source.skeleton import remote_class
 from spallm_formats import SketchedCheckpoint, SketchMetadata
+
+from . import quantizer  # noqa: F401  registers the checkpoint's quantizer
+from .tables import load_tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,9 +43,6 @@ def load_sketched(
     """
     from transformers import AutoConfig
 
-    from . import quantizer  # noqa: F401  registers the checkpoint's quantizer
-    from .tables import load_tables
-
     dtype = options.pop("torch_dtype", dtype)  # its former name, which transformers takes too
     name = os.fspath(model)
     path = user_path(name)
@@ -50,8 +51,6 @@ def load_sketched(
         name = str(path)
     elif path.exists() or name.startswith((".", "/", "~")):
         raise SourceError(f"no such folder: {name}")
-    from spallm_convert.source.hub import clear_errors
-
     with clear_errors(name, SourceError):
         config = AutoConfig.from_pretrained(
             name,

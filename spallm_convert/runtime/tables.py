@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from spallm_convert.errors import FormatError, OptionError, SourceError
 from spallm_convert.paths import user_path
+from spallm_convert.source.hub import download_tables
 from spallm_formats import (
     TABLE_SUFFIX,
     TABLES_FILE,
@@ -367,8 +368,6 @@ def _like(tensor: Tensor, parameter: Tensor, *, keep_dtype: bool) -> Tensor:
 
 def _find(source: str | os.PathLike[str], revision: str | None) -> Path:
     """The folder of a tables-only checkpoint, downloaded where it is an id on the Hub."""
-    from spallm_convert.source.hub import download_tables
-
     folder = user_path(source)
     if not folder.is_dir():
         if folder.exists() or str(source).startswith((".", "/", "~")):

@@ -13,7 +13,7 @@ from typing import Any
 
 from spallm_convert.config import AUTO, SketchConfig
 from spallm_convert.errors import OptionError, SourceError
-from spallm_convert.source.locate import DenseCheckpoint
+from spallm_convert.source.checkpoint import DenseCheckpoint
 from spallm_convert.source.skeleton import is_in_block, read_skeleton
 from spallm_formats import (
     FLOAT_STORAGE,

@@ -30,10 +30,10 @@ from spallm_convert.calibration.sketching import Streams, sketch_block
 from spallm_convert.calibration.windows import CalibrationText
 from spallm_convert.cli import main
 from spallm_convert.cli.demo_run import demo_model
-from spallm_convert.evaluation.opening import load_tokenizer
 from spallm_convert.sketch.plan import make_plan
 from spallm_convert.source.gguf import dequantized
 from spallm_convert.source.locate import find_here
+from spallm_convert.source.tokenizer import load_tokenizer
 from spallm_kernels import fit
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spallm_convert.runtime.linear import SketchedLinear
-from spallm_convert.runtime.quantizer import train_tables_only
+from spallm_convert.runtime.linear import SketchedLinear, train_tables_only
 
 #: AdamW's, of the distance between a table's entries, root mean square / entries. What is to be
 #: gained is in proportion to that distance, and so may be what noisy steps lose: models with small
