@@ -25,8 +25,9 @@ from spallm_convert import (
     load_sketched,
 )
 from spallm_convert.calibration import backends
+from spallm_convert.calibration.blocks.stages import Streams
 from spallm_convert.calibration.healing import tuning
-from spallm_convert.calibration.sketching import Streams, sketch_block
+from spallm_convert.calibration.sketching import sketch_block
 from spallm_convert.calibration.windows import CalibrationText
 from spallm_convert.cli import main
 from spallm_convert.cli.demo_run import demo_model

@@ -15,24 +15,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
+from spallm_convert.calibration.blocks.blocks import Blocks
 from spallm_convert.calibration.store import sound_files, write_sound
 from spallm_convert.config import BITS, SketchConfig
 from spallm_convert.errors import CalibrationError
+from spallm_convert.progress import Progress
+from spallm_convert.sketch.plan import Plan
 from spallm_convert.sketch.widths import Choice, budget_for, stored_bits, uniform
 from spallm_formats import load_json, to_json
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from spallm_convert.calibration.blocks.blocks import Blocks
-    from spallm_convert.progress import Progress
-    from spallm_convert.sketch.plan import Plan
-
-    from .prediction import FusedSet
+from .prediction import FusedSet, predict
+from .sensitivity import sensitivities
 
 _NAME = "allocation"
 
@@ -73,13 +70,10 @@ def allocate(
     tokens: int64 [samples, seqlen], those that `blocks` were opened with. Raises CalibrationError
     for weights, inputs or gradients that are not finite.
     """
-    from .prediction import predict
-    from .sensitivity import sensitivities
-
     kept = Allocation.read(folder)
     if kept is not None:
         return kept
-    costs = sensitivities(blocks, tokens, plan.paths.values(), seed=config.seed, say=progress.say)
+    costs = sensitivities(blocks, tokens, plan.path_of.values(), seed=config.seed, say=progress.say)
     sets = predict(blocks, plan, config, costs, say=progress.say)
     chosen = choose(sets, plan, config)
     chosen.write(folder)
