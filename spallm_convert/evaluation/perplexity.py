@@ -22,35 +22,18 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from spallm_convert.errors import EvaluationError, OptionError
+from spallm_convert.progress import Progress, Silent
 from spallm_convert.source.causal import check_tokens, predicts_next_token
 
 #: Logits turned to float32 at a time: 64 MiB of them, whatever window and vocabulary.
 _CHUNK_LOGITS = 1 << 24
 #: Of a text that only so many tokens are wanted of, this many characters for each are tokenised.
 _CHARACTERS = 32
-
-
-class Progress(Protocol):
-    """Is told how an evaluation goes on."""
-
-    def start(self, tokens: int) -> None:
-        """Called once, with the number of tokens of the text."""
-
-    def advance(self, tokens: int) -> None:
-        """Called as so many more tokens of the text have been measured."""
-
-
-class _Silent:
-    def start(self, tokens: int) -> None:
-        pass
-
-    def advance(self, tokens: int) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -106,7 +89,7 @@ def text_loss(
     stride = window if stride is None else stride
     _check_request(model, tokens, window, stride)
     options = _forward_options(model)
-    progress = progress or _Silent()
+    progress = progress or Silent()
     progress.start(len(tokens))
     nats, counted, done = 0.0, 0, 0
     with _evaluating(model):
