@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from transformers import AutoConfig, PreTrainedModel
 
 from spallm_convert.devices import AUTO_DEVICE, find_device
 from spallm_convert.errors import SourceError, SpallmError, one_line
@@ -15,9 +19,6 @@ from spallm_convert.source.gguf import load_gguf
 from spallm_convert.source.locate import Source, find_here, locate
 from spallm_convert.source.tokenizer import load_tokenizer, read_tokenizer
 from spallm_formats import CONFIG_FILE, QUANT_METHOD, load_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def load_any(
@@ -59,8 +60,6 @@ def _is_sketched(model: str, source: Source | None, revision: str | None) -> boo
     if source is not None:
         path = source.path / CONFIG_FILE
     else:
-        from huggingface_hub import hf_hub_download
-
         with clear_errors(model, SourceError):
             path = Path(hf_hub_download(model, CONFIG_FILE, revision=revision))
     config = load_json(path.read_bytes(), str(path))
@@ -69,8 +68,6 @@ def _is_sketched(model: str, source: Source | None, revision: str | None) -> boo
 
 
 def _load_dense(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
-    from transformers import AutoConfig
-
     loaded: PreTrainedModel
     with _clear_loading(source.name):
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
@@ -99,8 +96,6 @@ def _clear_loading(model: str) -> Iterator[None]:
 
 
 def _load_gguf(source: Source, dtype: str) -> PreTrainedModel:
-    import torch
-
     try:
         return load_gguf(source.path, getattr(torch, "bfloat16" if dtype == "auto" else dtype))
     except Exception as error:  # a damaged file may raise anything

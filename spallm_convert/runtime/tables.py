@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from spallm_convert.errors import FormatError, OptionError, SourceError
@@ -96,8 +98,6 @@ def _describe(model: Any) -> TablesMetadata:
 def _write(
     target: Path, tensors: dict[str, Tensor], metadata: TablesMetadata, *, overwrite: bool
 ) -> None:
-    from safetensors.torch import save
-
     if (target / TABLES_METADATA_FILE).exists() and not overwrite:
         raise OptionError(f"{target} holds sketch tables already; overwrite=True replaces them")
     target.mkdir(parents=True, exist_ok=True)
@@ -268,9 +268,6 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """Tensors of a tables file, each checked against the parameter that it is for."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub import metadata_load
+
 from spallm_convert.errors import SourceError
 from spallm_convert.paths import user_path
 from spallm_formats import CONFIG_FILE, sha256
@@ -106,9 +109,6 @@ def _licence(path: Path) -> dict[str, str] | None:
     card = path / "README.md"
     if not card.is_file():
         return None
-    import yaml
-    from huggingface_hub import metadata_load
-
     try:
         metadata = metadata_load(card) or {}
     except (ValueError, yaml.YAMLError):  # a card that cannot be parsed declares nothing

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from spallm_convert.errors import SourceError, one_line
 from spallm_convert.hub_errors import clear_errors
 
@@ -27,8 +29,6 @@ def read_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
 
     model: its name in the SourceError that is raised when there is no tokenizer.
     """
-    from transformers import AutoTokenizer
-
     try:
         with clear_errors(model, SourceError):
             return AutoTokenizer.from_pretrained(place, **options)

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from spallm_convert.calibration.blocks.blocks import Blocks
@@ -118,9 +120,6 @@ def solve(
     sizes, losses: of every set, as long as it has choices. Raises ValueError when the smallest
     choices do not fit, CalibrationError when HiGHS finds nothing.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
     if sum(map(min, sizes)) > budget:
         raise ValueError(f"the least size is {sum(map(min, sizes))}, the budget {budget}")
     ends = np.cumsum([0, *map(len, sizes)])
