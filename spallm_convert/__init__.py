@@ -15,6 +15,7 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from .config import CalibrationConfig, SketchConfig
     from .conversion.convert import convert, plan_conversion
+    from .conversion.push import push_to_hub
     from .conversion.report import Report
     from .conversion.verify import verify
     from .errors import (
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from .runtime.loading import load_sketched
     from .runtime.tables import load_tables, save_tables, set_tables, table_sets
     from .runtime.trainable import TrainableSummary, set_trainable, trainable_summary
-    from .source.hub import push_to_hub
 
 __all__ = [
     "CalibrationConfig",
@@ -78,7 +78,7 @@ _HOMES = {
     "load_tables": "runtime.tables",
     "perplexity": "evaluation.perplexity",
     "plan_conversion": "conversion.convert",
-    "push_to_hub": "source.hub",
+    "push_to_hub": "conversion.push",
     "save_tables": "runtime.tables",
     "set_tables": "runtime.tables",
     "set_trainable": "runtime.trainable",

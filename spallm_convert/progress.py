@@ -1,4 +1,4 @@
-"""How a conversion tells what it is doing, and the one that keeps it to itself."""
+"""How long work tells what it is doing, and a listener that ignores it."""
 
 from __future__ import annotations
 
@@ -6,30 +6,32 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Is told how a conversion goes on."""
+    """Is told how far a conversion is, in weights, or a measurement, in tokens."""
 
-    def start(self, weights: int) -> None:
-        """Called once, with the number of weights to sketch."""
+    def start(self, total: int, /) -> None:
+        """Take the amount of counted work: weights to sketch, or tokens to measure. Called once."""
 
-    def advance(self, weights: int, tensor: str) -> None:
-        """Called as weights of a tensor have been sketched, or found sketched already."""
+    def advance(self, amount: int, name: str = "", /) -> None:
+        """Take an amount that is done, or was found done, and the name of its tensor if any."""
 
-    def say(self, line: str) -> None:
-        """Called with a line on work that is not counted in weights, of interest for now."""
+    def say(self, line: str, /) -> None:
+        """Take a line on work that is not counted. The next line may overwrite it."""
 
-    def remark(self, line: str) -> None:
-        """Called with a line that is to be read, and not to be overwritten by others."""
+    def remark(self, line: str, /) -> None:
+        """Take a line to be read, which no other may overwrite."""
 
 
 class Silent:
-    def start(self, weights: int) -> None:
+    """Ignores everything."""
+
+    def start(self, total: int, /) -> None:
         pass
 
-    def advance(self, weights: int, tensor: str) -> None:
+    def advance(self, amount: int, name: str = "", /) -> None:
         pass
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, /) -> None:
         pass
 
-    def remark(self, line: str) -> None:
+    def remark(self, line: str, /) -> None:
         pass

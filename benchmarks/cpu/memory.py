@@ -23,115 +23,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
+from benchmarks.shared.dense import LlamaShape, write_checkpoint
 from benchmarks.shared.machine import RESULTS, machine, versions, write_results
-from spallm_formats import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    Shard,
-    ShardFile,
-    TensorSpec,
-    from_float32,
-    index_json,
-    plan_shards,
-    to_json,
-)
 
 _GIGA = 10**9
-_SOURCE_SHARD_BYTES = 2 * _GIGA
 _OUTPUT_SHARD_SIZE = "500MB"
-#: Values drawn at a time; this process must stay smaller than the ones that it measures.
-_PIECE = 1 << 22
 _PACKAGES = ("numpy", "numba", "torch", "transformers", "spallm-convert")
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
-
-
-@dataclass(frozen=True)
-class LlamaShape:
-    """Hold the sizes of a Llama model; by default a layer of a one-billion-weight model."""
-
-    layers: int
-    hidden: int = 2048
-    intermediate: int = 8192
-    vocabulary: int = 32000
-    head: int = 64
-    queries_per_key: int = 4
-
-    @classmethod
-    def of_bytes(cls, nbytes: float) -> LlamaShape:
-        """Return the default shape with the layers that come closest to that many bytes of bf16."""
-        one, two = (_nbytes(cls(layers).tensors()) for layers in (1, 2))
-        return cls(max(1, round(1 + (nbytes - one) / (two - one))))
-
-    def tensors(self) -> list[TensorSpec]:
-        """Return all tensors of LlamaForCausalLM, with a separate output layer."""
-        hidden, intermediate = self.hidden, self.intermediate
-        keys = hidden // self.queries_per_key
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (self.vocabulary, hidden)}
-        layer: dict[str, tuple[int, ...]] = {
-            "input_layernorm": (hidden,),
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "post_attention_layernorm": (hidden,),
-            "mlp.gate_proj": (intermediate, hidden),
-            "mlp.up_proj": (intermediate, hidden),
-            "mlp.down_proj": (hidden, intermediate),
-        }
-        for number in range(self.layers):
-            shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
-        shapes |= {"model.norm": (hidden,), "lm_head": (self.vocabulary, hidden)}
-        return [TensorSpec(f"{name}.weight", "BF16", shape) for name, shape in shapes.items()]
-
-    def config(self) -> dict[str, Any]:
-        """Return `config.json`."""
-        heads = self.hidden // self.head
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "dtype": "bfloat16",
-            "hidden_act": "silu",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "max_position_embeddings": 2048,
-            "num_attention_heads": heads,
-            "num_hidden_layers": self.layers,
-            "num_key_value_heads": heads // self.queries_per_key,
-            "tie_word_embeddings": False,
-            "vocab_size": self.vocabulary,
-        }
-
-
-def write_checkpoint(folder: Path, shape: LlamaShape) -> None:
-    """Write a checkpoint of random weights, a piece of a tensor at a time."""
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    shards = plan_shards([(spec,) for spec in shape.tensors()], _SOURCE_SHARD_BYTES)
-    for shard in shards:
-        _write_shard(folder / shard.filename, shard, random)
-    if len(shards) > 1:
-        (folder / INDEX_FILE).write_bytes(index_json(shards))
-    (folder / CONFIG_FILE).write_bytes(to_json(shape.config()))
-
-
-def _write_shard(path: Path, shard: Shard, random: np.random.Generator) -> None:
-    file = ShardFile(path, shard)
-    for name, spec in shard.tensors.items():
-        for start in range(0, spec.elements, _PIECE):
-            count = min(_PIECE, spec.elements - start)
-            if len(spec.shape) == 1:
-                values = np.ones(count, np.float32)
-            else:
-                values = random.standard_normal(count, np.float32) * np.float32(0.02)
-            file.write(name, 2 * start, from_float32(values, "BF16"))
-    file.close()
 
 
 def run_converter(*arguments: str) -> tuple[int, float]:
@@ -156,7 +59,7 @@ def measure(folder: Path, shape: LlamaShape) -> dict[str, Any]:
     options = ("--max-shard-size", _OUTPUT_SHARD_SIZE, "-q")
     write_checkpoint(tiny, LlamaShape(1, hidden=1024, intermediate=1024, vocabulary=256))
     run_converter(str(tiny), "-o", str(folder / "tiny-output"), *options)
-    click.echo(f"writing {_nbytes(shape.tensors()) / _GIGA:.2f} GB, {shape.layers} layer(s)")
+    click.echo(f"writing {shape.nbytes / _GIGA:.2f} GB, {shape.layers} layer(s)")
     write_checkpoint(source, shape)
     click.echo("converting")
     headers_peak, _ = run_converter(str(source), "--dry-run", *options)
@@ -171,10 +74,6 @@ def measure(folder: Path, shape: LlamaShape) -> dict[str, Any]:
         "source": _sizes(source),
         "output": _sizes(output),
     }
-
-
-def _nbytes(tensors: list[TensorSpec]) -> int:
-    return sum(spec.nbytes for spec in tensors)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

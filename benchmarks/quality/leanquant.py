@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from spallm_convert.calibration.blocks.blocks import Blocks
-from spallm_convert.calibration.blocks.stand_ins import Enough
+from spallm_convert.calibration.blocks.stand_ins import StopForward
 from spallm_kernels import compensate, importance, kmeans, look_up, prepare_hessian
 
 DAMPING = 0.1
@@ -92,11 +92,11 @@ def _input_sums(
         nonlocal hessian
         flat = x.reshape(-1, columns)
         hessian += (flat.T @ flat).double().numpy()
-        raise Enough
+        raise StopForward
 
     with _watched(block, name, add):
         for part in hidden:
-            with contextlib.suppress(Enough):
+            with contextlib.suppress(StopForward):
                 blocks.run(number, block, part)
     return hessian
 

@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 
 from spallm_convert import CalibrationConfig, SketchConfig, convert
-from spallm_convert.calibration.calibrate import calibrate, draw_texts, open_blocks
+from spallm_convert.calibration.blocks.opening import open_blocks
+from spallm_convert.calibration.calibrate import calibrate
 from spallm_convert.calibration.healing.heal import heal
 from spallm_convert.cli.terminal import ConversionProgress
+from spallm_convert.conversion.texts import draw_texts
 from spallm_convert.devices import full_float32
-from spallm_convert.evaluation.opening import load_tokenizer
 from spallm_convert.sketch.plan import Plan, make_plan
-from spallm_convert.source.locate import DenseCheckpoint, locate
+from spallm_convert.source.checkpoint import DenseCheckpoint
+from spallm_convert.source.locate import locate
+from spallm_convert.source.tokenizer import load_tokenizer
 from spallm_formats import SketchedCheckpoint, read_bytes, to_float32, unpack
 from spallm_kernels import hash_codes, look_up
 
@@ -75,7 +78,7 @@ class Subject:
         for name, tensor in self.plan.weights.items():
             raw = read_bytes(tensor, 0, tensor.nbytes)
             yield (
-                self.plan.paths[name],
+                self.plan.path_of[name],
                 to_float32(raw, tensor.dtype).reshape(tensor.shape),
             )
 
@@ -171,7 +174,7 @@ def _whole(quantizer: Callable[..., None], group: int) -> Any:
         quantizer(model, load_tokenizer(locate(str(folder))), tokens, method.bits, subject.seed)
         found = {
             path: model.get_submodule(path).weight.detach().float()
-            for path in subject.plan.paths.values()
+            for path in subject.plan.path_of.values()
         }
         return Quantized(
             sum(affine_bits(*w.shape, method.bits, group) for w in found.values()), found.items()
@@ -183,7 +186,7 @@ def _whole(quantizer: Callable[..., None], group: int) -> Any:
 def _leanquant(method: Method, subject: Subject) -> Quantized:
     tokens = subject.tokens(method)
     blocks = open_blocks(subject.checkpoint, subject.plan, tokens)
-    found = dict(quantize_blocks(blocks, list(subject.plan.paths.values()), method.bits))
+    found = dict(quantize_blocks(blocks, list(subject.plan.path_of.values()), method.bits))
     return Quantized(sum(table_bits(*w.shape, method.bits) for w in found.values()), found.items())
 
 
@@ -199,7 +202,7 @@ def _converted(subject: Subject, config: SketchConfig) -> Quantized:
     stored = sum(spec.nbytes for spec in sketched.metadata.tensors().values())
     return Quantized(
         8 * stored,
-        _read_sketched(sketched, subject.plan.paths),
+        _read_sketched(sketched, subject.plan.path_of),
         predicted_loss=report.document.get("predicted_loss"),
     )
 
@@ -255,7 +258,7 @@ def _calibrated(method: Method, subject: Subject, folder: Path, *, heal_steps: i
         table = found.wide_table(module, plan.metadata)
         return torch.from_numpy(look_up(table, found.codes(module, plan.metadata)))
 
-    weights = ((path, dense(name)) for name, path in plan.paths.items())
+    weights = ((path, dense(name)) for name, path in plan.path_of.items())
     return Quantized(8 * sum(spec.nbytes for spec in specs.values()), weights)
 
 

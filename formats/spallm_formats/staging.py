@@ -16,12 +16,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from .durable import flush_folder, write_atomic
 from .errors import FormatError, SpallmError
@@ -36,8 +39,8 @@ _MARKER = "complete.json"
 _LOCK = "lock"
 _FILES = "files"
 _SCRATCH = "scratch"
-#: Errors of file systems without locks, such as some network file systems. Without locks, two runs
-#: into one folder are not prevented, as on Windows.
+#: Errors of file systems without locks, such as some network file systems. Two runs into one folder
+#: are not kept apart there.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 
 
@@ -65,7 +68,7 @@ class Staging:
         self._plan = plan
         self._resume = resume
         self._overwrite = overwrite
-        self._lock: BinaryIO | None = None
+        self._lock: BaseFileLock | None = None
         self._made_folder = False
         self._worth_keeping: list[Path] = []
         self._resumed = False
@@ -257,12 +260,17 @@ class Staging:
         assert self._lock is not None
         work = (self._files, *self._worth_keeping)
         nothing_done = not any(path.exists() and any(path.iterdir()) for path in work)
-        if failed and nothing_done and not self._resumed and not self.is_published:
+        give_up = failed and nothing_done and not self._resumed and not self.is_published
+        if give_up:
             self._remove_work()
-            if self._made_folder:
-                with contextlib.suppress(OSError):
-                    self.folder.rmdir()
-        self._lock.close()
+        self._lock.release()
+        if os.name == "nt":
+            # An open file cannot be removed there: the lock was left in the work folder until now.
+            with contextlib.suppress(OSError):
+                self._partial.rmdir()
+        if give_up and self._made_folder:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
     def _remove_work(self) -> None:
         """Remove the work folder in an order that a later run understands if this one is killed.
@@ -361,24 +369,20 @@ def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def _locked(path: Path, folder: Path) -> BinaryIO:
-    """Open and lock a file. The lock ends with the process, however the process ends."""
-    file = path.open("wb")
+def _locked(path: Path, folder: Path) -> BaseFileLock:
+    """Lock a file. The system gives up the lock when the process ends, however it ends."""
+    # A soft lock, which is only a file, would outlive a process that is killed.
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)
     try:
-        import fcntl
-    except ImportError:  # Windows has no advisory locks: the user must avoid two runs at once
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
+        lock.acquire()
+    except Timeout:
         raise SpallmError(
             f"another process is writing to {folder}: wait for it, or use another folder"
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-    return file
+    return lock
 
 
 def _clear(folder: Path, *, keep: set[str]) -> None:

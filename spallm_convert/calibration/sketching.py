@@ -10,39 +10,26 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from spallm_convert.calibration.blocks.blocks import Blocks
-from spallm_convert.calibration.blocks.stand_ins import Enough
+from spallm_convert.calibration.blocks.stages import (
+    Stage,
+    Streams,
+    check_sums,
+    find_stages,
+    flat_inputs,
+    on_input,
+)
+from spallm_convert.calibration.blocks.stand_ins import StopForward
 from spallm_convert.errors import CalibrationError
 from spallm_formats import SketchedModule, SketchMetadata
 
 from .layers import SketchedLayer, prepare_inputs, sketch_layer
-
-
-class Streams(NamedTuple):
-    """Hidden states [batch, seqlen, hidden] of the text, by batch, in both models.
-
-    They are kept on the CPU, so that what a device holds does not grow with the text. A block is
-    run some ten times with all of them, and carrying them there takes a small part of the time that
-    its products take.
-    """
-
-    dense: list[Tensor]
-    sketched: list[Tensor]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Linear layers with the same input: their names in the block, and calls of one per run."""
-
-    names: list[str]
-    calls: int
 
 
 @torch.no_grad()
@@ -106,33 +93,6 @@ def replay_block(
     blocks.unload(number)
 
 
-def find_stages(
-    blocks: Blocks,
-    number: int,
-    block: nn.Module,
-    layers: Collection[str],
-    hidden: Tensor,
-) -> list[Stage]:
-    """Layers in order of their first call, those that read the same tensor together; at the end
-    layers that are not called, such as experts that no token chose here: they may be elsewhere."""
-    seen: list[tuple[str, Tensor]] = []
-    with contextlib.ExitStack() as stack:
-        for name in layers:
-            stack.enter_context(on_input(block, name, lambda x, name=name: seen.append((name, x))))
-        blocks.run(number, block, hidden)
-    stages: list[tuple[Tensor | None, Stage]] = []
-    for name, x in seen:
-        calls = sum(other == name for other, _ in seen)
-        if any(name in stage.names for _, stage in stages):
-            continue
-        if calls == 1 and stages and stages[-1][0] is x:
-            stages[-1][1].names.append(name)
-        else:
-            stages.append((x if calls == 1 else None, Stage([name], calls)))
-    idle = [Stage([name], 0) for name in layers if all(name != other for other, _ in seen)]
-    return [stage for _, stage in stages] + idle
-
-
 def _sum_inputs(
     blocks: Blocks,
     number: int,
@@ -185,33 +145,8 @@ def _inputs(
     def note(x: Tensor) -> None:
         seen.append(flat_inputs(x))
         if not finish and len(seen) > stage.calls > 0:
-            raise Enough
+            raise StopForward
 
-    with on_input(module, stage.names[0], note), contextlib.suppress(Enough):
+    with on_input(module, stage.names[0], note), contextlib.suppress(StopForward):
         after = blocks.run(number, module, hidden)
     return torch.cat(seen), after
-
-
-def flat_inputs(x: Tensor) -> Tensor:
-    """Inputs of a layer, float32 [tokens, in_features]."""
-    return x.reshape(-1, x.shape[-1]).float()
-
-
-def check_sums(where: str, *sums: Tensor) -> None:
-    """Raises CalibrationError when sums over the inputs of the layer `where` are not finite."""
-    if not all(bool(total.isfinite().all()) for total in sums):
-        raise CalibrationError(f"{where}: its inputs on the calibration text are not all finite")
-
-
-@contextlib.contextmanager
-def on_input(block: nn.Module, name: str, note: Any) -> Iterator[None]:
-    """Has `note` called with the input of a layer whenever the layer is run."""
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        note(args[0])
-
-    handle = block.get_submodule(name).register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from spallm_formats import (
     INDEX_MAP_SUFFIX,
@@ -97,8 +99,6 @@ class CalibratedModules:
 
     def read(self, name: str) -> CalibratedModule:
         """A module by its name in the checkpoint."""
-        from safetensors import safe_open
-
         path, _, sums = self._kept[name]
         with safe_open(path, framework="numpy") as file:
             index_map = file.get_tensor(name + INDEX_MAP_SUFFIX)
@@ -111,8 +111,6 @@ class CalibratedModules:
 
     def write(self, number: int, modules: dict[str, CalibratedModule]) -> None:
         """Keeps the modules of a block, all or none of them."""
-        from safetensors.numpy import save
-
         tensors: dict[str, Any] = {}
         for name, module in modules.items():
             tensors[name + INDEX_MAP_SUFFIX] = module.index_map
@@ -133,8 +131,6 @@ class CalibratedModules:
         self, tables: dict[str, tuple[Any, Sequence[float]]], healing: dict[str, float]
     ) -> None:
         """Keeps other tables for all modules, with their squared errors and norms."""
-        from safetensors.numpy import save
-
         tensors = {name + TABLE_SUFFIX: table for name, (table, _) in tables.items()}
         sums = {name: sums for name, (_, sums) in tables.items()}
         metadata = {_SUMS: json.dumps(sums), _HEALING: json.dumps(healing)}
@@ -171,7 +167,5 @@ def sound_files(folder: Path, name: str, suffix: str = ".safetensors") -> Iterat
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    from safetensors import safe_open
-
     with safe_open(path, framework="numpy") as file:
         return {key: json.loads(text) for key, text in file.metadata().items()}

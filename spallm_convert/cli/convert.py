@@ -205,7 +205,7 @@ def command(
     from .terminal import ConversionProgress, quiet_libraries
 
     if push_to_hub and not dry_run:
-        from spallm_convert.source.hub import check_can_push
+        from spallm_convert.conversion.push import check_can_push
 
         check_can_push(push_to_hub)
     quiet_libraries(downloads=not quiet)
@@ -237,7 +237,7 @@ def command(
         print_report(report)
         click.echo(f"written to {output}")
     if push_to_hub:
-        from spallm_convert.source.hub import push_to_hub as push
+        from spallm_convert.conversion.push import push_to_hub as push
 
         try:
             url = push(output, push_to_hub, private=private)

@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
-from spallm_convert import __version__
 from spallm_convert.errors import OptionError, SpallmError
+from spallm_convert.version import __version__
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 

@@ -16,7 +16,7 @@ import click
 )
 def command(folder: Path, repo_id: str, private: bool, message: str) -> None:
     """Upload the sketched checkpoint in FOLDER to the Hub as ORG/NAME."""
-    from spallm_convert.source.hub import push_to_hub
+    from spallm_convert.conversion.push import push_to_hub
 
     url = push_to_hub(folder, repo_id, private=private, message=message)
     click.echo(f"pushed to {url}")

@@ -57,15 +57,24 @@ class _Rate(ProgressColumn):
 
 
 class _WorkProgress:
-    """A bar with rate and time left on a terminal, a line per tenth of the work elsewhere."""
+    """A bar with rate and time left on a terminal, a line per tenth of the work elsewhere.
 
-    def __init__(self, first: str, unit: str, scale: float, *, hidden: bool) -> None:
+    It is a `spallm_convert.progress.Progress`. Subclasses say in which words and units.
+    """
+
+    _first: str  # said until the amount of work is known
+    _verb: str
+    _done_verb: str
+    _unit: str
+    _scale: float  # of the unit
+
+    def __init__(self, *, hidden: bool = False) -> None:
         self._hidden = hidden
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
-            _Rate(unit, scale),
+            _Rate(self._unit, self._scale),
             TimeRemainingColumn(),
             console=stderr,
             disable=hidden or not stderr.is_terminal,
@@ -73,7 +82,7 @@ class _WorkProgress:
         self._total = self._done = 0
         # One line at a time: of what is not counted there is no share, no rate and no time left.
         self._counted = self._bar.add_task("", visible=False)
-        self._uncounted = self._bar.add_task(first, total=None)
+        self._uncounted = self._bar.add_task(self._first, total=None)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -87,52 +96,41 @@ class _WorkProgress:
     ) -> None:
         self._bar.stop()
 
-    def _start(self, total: int, description: str) -> None:
+    def start(self, total: int, /) -> None:
         self._total = total
-        self._bar.reset(self._counted, total=total, description=description, visible=True)
+        self._bar.reset(self._counted, total=total, description=self._verb, visible=True)
         self._bar.update(self._uncounted, visible=False)
 
-    def _advance(self, amount: int, description: str, line: str) -> None:
+    def advance(self, amount: int, name: str = "", /) -> None:
         before, self._done = self._done, self._done + amount
+        description = f"{self._verb} {name}" if name else self._verb
         self._bar.update(self._counted, advance=amount, description=description, visible=True)
         self._bar.update(self._uncounted, visible=False)
         tenth = 10 * self._done // self._total
-        if not self._hidden and not stderr.is_terminal and tenth > 10 * before // self._total:
-            stderr.print(f"{10 * tenth}% of {line}", soft_wrap=True)
+        if not stderr.is_terminal and tenth > 10 * before // self._total:
+            whole = f"{self._total / self._scale:,.0f} {self._unit} {self._done_verb}"
+            self.remark(f"{10 * tenth}% of {whole}" + (f": {name}" if name else ""))
 
-
-class ConversionProgress(_WorkProgress):
-    """How far a conversion is, in weights."""
-
-    def __init__(self, *, hidden: bool = False) -> None:
-        super().__init__("reading the source", "M weights", 1e6, hidden=hidden)
-
-    def start(self, weights: int) -> None:
-        self._start(weights, "sketching")
-
-    def advance(self, weights: int, tensor: str) -> None:
-        line = f"{self._total / 1e6:,.0f} M weights sketched: {tensor}"
-        self._advance(weights, f"sketching {tensor}", line)
-
-    def say(self, line: str) -> None:
+    def say(self, line: str, /) -> None:
         self._bar.update(self._uncounted, description=line, visible=True)
         self._bar.update(self._counted, visible=False)
         if not stderr.is_terminal:
             self.remark(line)
 
-    def remark(self, line: str) -> None:
+    def remark(self, line: str, /) -> None:
         if not self._hidden:
             stderr.print(line, soft_wrap=True)  # on a terminal that is above the bar
 
 
+class ConversionProgress(_WorkProgress):
+    """Shows how far a conversion is, in weights."""
+
+    _first, _verb, _done_verb = "reading the source", "sketching", "sketched"
+    _unit, _scale = "M weights", 1e6
+
+
 class EvaluationProgress(_WorkProgress):
-    """How far a measurement is, in tokens."""
+    """Shows how far a measurement is, in tokens."""
 
-    def __init__(self, *, hidden: bool = False) -> None:
-        super().__init__("loading the model", "tokens", 1, hidden=hidden)
-
-    def start(self, tokens: int) -> None:
-        self._start(tokens, "measuring")
-
-    def advance(self, tokens: int) -> None:
-        self._advance(tokens, "measuring", f"{self._total:,} tokens measured")
+    _first, _verb, _done_verb = "loading the model", "measuring", "measured"
+    _unit, _scale = "tokens", 1

@@ -10,10 +10,16 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from spallm_convert.calibration.allocation.allocate import allocate
-from spallm_convert.calibration.calibrate import Texts, calibrate, draw_texts, open_blocks
+from spallm_convert.calibration.blocks.blocks import Blocks
+from spallm_convert.calibration.blocks.opening import open_blocks
+from spallm_convert.calibration.calibrate import calibrate
+from spallm_convert.calibration.healing.heal import heal
 from spallm_convert.calibration.store import CalibratedModules, calibrated_bytes, kept_bytes
 from spallm_convert.config import SketchConfig
 from spallm_convert.devices import (
@@ -28,7 +34,9 @@ from spallm_convert.errors import CalibrationError, FormatError, OptionError, Sp
 from spallm_convert.paths import user_path
 from spallm_convert.progress import Progress, Silent
 from spallm_convert.sketch.plan import Plan, make_plan, reallocate
-from spallm_convert.source.locate import DenseCheckpoint, Source, extra_files, find_here, locate
+from spallm_convert.source.checkpoint import DenseCheckpoint, extra_files
+from spallm_convert.source.hub import remote_checkpoint
+from spallm_convert.source.locate import Source, find_here, locate
 from spallm_formats import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -41,14 +49,10 @@ from spallm_formats import (
 )
 
 from .card import CARD_FILE, model_card
-from .report import REPORT_FILE, Report, identity, make_report
+from .identity import identity
+from .report import REPORT_FILE, Report, make_report
 from .shards import write_shard
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from spallm_convert.calibration.blocks.blocks import Blocks
+from .texts import Texts, draw_texts
 
 _CALIBRATED = "calibrated"
 
@@ -133,8 +137,6 @@ def plan_conversion(
         )
     source = find_here(os.fspath(model), revision)
     if source is None:
-        from spallm_convert.source.hub import remote_checkpoint
-
         checkpoint = remote_checkpoint(os.fspath(model), revision)
         return make_plan(checkpoint, config, trust_remote_code=trust_remote_code)
     with tempfile.TemporaryDirectory() as scratch:
@@ -231,8 +233,6 @@ def _calibrated(
     _check_space(staging, plan, max(0, needed - kept_bytes(folder)))
     sketches = calibrate(blocks, plan, config, folder, progress)
     if texts.healing is not None and sketches.healing is None:
-        from spallm_convert.calibration.healing.heal import heal
-
         blocks = job.blocks(checkpoint, plan, texts.healing, to_heal=True)
         heal(blocks, plan, config, texts.healing, sketches, progress)
     return plan, sketches, notes

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from spallm_convert.config import SketchConfig
-from spallm_convert.devices import device_name, has_fast_bfloat16
 from spallm_convert.paths import user_path
 from spallm_convert.sketch.plan import Plan
-from spallm_convert.version import __version__
-from spallm_formats import FORMAT_VERSION, FormatError, load_json
+from spallm_formats import FormatError, load_json
 from spallm_formats.staging import is_inside
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from spallm_convert.calibration.calibrate import Texts
 
 REPORT_FILE = "conversion.json"
 
@@ -153,52 +143,6 @@ def _has_numbers(value: Any, names: set[str]) -> bool:
     )
 
 
-def identity(
-    config: SketchConfig,
-    source: dict[str, Any],
-    texts: Texts | None = None,
-    device: torch.device | None = None,
-) -> dict[str, Any]:
-    """What decides the bytes of a conversion; equal identities give equal checkpoints.
-
-    texts: what a model is shown: what is in a file may change, and so may a tokenizer.
-    device: where it is calibrated. GPUs sum in orders of their own, so each model of them counts
-    as another device, as another version of torch does; among as many of one model none does.
-    Healing multiplies in bfloat16 where that is fast, which counts too.
-    """
-    import numba
-    import numpy
-    import transformers
-
-    versions = {
-        "spallm-convert": __version__,
-        "numpy": numpy.__version__,
-        "numba": numba.__version__,
-        "transformers": transformers.__version__,
-    }
-    drawn = {}
-    if texts is not None:
-        import torch
-
-        assert device is not None
-        drawn = {"calibration_tokens": _digest(texts.calibration), "device": device_name(device)}
-        if texts.healing is not None:
-            drawn["healing_tokens"] = _digest(texts.healing)
-            if has_fast_bfloat16(device):
-                drawn["device"] += ", bfloat16"
-        versions["torch"] = torch.__version__
-    if config.target_bits is not None:
-        import scipy
-
-        versions["scipy"] = scipy.__version__
-    return drawn | {
-        "format_version": FORMAT_VERSION,
-        "versions": versions,
-        "source": source,
-        "options": _public(config.to_json()),
-    }
-
-
 def make_report(
     plan: Plan,
     identity: dict[str, Any],
@@ -241,18 +185,6 @@ def _errors(sums: Sequence[float]) -> dict[str, float]:
     names = ("relative_error", "relative_output_error")
     pairs = zip(sums[::2], sums[1::2], strict=True)
     return {name: _relative(*pair) for name, pair in zip(names, pairs, strict=False)}
-
-
-def _public(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as others may see them: of a file of the user's, its name."""
-    text = options["calibration"]
-    if text is not None and user_path(text).is_file():
-        return options | {"calibration": Path(text).name}
-    return options
-
-
-def _digest(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def _relative(error: float, norm: float) -> float:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from transformers import AutoConfig, PreTrainedModel
 
 from spallm_convert.devices import AUTO_DEVICE, find_device
 from spallm_convert.errors import SourceError, SpallmError, one_line
+from spallm_convert.hub_errors import clear_errors
 from spallm_convert.runtime.loading import load_sketched, model_class
-from spallm_convert.source.hub import clear_errors
+from spallm_convert.source.gguf import load_gguf
 from spallm_convert.source.locate import Source, find_here, locate
+from spallm_convert.source.tokenizer import load_tokenizer, read_tokenizer
 from spallm_formats import CONFIG_FILE, QUANT_METHOD, load_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-#: One of them is in any folder with a tokenizer that has a vocabulary.
-_OF_TOKENIZERS = ("tokenizer.json", "*vocab*", "*.model", "*.spm", "*.tiktoken", "*.gguf")
 
 
 def load_any(
@@ -47,12 +47,12 @@ def load_any(
         with _clear_loading(model):
             loaded = load_sketched(model, revision=revision, dtype=dtype, **trusted)
         place = source.path if source else model
-        tokenizer = _load_tokenizer(model, place, revision=revision, **trusted)
+        tokenizer = read_tokenizer(model, place, revision=revision, **trusted)
     else:
         source = source or locate(model, revision)
         source.open(source.path)  # refuses, in words of our own, what is no whole checkpoint
         loaded = _load_dense(source, dtype, trust_remote_code)
-        tokenizer = _load_tokenizer(model, source.path, **trusted)
+        tokenizer = read_tokenizer(model, source.path, **trusted)
     return loaded.to(target), tokenizer
 
 
@@ -60,8 +60,6 @@ def _is_sketched(model: str, source: Source | None, revision: str | None) -> boo
     if source is not None:
         path = source.path / CONFIG_FILE
     else:
-        from huggingface_hub import hf_hub_download
-
         with clear_errors(model, SourceError):
             path = Path(hf_hub_download(model, CONFIG_FILE, revision=revision))
     config = load_json(path.read_bytes(), str(path))
@@ -70,8 +68,6 @@ def _is_sketched(model: str, source: Source | None, revision: str | None) -> boo
 
 
 def _load_dense(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
-    from transformers import AutoConfig
-
     loaded: PreTrainedModel
     with _clear_loading(source.name):
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
@@ -100,36 +96,9 @@ def _clear_loading(model: str) -> Iterator[None]:
 
 
 def _load_gguf(source: Source, dtype: str) -> PreTrainedModel:
-    import torch
-
-    from spallm_convert.source.gguf import load_gguf
-
     try:
         return load_gguf(source.path, getattr(torch, "bfloat16" if dtype == "auto" else dtype))
     except Exception as error:  # a damaged file may raise anything
         raise SourceError(
             f"{source.name}: transformers cannot read it ({one_line(error)})"
         ) from error
-
-
-def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model that is on this machine. Raises SourceError when there is none."""
-    if source.is_gguf:
-        name = source.path.name
-        return _load_tokenizer(source.name, source.path.parent, gguf_file=name)
-    return _load_tokenizer(source.name, source.path, trust_remote_code=trust_remote_code)
-
-
-def _load_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        with clear_errors(model, SourceError):
-            return AutoTokenizer.from_pretrained(place, **options)
-    except SourceError:
-        raise
-    except Exception as error:  # what it raises without files of a tokenizer differs by model
-        folder = Path(place)
-        lacks = folder.is_dir() and not any(any(folder.glob(p)) for p in _OF_TOKENIZERS)
-        why = f"no file of one is in {folder}" if lacks else one_line(error)
-        raise SourceError(f"{model}: its tokenizer cannot be loaded ({why})") from error

@@ -22,36 +22,18 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from spallm_convert.errors import EvaluationError, OptionError
+from spallm_convert.progress import Progress, Silent
+from spallm_convert.source.causal import check_tokens, predicts_next_token
 
 #: Logits turned to float32 at a time: 64 MiB of them, whatever window and vocabulary.
 _CHUNK_LOGITS = 1 << 24
 #: Of a text that only so many tokens are wanted of, this many characters for each are tokenised.
 _CHARACTERS = 32
-#: Losses that transformers gives to classes which predict the next token; None is an older name.
-_CAUSAL_LOSSES = {"ForCausalLM", "ForConditionalGeneration", None}
-
-
-class Progress(Protocol):
-    """Is told how an evaluation goes on."""
-
-    def start(self, tokens: int) -> None:
-        """Called once, with the number of tokens of the text."""
-
-    def advance(self, tokens: int) -> None:
-        """Called as so many more tokens of the text have been measured."""
-
-
-class _Silent:
-    def start(self, tokens: int) -> None:
-        pass
-
-    def advance(self, tokens: int) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -107,7 +89,7 @@ def text_loss(
     stride = window if stride is None else stride
     _check_request(model, tokens, window, stride)
     options = _forward_options(model)
-    progress = progress or _Silent()
+    progress = progress or Silent()
     progress.start(len(tokens))
     nats, counted, done = 0.0, 0, 0
     with _evaluating(model):
@@ -162,12 +144,6 @@ def _finite_sum(losses: torch.Tensor, end: int) -> float:
             f"weights or activations are not finite in this dtype"
         )
     return total
-
-
-def predicts_next_token(model: Any) -> bool:
-    """Whether a transformers model is a causal language model, by its class."""
-    causal = getattr(model, "loss_type", None) in _CAUSAL_LOSSES
-    return causal and not model.config.is_encoder_decoder
 
 
 def check_windows(window: int, stride: int) -> None:
@@ -245,23 +221,6 @@ def _check_request(model: Any, tokens: torch.Tensor, window: int, stride: int) -
             f"model is needed"
         )
     check_tokens(model, tokens, min(window, len(tokens)), f"window {window}")
-
-
-def check_tokens(model: Any, tokens: torch.Tensor, length: int, option: str) -> None:
-    """Raises OptionError for tokens that a model has no embeddings for, or for more of them at once
-    than it has positions. length: tokens at once; option: what asks for so many."""
-    name = type(model).__name__
-    text_config = model.config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None)
-    if positions and 0 < positions < length:
-        raise OptionError(f"{option} is more than the {positions} positions of {name}")
-    vocabulary = getattr(text_config, "vocab_size", None)
-    least, most = (int(value) for value in tokens.aminmax())
-    if least < 0 or (vocabulary and most >= vocabulary):
-        raise OptionError(
-            f"token {least if least < 0 else most} is not in the vocabulary of {name}, which has "
-            f"{vocabulary}: is the tokenizer the model's own?"
-        )
 
 
 def _forward_options(model: Any) -> dict[str, Any]:

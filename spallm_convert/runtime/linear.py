@@ -77,3 +77,12 @@ class SketchedLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"groups_per_row={self.groups_per_row}, mapping={mapping}, bias={self.bias is not None}"
         )
+
+
+def train_tables_only(model: nn.Module) -> None:
+    """Makes the sketch tables trainable and freezes all else."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, SketchedLinear):
+            module.weight_table.requires_grad_(True)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedModel
 
 from spallm_convert.errors import FormatError, SourceError
+from spallm_convert.hub_errors import clear_errors
 from spallm_convert.paths import user_path
 from spallm_convert.source.skeleton import remote_class
 from spallm_formats import SketchedCheckpoint, SketchMetadata
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from . import quantizer  # noqa: F401  registers the checkpoint's quantizer
+from .tables import load_tables
 
 #: Options of `from_pretrained` that say where files come from.
 _HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "subfolder", "token"}
@@ -37,11 +41,6 @@ def load_sketched(
     trainable parameters, and `model.set_tables(name)` changes between sets of tables.
     Raises FormatError when the checkpoint breaks the format, SourceError when it cannot be had.
     """
-    from transformers import AutoConfig
-
-    from . import quantizer  # noqa: F401  registers the checkpoint's quantizer
-    from .tables import load_tables
-
     dtype = options.pop("torch_dtype", dtype)  # its former name, which transformers takes too
     name = os.fspath(model)
     path = user_path(name)
@@ -50,8 +49,6 @@ def load_sketched(
         name = str(path)
     elif path.exists() or name.startswith((".", "/", "~")):
         raise SourceError(f"no such folder: {name}")
-    from spallm_convert.source.hub import clear_errors
-
     with clear_errors(name, SourceError):
         config = AutoConfig.from_pretrained(
             name,
@@ -84,8 +81,6 @@ def load_sketched(
 
 def model_class(config: Any) -> Any:
     """The class that a config names, or the one that finds it in the model's repository."""
-    import transformers
-
     if not config.architectures:
         raise FormatError("config.json: no architectures are named, so no model class is known")
     architecture = config.architectures[0]

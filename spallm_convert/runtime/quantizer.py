@@ -19,7 +19,7 @@ from spallm_convert.errors import FormatError
 from spallm_convert.source.skeleton import aliases
 from spallm_formats import QUANT_METHOD, SketchMetadata
 
-from .linear import SketchedLinear
+from .linear import SketchedLinear, train_tables_only
 from .tables import attach_set_tables
 
 if TYPE_CHECKING:
@@ -132,12 +132,3 @@ class SpallmQuantizer(HfQuantizer):
             dense.bias = module.bias
             model.set_submodule(name, dense)
         return model
-
-
-def train_tables_only(model: nn.Module) -> None:
-    """Makes the sketch tables trainable and freezes all else."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, SketchedLinear):
-            module.weight_table.requires_grad_(True)

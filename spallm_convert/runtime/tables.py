@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from spallm_convert.errors import FormatError, OptionError, SourceError
 from spallm_convert.paths import user_path
+from spallm_convert.source.hub import download_tables
 from spallm_formats import (
     TABLE_SUFFIX,
     TABLES_FILE,
@@ -95,8 +98,6 @@ def _describe(model: Any) -> TablesMetadata:
 def _write(
     target: Path, tensors: dict[str, Tensor], metadata: TablesMetadata, *, overwrite: bool
 ) -> None:
-    from safetensors.torch import save
-
     if (target / TABLES_METADATA_FILE).exists() and not overwrite:
         raise OptionError(f"{target} holds sketch tables already; overwrite=True replaces them")
     target.mkdir(parents=True, exist_ok=True)
@@ -267,9 +268,6 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """Tensors of a tables file, each checked against the parameter that it is for."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -367,8 +365,6 @@ def _like(tensor: Tensor, parameter: Tensor, *, keep_dtype: bool) -> Tensor:
 
 def _find(source: str | os.PathLike[str], revision: str | None) -> Path:
     """The folder of a tables-only checkpoint, downloaded where it is an id on the Hub."""
-    from spallm_convert.source.hub import download_tables
-
     folder = user_path(source)
     if not folder.is_dir():
         if folder.exists() or str(source).startswith((".", "/", "~")):

@@ -13,7 +13,7 @@ from typing import Any
 
 from spallm_convert.config import AUTO, SketchConfig
 from spallm_convert.errors import OptionError, SourceError
-from spallm_convert.source.locate import DenseCheckpoint
+from spallm_convert.source.checkpoint import DenseCheckpoint
 from spallm_convert.source.skeleton import is_in_block, read_skeleton
 from spallm_formats import (
     FLOAT_STORAGE,
@@ -25,13 +25,13 @@ from spallm_formats import (
     plan_shards,
 )
 
-from .widths import Choice, check_target, given
+from .widths import Choice, check_target, with_choice
 
 
 @dataclass(frozen=True)
 class Plan:
     """metadata: what is sketched and how; weights: the dense weight of each sketched module;
-    paths: where it is in the model, which may differ from its name in the base model's prefix.
+    path_of: where it is in the model, which may differ from its name in the base model's prefix.
 
     kept: tensors copied as they are; left_dense: linear layers among them that were not sketched,
     each with the reason; shards: the files to write.
@@ -39,7 +39,7 @@ class Plan:
 
     metadata: SketchMetadata
     weights: dict[str, StoredTensor]
-    paths: dict[str, str]
+    path_of: dict[str, str]
     kept: dict[str, StoredTensor]
     left_dense: dict[str, str]
     shards: list[Shard]
@@ -49,14 +49,14 @@ class Plan:
         return sum(module.weights for module in self.metadata.modules.values())
 
     @property
-    def names(self) -> dict[str, str]:
+    def name_of(self) -> dict[str, str]:
         """The sketched modules' names in the checkpoint, by their paths in the model."""
-        return {path: name for name, path in self.paths.items()}
+        return {path: name for name, path in self.path_of.items()}
 
-    def inside(self, path: str) -> dict[str, str]:
+    def by_block(self, path: str) -> dict[str, str]:
         """Names in the checkpoint of the sketched modules below a path, by their names there."""
         start = path + "."
-        return {p.removeprefix(start): n for p, n in self.names.items() if p.startswith(start)}
+        return {p.removeprefix(start): n for p, n in self.name_of.items() if p.startswith(start)}
 
     def totals(self) -> dict[str, Any]:
         """Sizes before and after, in weights, bytes and bits per weight."""
@@ -85,7 +85,7 @@ def make_plan(
     folder, tensors = checkpoint.folder, checkpoint.tensors
     skeleton = read_skeleton(folder, checkpoint.config, trust_remote_code=trust_remote_code)
     modules: dict[str, SketchedModule] = {}
-    paths: dict[str, str] = {}
+    path_of: dict[str, str] = {}
     left_dense: dict[str, str] = {}
     problems: list[str] = []
     names = {path: skeleton.stored_name(path, tensors) for path in skeleton.linears}
@@ -105,7 +105,7 @@ def make_plan(
         else:
             problems += _tensor_problems(weight, shape)
             modules[name] = _sketched(shape, config)
-            paths[name] = path
+            path_of[name] = path
     _check_patterns(config.ignore, [(path, name or path) for path, name in names.items()])
     left_dense |= _other_matrices(tensors, {*modules, *left_dense})
     if problems:
@@ -114,15 +114,17 @@ def make_plan(
         raise SourceError(f"{folder}: no linear layer to sketch {_why_none(left_dense)}")
     _check_groups(modules)
     check_target(modules, config)
-    return _laid_out(tensors, modules, paths, left_dense, config)
+    return _laid_out(tensors, modules, path_of, left_dense, config)
 
 
 def reallocate(
     plan: Plan, choices: Mapping[str, Choice], checkpoint: DenseCheckpoint, config: SketchConfig
 ) -> Plan:
     """The same plan with other bits and groups, of every module by its name."""
-    modules = {name: given(module, choices[name]) for name, module in plan.metadata.modules.items()}
-    return _laid_out(checkpoint.tensors, modules, plan.paths, plan.left_dense, config)
+    modules = {
+        name: with_choice(module, choices[name]) for name, module in plan.metadata.modules.items()
+    }
+    return _laid_out(checkpoint.tensors, modules, plan.path_of, plan.left_dense, config)
 
 
 def _other_matrices(tensors: dict[str, StoredTensor], known: set[str]) -> dict[str, str]:
@@ -150,7 +152,7 @@ def _check_patterns(patterns: tuple[str, ...], layers: list[tuple[str, str]]) ->
 def _laid_out(
     tensors: dict[str, StoredTensor],
     modules: dict[str, SketchedModule],
-    paths: dict[str, str],
+    path_of: dict[str, str],
     left_dense: dict[str, str],
     config: SketchConfig,
 ) -> Plan:
@@ -172,7 +174,7 @@ def _laid_out(
             kept[tensor.name] = tensor
             groups.append((TensorSpec(tensor.name, tensor.dtype, tensor.shape),))
     shards = plan_shards(groups, config.max_shard_bytes)
-    return Plan(metadata, weights, paths, kept, left_dense, shards)
+    return Plan(metadata, weights, path_of, kept, left_dense, shards)
 
 
 def _sketched(shape: tuple[int, int], config: SketchConfig) -> SketchedModule:

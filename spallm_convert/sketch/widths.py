@@ -40,14 +40,14 @@ def uniform(module: SketchedModule, bits: int, config: SketchConfig) -> Choice:
     return Choice(bits, config.groups_for(module.in_features))
 
 
-def given(module: SketchedModule, choice: Choice) -> SketchedModule:
+def with_choice(module: SketchedModule, choice: Choice) -> SketchedModule:
     """A module with other bits and groups."""
     return replace(module, bits=choice.bits, groups_per_row=choice.groups)
 
 
 def stored_bits(module: SketchedModule, choice: Choice, config: SketchConfig) -> int:
     """What a module takes on disk: index map with its padding, and tables."""
-    specs = given(module, choice).tensors("", config.mapping, config.table_dtype)
+    specs = with_choice(module, choice).tensors("", config.mapping, config.table_dtype)
     return 8 * sum(spec.nbytes for spec in specs)
 
 
@@ -89,7 +89,7 @@ def _several(module: SketchedModule, bits: int, config: SketchConfig) -> list[Ch
     for groups in _SEVERAL_GROUPS:
         if module.in_features % (groups * ALIGNMENT) == 0:  # others are slow on GPUs
             choice = Choice(bits, groups)
-            _, table = given(module, choice).tensors("", config.mapping, config.table_dtype)
+            _, table = with_choice(module, choice).tensors("", config.mapping, config.table_dtype)
             if 8 * table.nbytes < module.weights:
                 found.append(choice)
     return found

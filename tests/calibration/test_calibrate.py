@@ -25,15 +25,16 @@ from spallm_convert import (
     load_sketched,
 )
 from spallm_convert.calibration import backends
+from spallm_convert.calibration.blocks.stages import Streams
 from spallm_convert.calibration.healing import tuning
-from spallm_convert.calibration.sketching import Streams, sketch_block
+from spallm_convert.calibration.sketching import sketch_block
 from spallm_convert.calibration.windows import CalibrationText
 from spallm_convert.cli import main
 from spallm_convert.cli.demo_run import demo_model
-from spallm_convert.evaluation.opening import load_tokenizer
 from spallm_convert.sketch.plan import make_plan
 from spallm_convert.source.gguf import dequantized
 from spallm_convert.source.locate import find_here
+from spallm_convert.source.tokenizer import load_tokenizer
 from spallm_kernels import fit
 
 

@@ -20,10 +20,10 @@ from spallm_convert import (
 from spallm_convert.calibration import backends
 from spallm_convert.calibration.allocation import allocate
 from spallm_convert.calibration.blocks.blocks import Blocks
-from spallm_convert.calibration.calibrate import Texts
 from spallm_convert.cli import main
 from spallm_convert.conversion import convert as conversion
-from spallm_convert.conversion.report import identity
+from spallm_convert.conversion.identity import identity
+from spallm_convert.conversion.texts import Texts
 from spallm_convert.devices import (
     clear_memory_errors,
     find_device,
@@ -167,7 +167,7 @@ def test_how_a_device_multiplies_counts_for_healing_alone(monkeypatch):
     config = calibrated("text")
     for fast, name in ((True, "cpu, bfloat16"), (False, "cpu")):
         monkeypatch.setattr(
-            "spallm_convert.conversion.report.has_fast_bfloat16", lambda device, fast=fast: fast
+            "spallm_convert.conversion.identity.has_fast_bfloat16", lambda device, fast=fast: fast
         )
         for healing, expected in ((tokens, name), (None, "cpu")):
             same = identity(config, {}, Texts(tokens, healing), cpu)

@@ -10,7 +10,8 @@ from helpers.calibration import calibrated, save_text
 from helpers.tiny_models import save_tiny_llama
 from helpers.training import word_tokenizer
 from spallm_convert import SketchConfig, convert
-from spallm_convert.calibration.sketching import Streams, replay_block, sketch_block
+from spallm_convert.calibration.blocks.stages import Streams
+from spallm_convert.calibration.sketching import replay_block, sketch_block
 from spallm_convert.sketch.plan import make_plan
 from spallm_convert.source.locate import find_here
 
@@ -89,7 +90,7 @@ def test_both_streams_leave_a_block_as_it_is_then(tmp_path, monkeypatch, which):
     plan = make_plan(find_here(str(folder)).open(folder), SketchConfig(bits=2, groups_per_row=1))
     tokens = torch.randint(2, 128, (6, 24), generator=torch.Generator().manual_seed(0))
     blocks = open_blocks(folder, tokens)
-    names = plan.inside(blocks.path_of(0)) if which == "all" else {}
+    names = plan.by_block(blocks.path_of(0)) if which == "all" else {}
     layers = {inner: plan.metadata.modules[name] for inner, name in names.items()}
     found, expected = (Streams(list(blocks.inputs), list(blocks.inputs)) for _ in range(2))
     sketched = dict(sketch_block(blocks, 0, layers, found, plan.metadata))

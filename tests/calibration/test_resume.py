@@ -45,17 +45,17 @@ def test_a_damaged_block_is_sketched_again(source, text, tmp_path, damage, mappi
 
 
 def test_blocks_that_are_whole_are_not_sketched_again(source, text, tmp_path, monkeypatch):
-    from spallm_convert.calibration import sketching
+    from spallm_convert.calibration import calibrate
 
     assert len(stopped(source, tmp_path / "out", options(text), 10)) == 1
     sketched = []
-    sketch_block = sketching.sketch_block
+    sketch_block = calibrate.sketch_block
 
     def spied(blocks, number, *arguments):
         sketched.append(number)
         return sketch_block(blocks, number, *arguments)
 
-    monkeypatch.setattr(sketching, "sketch_block", spied)
+    monkeypatch.setattr(calibrate, "sketch_block", spied)
     convert(source, tmp_path / "out", options(text), device="cpu", resume=True)
     assert sketched == [1]
 

@@ -1,5 +1,6 @@
 """A killed conversion: never taken for a whole one, and resumed to the same bytes."""
 
+import errno
 import json
 import os
 import shutil
@@ -247,3 +248,34 @@ def test_two_conversions_into_one_folder_exclude_each_other(tiny_llama, tmp_path
         pytest.raises(SpallmError, match="another process is writing"),
     ):
         convert(tiny_llama.folder, tmp_path / "out", resume=True)
+
+
+def test_a_lock_of_a_killed_process_does_not_block(tmp_path):
+    script = (
+        "import os, pathlib, signal, sys\n"
+        "from spallm_formats import Staging\n"
+        "with Staging(pathlib.Path(sys.argv[1]), {}):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, tmp_path / "out"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "out" / PARTIAL_FOLDER / "lock").exists()
+    with Staging(tmp_path / "out", {}, resume=True) as staging:
+        staging.write_file("config.json", b"{}")
+        staging.publish(["config.json"], [])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks of Windows are no flock")
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_disk_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch, code):
+    import fcntl
+
+    def refuse(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with Staging(tmp_path / "out", {}) as staging:
+        staging.write_file("config.json", b"{}")
+        staging.publish(["config.json"], [])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]

@@ -15,24 +15,23 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+from torch import Tensor
 
+from spallm_convert.calibration.blocks.blocks import Blocks
 from spallm_convert.calibration.store import sound_files, write_sound
 from spallm_convert.config import BITS, SketchConfig
 from spallm_convert.errors import CalibrationError
+from spallm_convert.progress import Progress
+from spallm_convert.sketch.plan import Plan
 from spallm_convert.sketch.widths import Choice, budget_for, stored_bits, uniform
 from spallm_formats import load_json, to_json
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from spallm_convert.calibration.blocks.blocks import Blocks
-    from spallm_convert.progress import Progress
-    from spallm_convert.sketch.plan import Plan
-
-    from .prediction import FusedSet
+from .prediction import FusedSet, predict
+from .sensitivity import sensitivities
 
 _NAME = "allocation"
 
@@ -73,13 +72,10 @@ def allocate(
     tokens: int64 [samples, seqlen], those that `blocks` were opened with. Raises CalibrationError
     for weights, inputs or gradients that are not finite.
     """
-    from .prediction import predict
-    from .sensitivity import sensitivities
-
     kept = Allocation.read(folder)
     if kept is not None:
         return kept
-    costs = sensitivities(blocks, tokens, plan.paths.values(), seed=config.seed, say=progress.say)
+    costs = sensitivities(blocks, tokens, plan.path_of.values(), seed=config.seed, say=progress.say)
     sets = predict(blocks, plan, config, costs, say=progress.say)
     chosen = choose(sets, plan, config)
     chosen.write(folder)
@@ -124,9 +120,6 @@ def solve(
     sizes, losses: of every set, as long as it has choices. Raises ValueError when the smallest
     choices do not fit, CalibrationError when HiGHS finds nothing.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
     if sum(map(min, sizes)) > budget:
         raise ValueError(f"the least size is {sum(map(min, sizes))}, the budget {budget}")
     ends = np.cumsum([0, *map(len, sizes)])

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from spallm_convert.calibration.backends import choose_numerics
 from spallm_convert.calibration.blocks.blocks import Blocks
-from spallm_convert.calibration.layers import DAMPING, fit_options
-from spallm_convert.calibration.sketching import (
+from spallm_convert.calibration.blocks.stages import (
     Stage,
     check_sums,
     find_stages,
     flat_inputs,
     on_input,
 )
+from spallm_convert.calibration.layers import DAMPING, fit_options
 from spallm_convert.config import SketchConfig
 from spallm_convert.errors import CalibrationError
 from spallm_convert.sketch.plan import Plan
@@ -91,7 +91,7 @@ def predict(
     for number in range(len(blocks)):
         say(f"bits: block {number + 1} of {len(blocks)}")
         block, prefix = blocks.load(number), blocks.path_of(number) + "."
-        names = plan.inside(blocks.path_of(number))
+        names = plan.by_block(blocks.path_of(number))
         modules = {inner: plan.metadata.modules[name] for inner, name in names.items()}
         weights = {inner: _weights(block, inner, prefix) for inner in modules}
         costs = {inner: sensitivities[prefix + inner] for inner in modules}

@@ -72,6 +72,11 @@ class Blocks:
     def device(self) -> torch.device:
         return self._device
 
+    def take_inputs(self) -> list[Tensor]:
+        """Return `inputs` and forget them, so that the caller can free them batch by batch."""
+        taken, self.inputs = self.inputs, []
+        return taken
+
     def load(self, number: int) -> nn.Module:
         """A block with its dense weights, to be given back by `unload`."""
         self._weights.fill(self._modules[number], self._paths[number])

@@ -51,10 +51,14 @@ class StandIns:
             calls.append(call)
             entered.append(hidden)
             if len(calls) == count:
-                raise Enough
+                raise StopForward
             return (hidden,) if self.as_tuple else hidden
 
-        with self._instead_of_blocks(stand_in), contextlib.suppress(Enough), self.clear_errors():
+        with (
+            self._instead_of_blocks(stand_in),
+            contextlib.suppress(StopForward),
+            self.clear_errors(),
+        ):
             self._model(tokens, use_cache=False)
         if len(calls) != count or entered[0].is_meta:
             why = f"only {len(calls)} of {count} were run"
@@ -73,7 +77,7 @@ class StandIns:
             nonlocal calls
             calls += 1
             if calls > len(self._modules):
-                raise Enough
+                raise StopForward
             _, hidden = Call.taken_apart(args, kwargs)
             return (hidden,) if self.as_tuple else hidden
 
@@ -101,7 +105,7 @@ class StandIns:
         """What a model's own code makes of being run like this, as an error of ours."""
         try:
             yield
-        except (Enough, SpallmError):
+        except (StopForward, SpallmError):
             raise
         except Exception as error:
             if is_out_of_memory(error):
@@ -132,5 +136,5 @@ def _return_hidden_states_alone(model: PreTrainedModel) -> None:
                 setattr(config, name, False)
 
 
-class Enough(Exception):  # noqa: N818  nothing went wrong
+class StopForward(Exception):  # noqa: N818  nothing went wrong
     """Ends a run of which all is known that is wanted."""

@@ -20,7 +20,7 @@ from spallm_convert.calibration.blocks.blocks import Blocks
 from spallm_convert.devices import fast_products
 from spallm_convert.errors import CalibrationError
 
-from .tuning import TableTuner, at_random, parted
+from .tuning import TableTuner, shuffled_forever, split_batches
 
 #: Tokens of a step, one sample at least: their logits are in memory three times, in the precision
 #: that the model computes in.
@@ -63,7 +63,7 @@ def distill(
     size = len(final[0])
     trained, held_out = (
         [batch * size + place for batch in batches for place in range(size)]
-        for batches in parted(len(final))
+        for batches in split_batches(len(final))
     )
 
     def loss(samples: list[int]) -> Tensor:
@@ -83,7 +83,7 @@ def distill(
     tuner.put(better)
     better.clear()  # a copy less in memory
     tuner.offer(measured())
-    samples, begin = at_random(trained, seed), time.monotonic()
+    samples, begin = shuffled_forever(trained, seed), time.monotonic()
     at_once = max(1, STEP_TOKENS // tokens.shape[1])
     for step in range(1, steps + 1):
         tuner.step(loss([next(samples) for _ in range(at_once)]))

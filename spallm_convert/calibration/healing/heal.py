@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spallm_convert.calibration.blocks.blocks import Blocks
-from spallm_convert.calibration.sketching import Streams
+from spallm_convert.calibration.blocks.stages import Streams
 from spallm_convert.calibration.store import CalibratedModules
 from spallm_convert.config import SketchConfig
 from spallm_convert.devices import peak_memory
@@ -58,9 +58,9 @@ def heal(
     """
     begin = time.monotonic()
     distilled = _tuned(blocks, plan, config, tokens, done, progress.say)
-    names = plan.names
+    name_of = plan.name_of
     tables = {
-        names[path]: _stored(names[path], table.cpu().numpy(), plan, done)
+        name_of[path]: _stored(name_of[path], table.cpu().numpy(), plan, done)
         for path, table in distilled.tables.items()
     }
     done.write_healed(tables, {"kl_before": distilled.before, "kl_after": distilled.after})
@@ -81,15 +81,15 @@ def _tuned(
     say: Callable[[str], None],
 ) -> Distilled:
     assert config.calibration is not None
-    names = plan.names
+    name_of = plan.name_of
     dtype: torch.dtype = getattr(torch, plan.metadata.table_dtype)
     seed = config.seed
 
     def sketched(path: str, dense: nn.Linear) -> SketchedLinear | None:
-        return _layer(names[path], dense, plan, done) if path in names else None
+        return _layer(name_of[path], dense, plan, done) if path in name_of else None
 
-    streams = Streams(blocks.inputs, list(blocks.inputs))
-    blocks.inputs = []
+    inputs = blocks.take_inputs()
+    streams = Streams(inputs, list(inputs))
     tables: dict[str, Tensor] = {}
     for number in range(len(blocks)):
         found, before, after = reconstruct(

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from spallm_convert.calibration.blocks.blocks import Blocks
-from spallm_convert.calibration.sketching import Streams
+from spallm_convert.calibration.blocks.stages import Streams
 from spallm_convert.devices import fast_products
 from spallm_convert.errors import CalibrationError
 from spallm_convert.runtime.linear import SketchedLinear
 
-from .tuning import TableTuner, at_random, parted
+from .tuning import TableTuner, shuffled_forever, split_batches
 
 #: Gives the sketched layer for a path in the model and its dense layer; None to leave that.
 Replace = Callable[[str, nn.Linear], SketchedLinear | None]
@@ -57,7 +57,7 @@ def reconstruct(
     layers = _replace_layers(sketched, path, replace)
     _let_through(blocks, number, block, streams.dense)
     targets, inputs = streams.dense, streams.sketched
-    trained, held_out = parted(len(targets))
+    trained, held_out = split_batches(len(targets))
 
     def error(batch: int) -> Tensor:
         with fast_products(blocks.device):
@@ -74,7 +74,7 @@ def reconstruct(
     tables = {name: layer.weight_table.detach() for name, layer in layers.items()}
     if tables and before > 0:
         tuner = TableTuner(sketched, len(trained), before, dtype)
-        for batch in islice(at_random(trained, seed), len(trained)):
+        for batch in islice(shuffled_forever(trained, seed), len(trained)):
             tuner.step(error(batch) / before)
         with tuner.as_stored():
             tuner.offer(measured())

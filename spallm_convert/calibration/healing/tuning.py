@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spallm_convert.runtime.linear import SketchedLinear
-from spallm_convert.runtime.quantizer import train_tables_only
+from spallm_convert.runtime.linear import SketchedLinear, train_tables_only
 
 #: AdamW's, of the distance between a table's entries, root mean square / entries. What is to be
 #: gained is in proportion to that distance, and so may be what noisy steps lose: models with small
@@ -92,13 +91,13 @@ def rate_factor(step: int, steps: int) -> float:
     return min((step + 1) / warm_up, max(0.0, (steps - step) / max(1, steps - warm_up)))
 
 
-def parted(batches: int) -> tuple[list[int], list[int]]:
+def split_batches(batches: int) -> tuple[list[int], list[int]]:
     """Which of at least two batches are trained on, and which are held out."""
     assert batches > 1
     return [n for n in range(batches) if n % HELD_OUT], list(range(0, batches, HELD_OUT))
 
 
-def at_random(pieces: list[int], seed: int) -> Iterator[int]:
+def shuffled_forever(pieces: list[int], seed: int) -> Iterator[int]:
     """Pieces in random order, each once before any comes again."""
     generator = np.random.default_rng(seed)
     while True:

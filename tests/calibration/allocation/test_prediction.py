@@ -85,7 +85,7 @@ def predicted(source, text, *, ignore=(), **changes):
     by_token = random_sensitivity(1).tokens
     costs = {
         path: random_sensitivity(plan.metadata.modules[name].out_features)
-        for name, path in plan.paths.items()
+        for name, path in plan.path_of.items()
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sensitivity, "TOKENS", len(by_token))

@@ -13,12 +13,17 @@ from torch.nn.functional import kl_div, log_softmax
 from helpers.blocks import open_blocks
 from helpers.tiny_models import save_tiny_llama
 from spallm_convert import CalibrationError, devices
+from spallm_convert.calibration.blocks.stages import Streams
 from spallm_convert.calibration.healing import tuning
 from spallm_convert.calibration.healing.distillation import Divergence, distill
 from spallm_convert.calibration.healing.heal import MOST_TOKENS, samples_for
 from spallm_convert.calibration.healing.reconstruction import reconstruct
-from spallm_convert.calibration.healing.tuning import TableTuner, at_random, parted, rate_factor
-from spallm_convert.calibration.sketching import Streams
+from spallm_convert.calibration.healing.tuning import (
+    TableTuner,
+    rate_factor,
+    shuffled_forever,
+    split_batches,
+)
 from spallm_convert.runtime.linear import SketchedLinear
 from spallm_formats import SketchedModule, pack
 from spallm_kernels import assign, kmeans
@@ -232,17 +237,17 @@ def test_rates_are_in_proportion_to_the_distance_between_entries(blocks):
 
 
 def test_one_batch_in_eight_is_held_out():
-    assert parted(20) == ([n for n in range(20) if n % 8], [0, 8, 16])
-    assert parted(2) == ([1], [0])
+    assert split_batches(20) == ([n for n in range(20) if n % 8], [0, 8, 16])
+    assert split_batches(2) == ([1], [0])
 
 
-def test_pieces_come_at_random_each_once_before_any_again():
+def test_pieces_come_shuffled_forever_each_once_before_any_again():
     pieces = [3, 5, 7, 9]
-    drawn = at_random(pieces, seed=1)
+    drawn = shuffled_forever(pieces, seed=1)
     rounds = [[next(drawn) for _ in pieces] for _ in range(20)]
     assert all(sorted(found) == pieces for found in rounds)
     assert len(set(map(tuple, rounds))) > 5
-    again = at_random(pieces, seed=1)
+    again = shuffled_forever(pieces, seed=1)
     assert [[next(again) for _ in pieces] for _ in range(20)] == rounds
 
 
