@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: One of them is in any folder with a tokenizer that has a vocabulary.
 _OF_TOKENIZERS = ("tokenizer.json", "*vocab*", "*.model", "*.spm", "*.tiktoken", "*.gguf")
+#: SentencePiece's mark before a word, which is in vocabularies that are otherwise empty.
+_WORD_START = "\u2581"
 
 
 def load_any(
@@ -125,7 +127,7 @@ def _load_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
 
     try:
         with clear_errors(model, SourceError):
-            return AutoTokenizer.from_pretrained(place, **options)
+            tokenizer: Any = AutoTokenizer.from_pretrained(place, **options)
     except SourceError:
         raise
     except Exception as error:  # what it raises without files of a tokenizer differs by model
@@ -133,3 +135,15 @@ def _load_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
         lacks = folder.is_dir() and not any(any(folder.glob(p)) for p in _OF_TOKENIZERS)
         why = f"no file of one is in {folder}" if lacks else one_line(error)
         raise SourceError(f"{model}: its tokenizer cannot be loaded ({why})") from error
+    if tokenizer.is_fast and not _has_vocabulary(tokenizer):
+        why = f"no vocabulary is in {place}"
+        raise SourceError(f"{model}: its tokenizer cannot be loaded ({why})")
+    return tokenizer
+
+
+def _has_vocabulary(tokenizer: Any) -> bool:
+    """Returns whether there are tokens that are not special.
+
+    For many models transformers makes a tokenizer without them if no file of one is there.
+    """
+    return bool(tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens, _WORD_START})
