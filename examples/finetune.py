@@ -3,9 +3,10 @@
     spallm-convert meta-llama/Llama-3.2-1B -o base
     python examples/finetune.py base train.json --output tuned
 
-Data: a JSON or JSONL file, or a dataset on the Hub (needs `pip install datasets`). Records have
-`instruction`, `input` (may be missing or empty) and `output`; the loss counts the output only. Most
-defaults come from the SketchTune paper (arXiv 2410.06364). docs/howto/train.md says which and why.
+Data: a JSON or JSONL file, or a dataset on the Hub (needs `pip install 'spallm-convert[datasets]'`).
+Records have `instruction`, `input` (may be missing or empty) and `output`; the loss counts the output
+only. Most defaults come from the SketchTune paper (arXiv 2410.06364). docs/howto/train.md says which
+and why.
 """
 
 from __future__ import annotations
@@ -118,7 +119,13 @@ def read_records(source: str) -> list[dict[str, Any]]:
     if not path.exists():
         if path.suffix in {".json", *JSON_LINES}:
             raise SystemExit(f"no such file: {source}")
-        from datasets import load_dataset
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            raise SystemExit(
+                f"{source}: no such file, and reading a dataset of the Hub needs the package "
+                f"'datasets': pip install 'spallm-convert[datasets]'"
+            ) from None
 
         records = list(load_dataset(source, split="train"))
     else:

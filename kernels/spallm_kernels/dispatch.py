@@ -191,13 +191,19 @@ def load_decoder(name: str) -> Decoder:
 @functools.cache
 def _why_not_triton(device: torch.device, bits: int) -> str | None:
     """Return why the Triton kernels cannot be used on a device, or None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
     if bits > _TRITON_BITS:
         return f"the Triton kernels support up to {_TRITON_BITS} bits, found {bits}"
-    if device.type == "cpu":
-        interpreted = load_backend("triton").INTERPRETED  # type: ignore[attr-defined]
-        return None if interpreted else "tensors are on the CPU"
+    if device.type != "cpu" and (obstacle := _why_not_gpu(device)) is not None:
+        return obstacle
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'spallm-convert[gpu]'"
+    if device.type == "cpu" and not load_backend("triton").INTERPRETED:  # type: ignore[attr-defined]
+        return "tensors are on the CPU"
+    return None
+
+
+def _why_not_gpu(device: torch.device) -> str | None:
+    """Return what a device lacks to run the Triton kernels, or None if it lacks nothing."""
     if device.type != "cuda" or torch.version.hip is not None:
         kind = "an AMD GPU" if torch.version.hip is not None else f"{device.type!r}"
         return f"the Triton kernels need an NVIDIA GPU, found {kind}"

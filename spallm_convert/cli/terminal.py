@@ -94,7 +94,8 @@ class _WorkProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        if not self._bar.disable:  # rich 13.7 prints an empty line even for a bar that is disabled
+            self._bar.stop()
 
     def start(self, total: int, /) -> None:
         self._total = total

@@ -55,6 +55,10 @@ from .shards import write_shard
 from .texts import Texts, draw_texts
 
 _CALIBRATED = "calibrated"
+_HASHED = (
+    "a hashed index map keeps only the mean of the weights that collide: without training, "
+    "perplexity is above 10,000 at every width; train the tables before you use this model"
+)
 
 
 def convert(
@@ -111,6 +115,8 @@ def convert(
                 _publish(staging, checkpoint, plan, report, older)
     written = Report.read(folder)
     assert written is not None
+    if progress is not None and config.mapping == "hash" and "healing" not in written.document:
+        progress.remark(_HASHED)
     return written
 
 

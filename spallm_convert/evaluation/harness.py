@@ -41,7 +41,7 @@ def load_harness() -> tuple[Any, Any]:
     except ImportError as error:
         raise OptionError(
             f"tasks are run by EleutherAI's lm-evaluation-harness, which cannot be imported "
-            f"({error}): pip install 'lm_eval[hf]'"
+            f"({error}): pip install 'spallm-convert[eval]'"
         ) from error
     return modules[0], modules[1]
 

@@ -26,7 +26,8 @@ def dequantized(path: Path, scratch: Path) -> Path:
         import gguf  # noqa: F401
     except ImportError as error:
         raise SourceError(
-            f"reading {path.name} needs the package {error.name!r}: pip install {error.name}"
+            f"reading {path.name} needs the package {error.name!r}: "
+            f"pip install 'spallm-convert[gguf]'"
         ) from error
     import torch
     from safetensors import SafetensorError

@@ -140,7 +140,7 @@ def _read_dataset(source: str) -> list[str]:
     except ImportError as error:
         raise SourceError(
             f"text {source!r}: no such file, and reading a dataset of the Hub needs the package "
-            f"'datasets': pip install datasets"
+            f"'datasets': pip install 'spallm-convert[datasets]'"
         ) from error
     try:
         records = datasets.load_dataset(name, *parts, split=split, streaming=True)

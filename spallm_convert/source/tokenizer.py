@@ -14,6 +14,8 @@ from .locate import Source
 
 #: One of them is in any folder with a tokenizer that has a vocabulary.
 _OF_TOKENIZERS = ("tokenizer.json", "*vocab*", "*.model", "*.spm", "*.tiktoken", "*.gguf")
+#: SentencePiece's mark before a word, which is in vocabularies that are otherwise empty.
+_WORD_START = "\u2581"
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
@@ -31,7 +33,7 @@ def read_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
     """
     try:
         with clear_errors(model, SourceError):
-            return AutoTokenizer.from_pretrained(place, **options)
+            tokenizer: Any = AutoTokenizer.from_pretrained(place, **options)
     except SourceError:
         raise
     except Exception as error:  # what it raises without files of a tokenizer differs by model
@@ -39,3 +41,15 @@ def read_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
         lacks = folder.is_dir() and not any(any(folder.glob(p)) for p in _OF_TOKENIZERS)
         why = f"no file of one is in {folder}" if lacks else one_line(error)
         raise SourceError(f"{model}: its tokenizer cannot be loaded ({why})") from error
+    if tokenizer.is_fast and not _has_vocabulary(tokenizer):
+        why = f"no vocabulary is in {place}"
+        raise SourceError(f"{model}: its tokenizer cannot be loaded ({why})")
+    return tokenizer
+
+
+def _has_vocabulary(tokenizer: Any) -> bool:
+    """Return whether there are tokens that are not special.
+
+    For many models, transformers makes a tokenizer without such tokens if its files are missing.
+    """
+    return bool(tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens, _WORD_START})

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.triton import NO_TRITON
 from spallm_kernels import lut_linear
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +21,7 @@ LAYERS = ("4096x4096", "14336x4096", "4096x14336", "8192x28672")
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """The document of a smoke run."""
+    pytest.importorskip("triton", reason=NO_TRITON)
     output = tmp_path_factory.mktemp("smoke") / "gpu.json"
     folders = (ROOT, ROOT / "formats", ROOT / "kernels")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}

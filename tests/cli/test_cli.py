@@ -94,6 +94,23 @@ def test_few_bits_without_calibration_get_advice(options, advised, tiny_llama, c
     assert ("consider --calibration" in capsys.readouterr().err) == advised
 
 
+@pytest.mark.parametrize(
+    ("options", "remarked"),
+    [(["--mapping", "hash"], True), (["--mapping", "hash", "-q"], False), ([], False)],
+)
+def test_converting_with_hashed_maps_ends_with_what_they_are_for(
+    options, remarked, tiny_llama, tmp_path, capsys
+):
+    with pytest.raises(SystemExit):
+        main([str(tiny_llama.folder), "-o", str(tmp_path / "out"), *options])
+    out, err = capsys.readouterr()
+    sentence = (
+        "a hashed index map keeps only the mean of the weights that collide: without training"
+    )
+    assert (sentence in (err.splitlines() or [""])[-1]) == remarked
+    assert sentence not in out
+
+
 def test_quiet_is_quiet(run, tiny_llama, tmp_path):
     assert run(tiny_llama.folder, "-o", tmp_path / "out", "-q") == ""
 

@@ -78,7 +78,7 @@ def test_progress_is_told_on_stderr(evaluated, capsys):
         (["--text", "builtin", "--stride", "0"], 2, "window 1024 and stride 0"),
         (["--text", "builtin", "--window", "4096"], 2, "more than the 2048 positions"),
         (["--text", "builtin", "--revision", "main"], 1, "--revision is for models on the Hub"),
-        (["--tasks", "arc"], 2, "pip install 'lm_eval[hf]'"),
+        (["--tasks", "arc"], 2, "pip install 'spallm-convert[eval]'"),
     ],
 )
 def test_command_lines_that_cannot_be_run(run, evaluated, monkeypatch, options, code, message):

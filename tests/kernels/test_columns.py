@@ -9,13 +9,14 @@ import torch
 import spallm_kernels
 from helpers.exact_layers import exact_layer
 from helpers.hessians import correlated_hessian, sorted_tables, weight_rows
+from helpers.triton import needs_triton
 from spallm_kernels import batched
 from spallm_kernels.dispatch import choose_column_backend
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 # With a device, these tests run on it; without one, `conftest.py` has chosen the interpreter.
-pytestmark = [pytest.mark.gpu] if ON_GPU else []
+pytestmark = [needs_triton, *([pytest.mark.gpu] if ON_GPU else [])]
 
 #: rows, columns, groups, entries, columns of a block.
 SHAPES = {

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from helpers.triton import needs_triton
+
+pytestmark = [pytest.mark.slow, needs_triton]
 HELPERS = Path(__file__).parents[1] / "helpers"
 
 #: Instructions of the inner loop per weight, for one token. At 5 on an H100, issuing them takes as

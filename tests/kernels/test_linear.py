@@ -148,6 +148,13 @@ def test_what_the_gpu_kernels_do_not_take(device, bits, message):
     assert message in dispatch._why_not_triton(torch.device(device), bits)
 
 
+def test_missing_triton_is_named_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    reason = dispatch._why_not_triton(torch.device("cuda", 7), 4)
+    assert reason == "Triton is not installed: pip install 'spallm-convert[gpu]'"
+
+
 def test_old_gpus_are_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     reason = dispatch._why_not_triton(torch.device("cuda", 6), 4)

@@ -6,13 +6,15 @@ import sys
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from helpers.sketches import TOLERANCE, passes, random, random_sketch, relative_error
+from helpers.triton import NO_TRITON
 from spallm_kernels import dequantize, dispatch, lut_linear, operators
-from spallm_kernels.triton import linear as triton_linear
-from spallm_kernels.triton import lookup, ptx, tiles
+
+triton = pytest.importorskip("triton", reason=NO_TRITON)
+tl = triton.language
+from spallm_kernels.triton import linear as triton_linear  # noqa: E402
+from spallm_kernels.triton import lookup, ptx, tiles  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -92,7 +92,9 @@ def test_what_is_no_source(tmp_path, monkeypatch):
     for missing in ("nowhere.txt", "some/nowhere.jsonl", "../x/y/z", "wiki text"):
         with pytest.raises(SourceError, match="no such file; accepted are 'builtin'"):
             read_documents(missing)
-    with pytest.raises(SourceError, match=r"no such file, and .*: pip install datasets"):
+    with pytest.raises(
+        SourceError, match=r"no such file, and .*: pip install 'spallm-convert\[datasets\]'"
+    ):
         read_documents("org/name:test")
 
 
