@@ -3,10 +3,10 @@
     spallm-convert meta-llama/Llama-3.2-1B -o base
     python examples/finetune.py base train.json --output tuned
 
-Data: a JSON or JSONL file, or a dataset on the Hub (needs `pip install 'spallm-convert[datasets]'`).
-Records have `instruction`, `input` (may be missing or empty) and `output`; the loss counts the output
-only. Most defaults come from the SketchTune paper (arXiv 2410.06364). docs/howto/train.md says which
-and why.
+Data: a JSON or JSONL file, or a dataset on the Hub. The latter needs
+`pip install 'spallm-convert[datasets]'`. Records have `instruction`, `input` (may be missing or
+empty) and `output`; the loss counts the output only. Most defaults come from the SketchTune paper
+(arXiv 2410.06364). docs/howto/train.md says which and why.
 """
 
 from __future__ import annotations

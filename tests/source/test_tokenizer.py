@@ -5,8 +5,8 @@ from transformers import AutoConfig
 
 from helpers.tiny_tokenizer import tiny_tokenizer
 from spallm_convert import SpallmError
-from spallm_convert.evaluation.opening import load_tokenizer
 from spallm_convert.source.locate import Source
+from spallm_convert.source.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma", "llama", "qwen2", "t5"])
