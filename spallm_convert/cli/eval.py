@@ -1,4 +1,4 @@
-"""`spallm-convert eval MODEL`."""
+"""Define the command `spallm-convert eval MODEL`."""
 
 from __future__ import annotations
 

@@ -108,8 +108,8 @@ def model_class(config: Any) -> Any:
     """
     if not config.architectures:
         raise FormatError(
-            "config.json has no `architectures`, so the model class is unknown: expected a list "
-            "with the name of the class"
+            "config.json: no architectures are named, so the model class is unknown; add "
+            "`architectures` with the name of the class"
         )
     architecture = config.architectures[0]
     remote = remote_class(getattr(config, "auto_map", None), architecture)

@@ -134,7 +134,7 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         model: A model from `load_sketched`, also inside wrappers such as DDP or torch.compile.
 
     Returns:
-        Counts of parameters and bytes. Of sharded parameters, sizes of the whole are counted.
+        Counts of parameters, and bytes of memory.
 
     Raises:
         OptionError: If the model has no sketched layers.

@@ -30,11 +30,20 @@ from .widths import Choice, check_target, with_choice
 
 @dataclass(frozen=True)
 class Plan:
-    """metadata: what is sketched and how; weights: the dense weight of each sketched module;
-    path_of: where it is in the model, which may differ from its name in the base model's prefix.
+    """Describe what a conversion will write; `plan_conversion` returns it.
 
-    kept: tensors copied as they are; left_dense: linear layers among them that were not sketched,
-    each with the reason; shards: the files to write.
+    A module's name is the name of its weight in the checkpoint, without ".weight". Its path in the
+    model can differ from it by the base model's prefix, such as "model.".
+
+    Attributes:
+        metadata: The modules to sketch, by name, with shape, bits and groups; mapping and table
+            dtype.
+        weights: The dense weight of each module to sketch, by the module's name. Only its header
+            has been read.
+        path_of: The path in the model of each module to sketch, by its name.
+        kept: Tensors that are copied unchanged, by name.
+        left_dense: The reason for each layer that is not sketched, by its name.
+        shards: The weight files to write, with the tensors of each.
     """
 
     metadata: SketchMetadata
@@ -46,20 +55,34 @@ class Plan:
 
     @property
     def sketched_weights(self) -> int:
+        """Return the number of weights to sketch."""
         return sum(module.weights for module in self.metadata.modules.values())
 
     @property
     def name_of(self) -> dict[str, str]:
-        """The sketched modules' names in the checkpoint, by their paths in the model."""
+        """Return the names in the checkpoint of the sketched modules, by path in the model."""
         return {path: name for name, path in self.path_of.items()}
 
     def by_block(self, path: str) -> dict[str, str]:
-        """Names in the checkpoint of the sketched modules below a path, by their names there."""
+        """Return the names in the checkpoint of the sketched modules inside a module.
+
+        Args:
+            path: Path of the module in the model, such as "model.layers.0".
+
+        Returns:
+            The names, by path relative to `path`.
+        """
         start = path + "."
         return {p.removeprefix(start): n for p, n in self.name_of.items() if p.startswith(start)}
 
     def totals(self) -> dict[str, Any]:
-        """Sizes before and after, in weights, bytes and bits per weight."""
+        """Return the sizes before and after.
+
+        Returns:
+            A dict with `sketched_weights` and `kept_weights` (numbers of weights), `bits_per_weight`
+            (of the sketched weights, tables and padding included), `source_bytes` and
+            `sketched_bytes` (bytes of all tensors), and `ratio` (source bytes per sketched byte).
+        """
         dense = sum(tensor.nbytes for tensor in self.weights.values())
         sketched = sum(spec.nbytes for spec in self.metadata.tensors().values())
         kept = sum(tensor.nbytes for tensor in self.kept.values())
