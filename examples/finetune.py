@@ -98,7 +98,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, default=4, help="examples at once")
     parser.add_argument("--learning-rate", type=float, default=8e-5, help="highest rate of AdamW")
     parser.add_argument("--max-length", type=int, default=512, help="most tokens per example")
-    parser.add_argument("--held-out", type=int, default=200, help="first N examples, for evaluation")
+    parser.add_argument(
+        "--held-out", type=int, default=200, help="first N examples, for evaluation"
+    )
     parser.add_argument("--tables", action="append", help="pattern of modules to train")
     parser.add_argument("--norms", action="store_true", help="train normalization layers too")
     parser.add_argument("--gradient-checkpointing", action="store_true")

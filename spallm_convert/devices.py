@@ -84,7 +84,9 @@ def full_float32() -> Iterator[None]:
     before = [backend.fp32_precision for backend in backends]
     try:
         older = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through the newer names, to a state that the older name cannot express
+    except (
+        RuntimeError
+    ):  # set through the newer names, to a state that the older name cannot express
         older = None
     torch.set_float32_matmul_precision("highest")  # both names
     try:

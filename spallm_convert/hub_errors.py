@@ -36,9 +36,7 @@ def clear_errors(repo_id: str, kind: type[SpallmError]) -> Iterator[None]:
 def _explanation(error: BaseException, kind: type[SpallmError]) -> str | None:
     """Return the message that follows the name of the repository; None for any other error."""
     if isinstance(error, errors.GatedRepoError):
-        return (
-            " is gated: ask for access on its page, then set HF_TOKEN to a token of your account"
-        )
+        return " is gated: ask for access on its page, then set HF_TOKEN to a token of your account"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
             ": no such repository on the Hub, and no such folder here; check the name, or set "
@@ -51,7 +49,10 @@ def _explanation(error: BaseException, kind: type[SpallmError]) -> str | None:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return ": HF_HUB_OFFLINE is set, so nothing is downloaded; unset it, or pass a folder"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return ": not in the local cache, and the Hub cannot be reached; check the network, or pass a folder"
+        return (
+            ": not in the local cache, and the Hub cannot be reached; check the network, or pass a "
+            "folder"
+        )
     if isinstance(error, errors.HfHubHTTPError):
         return f": the Hub refused ({_reason(error)})"
     if isinstance(error, errors.HFValidationError):

@@ -1,22 +1,36 @@
-"""Turns this project's docstrings, which are plain text, into reStructuredText.
+"""Turn this project's docstrings, which are plain text in Google style, into reStructuredText.
 
-A docstring names a parameter at the start of a line or a clause: `weights: float32 [rows, n]`. Each
-such name starts a new line here, and so does a sentence that begins with "Raises". Text between
-backticks is code. Nothing else is markup: characters that reStructuredText would read as such are
-escaped.
+The sections `Args:`, `Attributes:`, `Returns:`, `Yields:` and `Raises:` become lists of fields.
 
-Signatures are shown as they are written: `Singles`, not what NumPy makes of the alias.
+Elsewhere, a docstring may name a parameter at the start of a line or a clause: `weights: float32
+[rows, n]`. Every parameter then starts a new line, and so does a sentence that begins with
+"Raises". Text between backticks is code. Nothing else is markup: characters that reStructuredText
+would read as markup are escaped.
+
+Signatures are shown as they are written in the source: `Singles`, not NumPy's type for the alias.
 """
 
 import dataclasses
 import inspect
 import re
+import textwrap
 from typing import Any
 
 from sphinx.application import Sphinx
 
 _CODE = re.compile(r"(`[^`]+`)")
 _MARKUP = re.compile(r"([\\*|_<>])")
+_ENTRY = re.compile(r"(\*{0,2}[\w.]+(?:, [\w.]+)*): +(.*)", re.DOTALL)
+#: Section -> the field of its entries in reStructuredText.
+_SECTIONS = {
+    "Args:": "param",
+    "Attributes:": "ivar",
+    "Raises:": "raises",
+    "Returns:": "returns",
+    "Yields:": "yields",
+}
+#: Fields with a name; the others are one text.
+_NAMED = {"param", "ivar", "raises"}
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -30,7 +44,28 @@ def _rewrite(
 ) -> None:
     paragraphs = "\n".join(lines).strip().split("\n\n")
     names = _names(documented)
-    lines[:] = [line for text in paragraphs for line in (*_lines(text, names), "")]
+    rewritten: list[str] = []
+    for text in paragraphs:
+        header, _, body = text.partition("\n")
+        field = _SECTIONS.get(header.strip())
+        rewritten += [*(_fields(field, body) if field else _lines(text, names)), ""]
+    lines[:] = rewritten
+
+
+def _fields(field: str, body: str) -> list[str]:
+    """Return the entries of a section as fields. A line that is indented more continues one."""
+    body = textwrap.dedent(body)
+    if field not in _NAMED:
+        return [f":{field}: {_inline(' '.join(body.split()))}"]
+    fields = []
+    for entry in re.split(r"\n(?! )", body):
+        found = _ENTRY.match(" ".join(entry.split()))
+        if found is None:
+            raise ValueError(f"expected `name: text` in a docstring, found {entry!r}")
+        fields += [
+            f":{field} {_escaped(name)}: {_inline(found[2])}" for name in found[1].split(", ")
+        ]
+    return fields
 
 
 def _as_written(
@@ -38,6 +73,8 @@ def _as_written(
 ) -> tuple[str, str | None] | None:
     if what not in {"function", "method", "class"}:
         return None
+    if getattr(documented, "_is_protocol", False):  # nobody makes an instance of a protocol
+        return "", None
     signature = inspect.signature(documented)
     parameters = [
         parameter.replace(annotation=_Written(parameter.annotation))

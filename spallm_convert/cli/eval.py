@@ -11,6 +11,7 @@ import click
 from spallm_convert.devices import AUTO_DEVICE
 from spallm_convert.evaluation.windows import STRIDE, WINDOW, check_windows, default_stride
 
+
 @click.command("eval", context_settings={"show_default": True})
 @click.argument("model")
 @click.option(
@@ -27,7 +28,10 @@ from spallm_convert.evaluation.windows import STRIDE, WINDOW, check_windows, def
     f"[default: {STRIDE}, or half of --window if that is less]",
 )
 @click.option(
-    "--tokens", metavar="N", type=click.IntRange(min=2), help="Measure only the first N tokens.  [default: all]"
+    "--tokens",
+    metavar="N",
+    type=click.IntRange(min=2),
+    help="Measure only the first N tokens.  [default: all]",
 )
 @click.option(
     "--tasks",

@@ -50,8 +50,8 @@ def load_harness() -> tuple[Any, Any]:
         ]
     except ImportError as error:
         raise OptionError(
-            f"--tasks needs EleutherAI's lm-evaluation-harness, which cannot be imported ({error}): "
-            f"pip install 'lm_eval[hf]'"
+            f"--tasks needs EleutherAI's lm-evaluation-harness, which cannot be imported "
+            f"({error}): pip install 'lm_eval[hf]'"
         ) from error
     return modules[0], modules[1]
 

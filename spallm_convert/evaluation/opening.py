@@ -89,7 +89,9 @@ def _is_sketched(model: str, source: Source | None, revision: str | None) -> boo
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
-def _load_dense(source: Source, dtype: str | torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _load_dense(
+    source: Source, dtype: str | torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
     loaded: PreTrainedModel
     with _clear_loading(source.name):
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)

@@ -82,7 +82,7 @@ def perplexity(
     restored afterwards. Losses are computed from the logits in float32 and summed in float64.
 
     Args:
-        model: The model, as `load_sketched`, `load_any` or transformers return it.
+        model: The model, as `load_sketched`, `load_any` or transformers returns it.
         tokens: Token ids of the text, int64 [n] on any device, n at least 2.
         window: Tokens that the model sees at once, at least 2. At most the number of positions of
             the model if the text is longer than that.
@@ -191,7 +191,7 @@ def evaluate_text(
     the tokenizer adds to a text. The tokens are measured as `perplexity` measures them.
 
     Args:
-        model: The model, as `load_any` or `load_sketched` return it.
+        model: The model, as `load_any` or `load_sketched` returns it.
         tokenizer: The tokenizer of the model, as `load_any` returns it.
         documents: The text, as `read_documents` returns it.
         window: Tokens that the model sees at once, at least 2.

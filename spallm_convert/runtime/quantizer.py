@@ -100,7 +100,7 @@ class SpallmQuantizer(HfQuantizer):
         return sys._getframe(1).f_locals.get("state_dict"), {}
 
     def _describe_tables(self, model: PreTrainedModel) -> None:
-        """Write the present dtype of the tables, which may differ from the stored one, to the config."""
+        """Write the present dtype of the tables to the config; the stored dtype may differ."""
         kinds = {m.weight_table.dtype for m in model.modules() if isinstance(m, SketchedLinear)}
         for kind in kinds:
             self.quantization_config.metadata = dataclasses.replace(

@@ -79,9 +79,10 @@ class Plan:
         """Return the sizes before and after.
 
         Returns:
-            A dict with `sketched_weights` and `kept_weights` (numbers of weights), `bits_per_weight`
-            (of the sketched weights, tables and padding included), `source_bytes` and
-            `sketched_bytes` (bytes of all tensors), and `ratio` (source bytes per sketched byte).
+            A dict with `sketched_weights` and `kept_weights` (numbers of weights),
+            `bits_per_weight` (of the sketched weights, tables and padding included), `source_bytes`
+            and `sketched_bytes` (bytes of all tensors), and `ratio` (source bytes per sketched
+            byte).
         """
         dense = sum(tensor.nbytes for tensor in self.weights.values())
         sketched = sum(spec.nbytes for spec in self.metadata.tensors().values())

@@ -31,9 +31,9 @@ _MOST_CHARACTERS = 1 << 26
 def read_documents(source: str) -> list[str]:
     """Read the documents of a source of text.
 
-    A record of a JSON file or a dataset is one document: its `text`, the contents of its `messages`,
-    or its `instruction`, `input` and `output`, joined by blank lines. Of a `.jsonl` file and of a
-    dataset, the first 64 Mi characters are read.
+    A record of a JSON file or of a dataset is one document: its `text`, the contents of its
+    `messages`, or its `instruction`, `input` and `output`, joined by blank lines. Of a `.jsonl`
+    file and of a dataset, the first 64 Mi characters are read.
 
     Args:
         source: "builtin" (the English documentation that every Python has, one document), the path

@@ -253,7 +253,9 @@ def test_a_misspelt_command(fails):
 def test_usage(fails, source, tmp_path):
     assert "No such option" in fails(2, source, "--bitz", "4")
     assert "'5' is not one of" in fails(2, source, "--bits", "5")
-    assert "expected a number or 'auto', found 'many'" in fails(2, source, "--groups-per-row", "many")
+    assert "expected a number or 'auto', found 'many'" in fails(
+        2, source, "--groups-per-row", "many"
+    )
     assert "expected a size" in fails(2, source, "--max-shard-size", "many")
     assert "cannot be combined" in fails(2, source, "--resume", "--overwrite")
     assert "Missing argument" in fails(2, "convert")

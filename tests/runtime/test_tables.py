@@ -267,7 +267,9 @@ def test_offloaded_models_run_and_their_tables_are_refused(folder, model, tmp_pa
     offloaded = load_sketched(folder, device_map=places, offload_folder=tmp_path / "offloaded")
     assert torch.equal(logits(offloaded), logits(model))
     assert perplexity(offloaded, TOKENS[0]) == perplexity(model, TOKENS[0])
-    with pytest.raises(OptionError, match=r"model.layers.1.* is offloaded \(device_map\), but tables"):
+    with pytest.raises(
+        OptionError, match=r"model.layers.1.* is offloaded \(device_map\), but tables"
+    ):
         save_tables(offloaded, tmp_path / "tables")
     assert not (tmp_path / "tables").exists()
     save_tables(model, tmp_path / "tables")
@@ -378,7 +380,9 @@ def test_nothing_is_overwritten_unasked(model, tmp_path):
 
 
 def test_names_of_sets_are_checked(model, tmp_path):
-    with pytest.raises(OptionError, match="no set of tables is called 'tuned', the model has base; load it"):
+    with pytest.raises(
+        OptionError, match="no set of tables is called 'tuned', the model has base; load it"
+    ):
         model.set_tables("tuned")
     with pytest.raises(OptionError, match="'base' is reserved for the tables"):
         load_tables(model, tmp_path, name="base")
