@@ -124,7 +124,7 @@ def test_a_device_predicts_what_the_cpu_does(source, text, tmp_path, device, mon
         ("cuda:x", "device cuda:x: unknown or unsupported"),
         ("", "unknown or unsupported"),
         ("meta", "device meta: unknown or unsupported"),
-        (None, "device None: no device"),
+        (None, "device None: unknown or unsupported"),
         ("cuda", "device cuda: torch finds no GPU here; accepted are cpu and auto"),
         ("cuda:1", "device cuda:1: torch finds no GPU here"),
     ],
