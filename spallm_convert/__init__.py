@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .runtime.loading import load_sketched
     from .runtime.tables import load_tables, save_tables, set_tables, table_sets
     from .runtime.trainable import TrainableSummary, set_trainable, trainable_summary
+    from .sketch.layer import Layer
     from .sketch.plan import Plan
     from .source.text import read_documents
 
@@ -43,6 +44,7 @@ __all__ = [
     "EvaluationError",
     "FormatError",
     "HubError",
+    "Layer",
     "OptionError",
     "Plan",
     "Progress",
@@ -75,6 +77,7 @@ _HOMES = {
     "EvaluationError": "errors",
     "FormatError": "errors",
     "HubError": "errors",
+    "Layer": "sketch.layer",
     "OptionError": "errors",
     "Plan": "sketch.plan",
     "Progress": "progress",

@@ -1,36 +1,28 @@
-"""Turn this project's docstrings, which are plain text in Google style, into reStructuredText.
+"""Turns this project's docstrings, which are plain text, into reStructuredText.
 
-The sections `Args:`, `Attributes:`, `Returns:`, `Yields:` and `Raises:` become lists of fields.
+Sections such as "Args:" are given to `sphinx.ext.napoleon`. In a docstring without sections, a
+parameter is named at the start of a line or a clause: `weights: float32 [rows, n]`. Each such name
+starts a new line here, and so does a sentence that begins with "Raises". Text between backticks is
+code. Nothing else is markup: characters that reStructuredText would read as such are escaped.
 
-Elsewhere, a docstring may name a parameter at the start of a line or a clause: `weights: float32
-[rows, n]`. Every parameter then starts a new line, and so does a sentence that begins with
-"Raises". Text between backticks is code. Nothing else is markup: characters that reStructuredText
-would read as markup are escaped.
-
-Signatures are shown as they are written in the source: `Singles`, not NumPy's type for the alias.
+Signatures are shown as they are written: `Singles`, not what NumPy makes of the alias.
 """
 
 import dataclasses
 import inspect
 import re
-import textwrap
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.ext.napoleon import Config, GoogleDocstring
 
 _CODE = re.compile(r"(`[^`]+`)")
-_MARKUP = re.compile(r"([\\*|_<>])")
-_ENTRY = re.compile(r"(\*{0,2}[\w.]+(?:, [\w.]+)*): +(.*)", re.DOTALL)
-#: Section -> the field of its entries in reStructuredText.
-_SECTIONS = {
-    "Args:": "param",
-    "Attributes:": "ivar",
-    "Raises:": "raises",
-    "Returns:": "returns",
-    "Yields:": "yields",
-}
-#: Fields with a name; the others are one text.
-_NAMED = {"param", "ivar", "raises"}
+_MARKUP = re.compile(r"([\\*|]|_(?!\w))")
+_SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Yields):$", re.MULTILINE)
+#: Fields of a class are no entries of their own, and the signature has their types.
+_SECTIONS = Config(
+    napoleon_use_ivar=True, napoleon_use_rtype=False, napoleon_attr_annotations=False
+)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -42,30 +34,16 @@ def setup(app: Sphinx) -> dict[str, Any]:
 def _rewrite(
     app: Sphinx, what: str, name: str, documented: Any, options: Any, lines: list[str]
 ) -> None:
-    paragraphs = "\n".join(lines).strip().split("\n\n")
+    if what == "data":  # what `dict` says of itself
+        lines.clear()
+        return
+    text = "\n".join(lines).strip()
+    if _SECTION.search(text):
+        lines[:] = GoogleDocstring(_inline(text), _SECTIONS, what=what).lines()
+        return
+    paragraphs = text.split("\n\n")
     names = _names(documented)
-    rewritten: list[str] = []
-    for text in paragraphs:
-        header, _, body = text.partition("\n")
-        field = _SECTIONS.get(header.strip())
-        rewritten += [*(_fields(field, body) if field else _lines(text, names)), ""]
-    lines[:] = rewritten
-
-
-def _fields(field: str, body: str) -> list[str]:
-    """Return the entries of a section as fields. A line that is indented more continues one."""
-    body = textwrap.dedent(body)
-    if field not in _NAMED:
-        return [f":{field}: {_inline(' '.join(body.split()))}"]
-    fields = []
-    for entry in re.split(r"\n(?! )", body):
-        found = _ENTRY.match(" ".join(entry.split()))
-        if found is None:
-            raise ValueError(f"expected `name: text` in a docstring, found {entry!r}")
-        fields += [
-            f":{field} {_escaped(name)}: {_inline(found[2])}" for name in found[1].split(", ")
-        ]
-    return fields
+    lines[:] = [line for text in paragraphs for line in (*_lines(text, names), "")]
 
 
 def _as_written(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spallm_convert.config import AUTO, SketchConfig
@@ -25,6 +25,7 @@ from spallm_formats import (
     plan_shards,
 )
 
+from .layer import Layer
 from .widths import Choice, check_target, with_choice
 
 
@@ -32,23 +33,17 @@ from .widths import Choice, check_target, with_choice
 class Plan:
     """Describe what a conversion will write; `plan_conversion` returns it.
 
-    A module's name is the name of its weight in the checkpoint, without ".weight". Its path in the
-    model can differ from it by the base model's prefix, such as "model.".
-
     Attributes:
-        metadata: The modules to sketch, by name, with shape, bits and groups; mapping and table
-            dtype.
-        weights: The dense weight of each module to sketch, by the module's name. Only its header
-            has been read.
-        path_of: The path in the model of each module to sketch, by its name.
+        metadata: Bits, groups and shape of every layer to sketch, mapping and table dtype, as
+            `config.json` will have them.
+        layers: The layers to sketch, by name in the checkpoint.
         kept: Tensors that are copied unchanged, by name.
-        left_dense: The reason for each layer that is not sketched, by its name.
-        shards: The weight files to write, with the tensors of each.
+        left_dense: The reason for every linear layer or matrix that is not sketched, by name.
+        shards: The weight files to write, with the place of every tensor.
     """
 
     metadata: SketchMetadata
-    weights: dict[str, StoredTensor]
-    path_of: dict[str, str]
+    layers: dict[str, Layer]
     kept: dict[str, StoredTensor]
     left_dense: dict[str, str]
     shards: list[Shard]
@@ -56,24 +51,24 @@ class Plan:
     @property
     def sketched_weights(self) -> int:
         """Return the number of weights to sketch."""
-        return sum(module.weights for module in self.metadata.modules.values())
+        return sum(layer.module.weights for layer in self.layers.values())
 
     @property
-    def name_of(self) -> dict[str, str]:
-        """Return the names in the checkpoint of the sketched modules, by path in the model."""
-        return {path: name for name, path in self.path_of.items()}
+    def by_path(self) -> dict[str, Layer]:
+        """Return the layers to sketch, by path in the model."""
+        return {layer.path: layer for layer in self.layers.values()}
 
-    def by_block(self, path: str) -> dict[str, str]:
-        """Return the names in the checkpoint of the sketched modules inside a module.
+    def in_block(self, block: str) -> dict[str, Layer]:
+        """Return the layers to sketch inside a module.
 
         Args:
-            path: Path of the module in the model, such as "model.layers.0".
+            block: Path of the module in the model, such as "model.layers.0".
 
         Returns:
-            The names, by path relative to `path`.
+            The layers, by path relative to the module, such as "mlp.up_proj".
         """
-        start = path + "."
-        return {p.removeprefix(start): n for p, n in self.name_of.items() if p.startswith(start)}
+        inside = ((layer.inside(block), layer) for layer in self.layers.values())
+        return {name: layer for name, layer in inside if name is not None}
 
     def totals(self) -> dict[str, Any]:
         """Return the sizes before and after.
@@ -84,7 +79,7 @@ class Plan:
             and `sketched_bytes` (bytes of all tensors), and `ratio` (source bytes per sketched
             byte).
         """
-        dense = sum(tensor.nbytes for tensor in self.weights.values())
+        dense = sum(layer.weight.nbytes for layer in self.layers.values())
         sketched = sum(spec.nbytes for spec in self.metadata.tensors().values())
         kept = sum(tensor.nbytes for tensor in self.kept.values())
         return {
@@ -108,8 +103,7 @@ def make_plan(
     """
     folder, tensors = checkpoint.folder, checkpoint.tensors
     skeleton = read_skeleton(folder, checkpoint.config, trust_remote_code=trust_remote_code)
-    modules: dict[str, SketchedModule] = {}
-    path_of: dict[str, str] = {}
+    layers: dict[str, Layer] = {}
     left_dense: dict[str, str] = {}
     problems: list[str] = []
     names = {path: skeleton.stored_name(path, tensors) for path in skeleton.linears}
@@ -128,27 +122,28 @@ def make_plan(
             left_dense[name] = reason
         else:
             problems += _tensor_problems(weight, shape)
-            modules[name] = _sketched(shape, config)
-            path_of[name] = path
+            layers[name] = Layer(name, path, _sketched(shape, config), weight)
     _check_patterns(config.ignore, [(path, name or path) for path, name in names.items()])
-    left_dense |= _other_matrices(tensors, {*modules, *left_dense})
+    left_dense |= _other_matrices(tensors, {*layers, *left_dense})
     if problems:
         raise SourceError("; ".join(problems))
-    if not modules:
+    if not layers:
         raise SourceError(f"{folder}: no linear layer to sketch {_why_none(left_dense)}")
+    modules = {name: layer.module for name, layer in layers.items()}
     _check_groups(modules)
     check_target(modules, config)
-    return _laid_out(tensors, modules, path_of, left_dense, config)
+    return _laid_out(tensors, layers, left_dense, config)
 
 
 def reallocate(
     plan: Plan, choices: Mapping[str, Choice], checkpoint: DenseCheckpoint, config: SketchConfig
 ) -> Plan:
     """The same plan with other bits and groups, of every module by its name."""
-    modules = {
-        name: with_choice(module, choices[name]) for name, module in plan.metadata.modules.items()
+    layers = {
+        name: replace(layer, module=with_choice(layer.module, choices[name]))
+        for name, layer in plan.layers.items()
     }
-    return _laid_out(checkpoint.tensors, modules, plan.path_of, plan.left_dense, config)
+    return _laid_out(checkpoint.tensors, layers, plan.left_dense, config)
 
 
 def _other_matrices(tensors: dict[str, StoredTensor], known: set[str]) -> dict[str, str]:
@@ -175,30 +170,29 @@ def _check_patterns(patterns: tuple[str, ...], layers: list[tuple[str, str]]) ->
 
 def _laid_out(
     tensors: dict[str, StoredTensor],
-    modules: dict[str, SketchedModule],
-    path_of: dict[str, str],
+    layers: dict[str, Layer],
     left_dense: dict[str, str],
     config: SketchConfig,
 ) -> Plan:
+    """Return the plan with a place for every tensor, in the order of the source."""
     metadata = SketchMetadata(
         mapping=config.mapping,
         table_dtype=config.table_dtype,
         hash_seed=config.seed,
-        modules=modules,
+        modules={name: layer.module for name, layer in layers.items()},
     )
-    weights: dict[str, StoredTensor] = {}
     kept: dict[str, StoredTensor] = {}
     groups: list[tuple[TensorSpec, ...]] = []
     for tensor in tensors.values():
         name = tensor.name.removesuffix(".weight")
-        if name in modules and tensor.name != name:
-            weights[name] = tensor
-            groups.append(modules[name].tensors(name, config.mapping, config.table_dtype))
+        if name in layers and tensor.name != name:
+            module = layers[name].module
+            groups.append(module.tensors(name, config.mapping, config.table_dtype))
         else:
             kept[tensor.name] = tensor
             groups.append((TensorSpec(tensor.name, tensor.dtype, tensor.shape),))
     shards = plan_shards(groups, config.max_shard_bytes)
-    return Plan(metadata, weights, path_of, kept, left_dense, shards)
+    return Plan(metadata, layers, kept, left_dense, shards)
 
 
 def _sketched(shape: tuple[int, int], config: SketchConfig) -> SketchedModule:
