@@ -43,8 +43,6 @@ nitpick_ignore_regex = [
     ("py:.*", r"Path|Any|Iterable|Iterator|Mapping|Sequence"),
     # aliases for NumPy arrays, in signatures of the kernels
     ("py:.*", r"(spallm_\w+\.)?.*\b(Bytes|Codes|Floats|Singles)"),
-    # a protocol for progress bars and the plan behind `--dry-run`, neither of them public
-    ("py:.*", r"Progress|Plan"),
 ]
 
 html_theme = "furo"

@@ -1,4 +1,4 @@
-"""Fine-tunes a sketched model on instructions and saves its tables alone.
+"""Fine-tune a sketched model on instructions and save only its tables.
 
     spallm-convert meta-llama/Llama-3.2-1B -o base
     python examples/finetune.py base train.json --output tuned
@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from spallm_convert import load_sketched, save_tables, set_trainable
 
 JSON_LINES = {".jsonl", ".jsonlines", ".ndjson"}
-IGNORED = -100  # the label that the loss leaves out
+IGNORED = -100  # label of tokens that the loss does not count
 PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
@@ -39,12 +39,13 @@ def main() -> None:
     train = encode(records[options.held_out :], tokenizer, options.max_length)
     if not train:
         raise SystemExit(
-            f"{options.data}: of {len(records)} examples none is left to train on, as the first "
-            f"{options.held_out} are held out (--held-out)"
+            f"{options.data}: no example is left to train on: found {len(records)} examples, and "
+            f"the first {options.held_out} are held out; pass a smaller --held-out"
         )
 
     cuda = torch.cuda.is_available()
-    # Norms are trained in float32 or hardly at all; tables are float32 in any case.
+    # Norms need float32 to be trained: in bfloat16 most updates are lost. Tables are in float32
+    # in any case.
     half = cuda and not options.norms
     model = load_sketched(options.model, dtype=torch.bfloat16 if half else torch.float32)
     if cuda:
@@ -91,30 +92,32 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("model", help="sketched checkpoint: a folder or an id on the Hub")
     parser.add_argument("data", help="JSON or JSONL file, or a dataset on the Hub")
-    parser.add_argument("--output", type=Path, default=Path("tuned"), help="folder of the tables")
-    parser.add_argument("--overwrite", action="store_true", help="replace tables in the output")
-    parser.add_argument("--epochs", type=int, default=3, help="times through the data")
+    parser.add_argument("--output", type=Path, default=Path("tuned"), help="folder for the tables")
+    parser.add_argument("--overwrite", action="store_true", help="replace tables in the folder")
+    parser.add_argument("--epochs", type=int, default=3, help="passes through the data")
     parser.add_argument("--batch-size", type=int, default=16, help="examples per step")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="examples at once")
-    parser.add_argument("--learning-rate", type=float, default=8e-5, help="highest, of AdamW")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of an example")
-    parser.add_argument("--held-out", type=int, default=200, help="first records, to evaluate on")
-    parser.add_argument("--tables", action="append", help="train these modules only: a pattern")
-    parser.add_argument("--norms", action="store_true", help="train normalisation layers too")
+    parser.add_argument("--learning-rate", type=float, default=8e-5, help="highest rate of AdamW")
+    parser.add_argument("--max-length", type=int, default=512, help="most tokens per example")
+    parser.add_argument(
+        "--held-out", type=int, default=200, help="first N examples, for evaluation"
+    )
+    parser.add_argument("--tables", action="append", help="pattern of modules to train")
+    parser.add_argument("--norms", action="store_true", help="train normalization layers too")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--checkpoints", action="store_true", help="save after every epoch")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of examples")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of examples")
     options = parser.parse_args()
     if options.batch_size % options.micro_batch_size:
         parser.error("--batch-size must be a multiple of --micro-batch-size")
     if (options.output / "sketch_tables.json").exists() and not options.overwrite:
-        parser.error(f"{options.output} holds sketch tables already: --overwrite replaces them")
+        parser.error(f"{options.output} already holds sketch tables; --overwrite replaces them")
     return options
 
 
 def read_records(source: str) -> list[dict[str, Any]]:
-    """Records of a JSON list, of JSON lines, or of the training split of a dataset on the Hub."""
+    """Read the records of a JSON or JSONL file, or of the split `train` of a dataset on the Hub."""
     path = Path(source)
     if not path.exists():
         if path.suffix in {".json", *JSON_LINES}:
@@ -134,7 +137,7 @@ def read_records(source: str) -> list[dict[str, Any]]:
         try:
             records = [*map(json.loads, lines)] if path.suffix in JSON_LINES else json.loads(text)
         except json.JSONDecodeError as error:
-            raise SystemExit(f"{source}: is no JSON ({error})") from error
+            raise SystemExit(f"{source}: not JSON ({error})") from error
     for number, record in enumerate(records):
         if not isinstance(record, dict) or not {"instruction", "output"} <= record.keys():
             found = sorted(record) if isinstance(record, dict) else type(record).__name__
@@ -145,7 +148,7 @@ def read_records(source: str) -> list[dict[str, Any]]:
 
 
 def encode(records: list[dict[str, Any]], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
-    """Token ids and labels; the prompt's labels are left out, and so are overlong examples."""
+    """Return token ids and labels. Labels of the prompt are ignored; long examples are left out."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded, overlong = [], 0
     for record in records:
@@ -160,18 +163,19 @@ def encode(records: list[dict[str, Any]], tokenizer: Any, max_length: int) -> li
         encoded.append({"input_ids": ids, "labels": labels})
     if overlong:
         print(
-            f"{overlong} of {len(records)} examples are longer than {max_length} tokens: left out"
+            f"{overlong} of {len(records)} examples are longer than {max_length} tokens, so they "
+            f"are left out; pass a larger --max-length to keep them"
         )
     return encoded
 
 
 class Collator:
-    """Pads a batch to its longest example, on the right."""
+    """Pad a batch on the right, to its longest example."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.pad = tokenizer.pad_token_id
         if self.pad is None:
-            self.pad = tokenizer.eos_token_id or 0  # masked either way
+            self.pad = tokenizer.eos_token_id or 0  # padding is masked anyway
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         length = max(len(example["input_ids"]) for example in examples)

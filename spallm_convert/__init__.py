@@ -1,7 +1,7 @@
-"""Converts pretrained Hugging Face models into sketched ones: small, and trainable as they are.
+"""Convert pretrained Hugging Face models into sketched ones: small, and trainable as they are.
 
-Importing this package registers sketched checkpoints with transformers, but imports neither
-transformers nor torch nor Triton by itself: that happens when a name is first used.
+Importing this package registers sketched checkpoints with transformers. It does not import
+transformers, torch or Triton: that happens when a name is first used.
 """
 
 from __future__ import annotations
@@ -27,11 +27,16 @@ if TYPE_CHECKING:
         SourceError,
         SpallmError,
     )
-    from .evaluation.perplexity import perplexity
+    from .evaluation.opening import load_any
+    from .evaluation.perplexity import evaluate_text, perplexity
+    from .progress import Progress
     from .runtime.linear import SketchedLinear
     from .runtime.loading import load_sketched
     from .runtime.tables import load_tables, save_tables, set_tables, table_sets
     from .runtime.trainable import TrainableSummary, set_trainable, trainable_summary
+    from .sketch.layer import Layer
+    from .sketch.plan import Plan
+    from .source.text import read_documents
 
 __all__ = [
     "CalibrationConfig",
@@ -39,7 +44,10 @@ __all__ = [
     "EvaluationError",
     "FormatError",
     "HubError",
+    "Layer",
     "OptionError",
+    "Plan",
+    "Progress",
     "Report",
     "SketchConfig",
     "SketchedLinear",
@@ -47,11 +55,14 @@ __all__ = [
     "SpallmError",
     "TrainableSummary",
     "convert",
+    "evaluate_text",
+    "load_any",
     "load_sketched",
     "load_tables",
     "perplexity",
     "plan_conversion",
     "push_to_hub",
+    "read_documents",
     "save_tables",
     "set_tables",
     "set_trainable",
@@ -66,7 +77,10 @@ _HOMES = {
     "EvaluationError": "errors",
     "FormatError": "errors",
     "HubError": "errors",
+    "Layer": "sketch.layer",
     "OptionError": "errors",
+    "Plan": "sketch.plan",
+    "Progress": "progress",
     "Report": "conversion.report",
     "SketchConfig": "config",
     "SketchedLinear": "runtime.linear",
@@ -74,11 +88,14 @@ _HOMES = {
     "SpallmError": "errors",
     "TrainableSummary": "runtime.trainable",
     "convert": "conversion.convert",
+    "evaluate_text": "evaluation.perplexity",
+    "load_any": "evaluation.opening",
     "load_sketched": "runtime.loading",
     "load_tables": "runtime.tables",
     "perplexity": "evaluation.perplexity",
     "plan_conversion": "conversion.convert",
     "push_to_hub": "conversion.push",
+    "read_documents": "source.text",
     "save_tables": "runtime.tables",
     "set_tables": "runtime.tables",
     "set_trainable": "runtime.trainable",

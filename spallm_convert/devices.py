@@ -1,4 +1,4 @@
-"""What computes: the device that a user names, its precision, memory and threads."""
+"""Find the device to compute on, and set its precision, memory errors and threads."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CPU = "cpu"
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name: cpu, cuda, cuda:N, or auto for a GPU if there is one.
+    """Return the device with this name: cpu, cuda, cuda:N, or auto for a GPU if there is one.
 
-    Raises OptionError for a name that torch does not know, a GPU that is not there, and other kinds
-    of devices: they lack float64, or nothing here has been tried on them.
+    Raise OptionError for a name that torch does not know, a GPU that does not exist, and other
+    kinds of devices: they have no float64, or this package has not been tested on them.
     """
     import torch
 
@@ -30,10 +30,10 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
-        device = torch.device("meta")  # refused below, as that is
+        device = torch.device("meta")  # refused below
     if device.type == CPU or (device.type == "cuda" and (device.index or 0) < count):
         return device
-    found = "no device that is known here"
+    found = "unknown or unsupported"
     if device.type == "cuda":
         found = f"torch finds {count or 'no'} GPU{'s' if count > 1 else ''} here"
     gpus = ["cuda", *(f"cuda:{number}" for number in range(count))] if count else []
@@ -42,8 +42,7 @@ def find_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What computes: the model of a GPU, whichever of several it is, or the kind of another
-    device."""
+    """Return the model of a GPU, without its number, or the kind of another device."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -51,8 +50,8 @@ def device_name(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def clear_memory_errors(device: torch.device) -> Iterator[None]:
-    """What torch and NumPy say where memory is not enough, as an error of ours."""
-    remedy = "" if device.type == CPU else "; --device cpu needs none of it, and takes longer"
+    """Turn errors of torch and NumPy about too little memory into a SpallmError."""
+    remedy = "" if device.type == CPU else "; --device cpu needs no GPU memory, and takes longer"
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -62,8 +61,10 @@ def clear_memory_errors(device: torch.device) -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch or NumPy has failed for want of memory; torch has no error of its own for it
-    on the CPU."""
+    """Return whether torch or NumPy ran out of memory.
+
+    On the CPU torch raises a plain RuntimeError, so its message decides.
+    """
     import torch
 
     kinds = (torch.OutOfMemoryError, MemoryError)
@@ -72,8 +73,10 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Products of float32 tensors keep its precision in here, not TF32's or bfloat16's, whatever
-    was allowed before and is again afterwards."""
+    """Compute products of float32 tensors in float32 inside the block, not in TF32 or bfloat16.
+
+    Restore the earlier settings afterwards.
+    """
     import torch
 
     kinds: Any = torch.backends
@@ -81,7 +84,9 @@ def full_float32() -> Iterator[None]:
     before = [backend.fp32_precision for backend in backends]
     try:
         older = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by the newer names alone, which the older one cannot express
+    except (
+        RuntimeError
+    ):  # set through the newer names, to a state that the older name cannot express
         older = None
     torch.set_float32_matmul_precision("highest")  # both names
     try:
@@ -94,8 +99,7 @@ def full_float32() -> Iterator[None]:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device is built to multiply in bfloat16: there that is some five times as fast as
-    in float32."""
+    """Return whether a device has bfloat16 multiplication: about five times as fast as float32."""
     import torch
 
     if device.type == "cuda":
@@ -109,8 +113,10 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def fast_products(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """In here torch multiplies in bfloat16 what it has in float32, where that is fast. Sums over
-    many products stay in float32, as do tensors that are only added to."""
+    """Multiply float32 tensors in bfloat16 inside the block, if the device is fast at it.
+
+    Sums over many products stay in float32, and so do tensors that are only added.
+    """
     import torch
 
     fast = has_fast_bfloat16(device)
@@ -118,8 +124,10 @@ def fast_products(device: torch.device) -> contextlib.AbstractContextManager[Any
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Most bytes that this process has had so far, of a GPU's memory if `device` is one; None where
-    the system does not tell."""
+    """Return the peak memory of this process in bytes, or None if the system does not tell.
+
+    If the device is a GPU, return the peak of the GPU's memory.
+    """
     import torch
 
     if device.type == "cuda":
@@ -134,8 +142,10 @@ def peak_memory(device: torch.device) -> int | None:
 
 @contextlib.contextmanager
 def cpu_threads(threads: int | None) -> Iterator[None]:
-    """Runs numba's loops, and torch's, on that many threads inside the block; None: numba's on all,
-    torch's on as many as before."""
+    """Run the loops of numba and torch on this number of threads inside the block.
+
+    None: numba uses all threads, and torch keeps its number.
+    """
     import numba
     import torch
 

@@ -1,12 +1,12 @@
-"""What can go wrong, for callers to catch.
+"""Define the errors that callers can catch.
 
-SpallmError             anything a user can mend
-├── CalibrationError    a model that cannot be gone through block by block
-├── EvaluationError     a model that cannot be measured
-├── FormatError         a sketched checkpoint that breaks the format
-├── OptionError         an option, or a combination of options, that cannot be used
-├── SourceError         a model or a text that cannot be had or read
-└── HubError            a push that the Hub refused
+SpallmError             any error that a user can mend
+├── CalibrationError    the model cannot be calibrated block by block
+├── EvaluationError     the model cannot be measured
+├── FormatError         a sketched checkpoint breaks the format
+├── HubError            the Hub cannot be reached or refuses
+├── OptionError         an option, or a combination of options, cannot be used
+└── SourceError         a model or a text cannot be found or read
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ __all__ = [
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of someone else's says, to be put into one of ours."""
+    """Return the message of another library's error on one line, to put into an error of ours."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 class CalibrationError(SpallmError):
-    """A model cannot be gone through block by block, or gives activations that are no numbers."""
+    """Report a model that cannot be calibrated block by block, or activations not finite."""
 
 
 class EvaluationError(SpallmError):
-    """A model cannot be measured: it predicts no next tokens, or what it predicts is no number."""
+    """Report a model that cannot be measured: not a causal language model, or a loss not finite."""
 
 
 class OptionError(SpallmError):
-    """An option, or a combination of options, cannot be used."""
+    """Report an option, or a combination of options, that cannot be used."""
 
 
 class SourceError(SpallmError):
-    """The model, or a text to calibrate or measure with, cannot be had or read."""
+    """Report a model, or a text to calibrate or measure with, that cannot be found or read."""
 
 
 class HubError(SpallmError):
-    """The Hub cannot be reached or refused what was asked of it."""
+    """Report that the Hub cannot be reached, or that it refused a request."""

@@ -1,4 +1,4 @@
-"""Errors of huggingface_hub, each as one line that says what to do."""
+"""Turn errors of huggingface_hub into one line that says what to do."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from .errors import SourceError, SpallmError
 
 @contextlib.contextmanager
 def clear_errors(repo_id: str, kind: type[SpallmError]) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one line that says what to do."""
+    """Turn errors of huggingface_hub inside the block into errors of this kind.
+
+    Args:
+        repo_id: Name of the repository, for the message.
+        kind: Class of the new error: SourceError or HubError.
+    """
     try:
         yield
     except SpallmError:
         raise
     except Exception as error:
         found: BaseException | None = error
-        while found is not None:  # transformers raises its own errors from those of the library
+        while found is not None:  # transformers raises its own errors from errors of the library
             what = _explanation(found, kind)
             if what is not None:
                 raise kind(f"{repo_id}{what}") from error
@@ -29,29 +34,29 @@ def clear_errors(repo_id: str, kind: type[SpallmError]) -> Iterator[None]:
 
 
 def _explanation(error: BaseException, kind: type[SpallmError]) -> str | None:
-    """What to say of an error after the name of the repository; None when it is not the Hub's."""
+    """Return the message that follows the name of the repository; None for any other error."""
     if isinstance(error, errors.GatedRepoError):
-        return (
-            " is gated: ask for access on its page, then set HF_TOKEN to a token of the account "
-            "that has it"
-        )
+        return " is gated: ask for access on its page, then set HF_TOKEN to a token of your account"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            ": no such repository on the Hub, or it is private and HF_TOKEN does not give access; "
-            "no folder of that name here either"
+            ": no such repository on the Hub, and no such folder here; check the name, or set "
+            "HF_TOKEN if the repository is private"
             if kind is SourceError
-            else ": the Hub does not let this token write there"
+            else ": the token cannot write there; set HF_TOKEN to a token with write access"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return ": no such revision on the Hub"
+        return ": no such revision on the Hub; check the name of the revision"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return ": the Hub is not asked because HF_HUB_OFFLINE is set"
+        return ": HF_HUB_OFFLINE is set, so nothing is downloaded; unset it, or pass a folder"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return ": not in the local cache, and the Hub cannot be reached"
+        return (
+            ": not in the local cache, and the Hub cannot be reached; check the network, or pass a "
+            "folder"
+        )
     if isinstance(error, errors.HfHubHTTPError):
         return f": the Hub refused ({_reason(error)})"
     if isinstance(error, errors.HFValidationError):
-        return f": not a repository id ({error})"
+        return f": not a repository id, expected ORG/NAME ({error})"
     if isinstance(error, errors.SafetensorsParsingError):
         return f": {error}"
     if _is_transport_error(error):
@@ -66,6 +71,6 @@ def _reason(error: Any) -> str:
 
 
 def _is_transport_error(error: BaseException) -> bool:
-    """Connection failures, whichever HTTP client this version of huggingface_hub uses."""
+    """Return whether an error is a connection failure, of any HTTP client of huggingface_hub."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"TransportError", "RequestException", "ConnectionError", "LFSError"})

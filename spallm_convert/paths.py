@@ -1,4 +1,4 @@
-"""Paths as users write them."""
+"""Read paths as users write them."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def user_path(name: str | os.PathLike[str]) -> Path:
-    """A path in which ~ and ~user stand for home folders; ~ of nobody stays, as in a shell."""
-    return Path(os.path.expanduser(name))  # noqa: PTH111  the one of pathlib raises for nobody
+    """Expand ~ and ~user to home folders; keep ~user if there is no such user, as a shell does."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111  pathlib's raises for an unknown user

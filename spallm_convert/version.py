@@ -1,3 +1,3 @@
-"""The version of the package, for everything that reads it: metadata, reports, documentation."""
+"""Define the version of the package, for its metadata, reports and documentation."""
 
 __version__ = "0.1.0"

@@ -136,7 +136,7 @@ def test_tables_that_are_there_are_kept(run, capsys):
     [
         ([{"question": "?"}], r"record 0 must have instruction and output, found \['question'\]"),
         (["text"], "record 0 must have instruction and output, found str"),
-        (RECORDS[:8], "of 8 examples none is left to train on, as the first 8 are held out"),
+        (RECORDS[:8], "found 8 examples, and the first 8 are held out; pass a smaller --held-out"),
     ],
 )
 def test_data_that_cannot_be_used(run, records, message):
@@ -150,7 +150,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(SystemExit, match="no such file"):
         finetune.read_records(str(tmp_path / "trian.json"))
     (tmp_path / "train.ndjson").write_text('{"instruction": 1,')
-    with pytest.raises(SystemExit, match=r"train\.ndjson: is no JSON"):
+    with pytest.raises(SystemExit, match=r"train\.ndjson: not JSON"):
         finetune.read_records(str(tmp_path / "train.ndjson"))
 
 

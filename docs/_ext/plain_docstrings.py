@@ -51,6 +51,8 @@ def _as_written(
 ) -> tuple[str, str | None] | None:
     if what not in {"function", "method", "class"}:
         return None
+    if getattr(documented, "_is_protocol", False):  # nobody makes an instance of a protocol
+        return "", None
     signature = inspect.signature(documented)
     parameters = [
         parameter.replace(annotation=_Written(parameter.annotation))

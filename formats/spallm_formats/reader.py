@@ -149,7 +149,10 @@ class SketchedCheckpoint:
             raise FormatError(f"{folder}: no {CONFIG_FILE}, so the checkpoint is not complete")
         config = load_json(path.read_bytes(), CONFIG_FILE)
         if not isinstance(config, dict) or "quantization_config" not in config:
-            raise FormatError(f"{folder}: {CONFIG_FILE} has no quantization_config, not sketched")
+            raise FormatError(
+                f"{folder}: {CONFIG_FILE} has no quantization_config, so this is not a sketched "
+                f"checkpoint; convert it first: spallm-convert {folder}"
+            )
         metadata = SketchMetadata.from_json(config["quantization_config"])
         if (folder / SINGLE_SHARD).exists() and (folder / INDEX_FILE).exists():
             raise FormatError(

@@ -1,4 +1,4 @@
-"""The command line: parse, make a config, call the library, print."""
+"""Run the command line: parse, make a config, call the library, print."""
 
 from .main import main
 

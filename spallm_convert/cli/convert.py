@@ -1,4 +1,4 @@
-"""`spallm-convert [convert] MODEL`."""
+"""Define the command `spallm-convert [convert] MODEL`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
     try:
         return int(value)
     except ValueError:
-        raise click.BadParameter(f"{value!r} is neither a number nor {AUTO!r}") from None
+        raise click.BadParameter(f"expected a number or {AUTO!r}, found {value!r}") from None
 
 
 @click.command("convert", context_settings={"show_default": True})
@@ -47,71 +47,71 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
     "--target-bits",
     metavar="N",
     type=click.FloatRange(min=0, min_open=True),
-    help="Bits per weight, tables included, given to layers by need; for --calibration.",
+    help="Bits per weight, tables included; layers that need more get more. Needs --calibration.",
 )
 @click.option(
     "--groups-per-row",
     metavar="N|auto",
     callback=_groups,
     default=_DEFAULTS.groups_per_row,
-    help="Tables per row; auto takes up to 4 with at least 1,024 columns each.",
+    help="Tables per row; auto: up to 4, with at least 1,024 columns each.",
 )
 @click.option(
     "--mapping",
     type=click.Choice(MAPPINGS),
     default=_DEFAULTS.mapping,
-    help="Index map found by clustering, or computed by hashing. A hashed index map keeps only the "
-    "mean of the weights that collide: without training, perplexity is above 10,000 at any width.",
+    help="Index map from clustering, or computed by a hash. A hashed index map keeps only the mean of "
+    "the weights that collide: without training, perplexity is above 10,000 at any width.",
 )
 @click.option(
     "--table-dtype",
     type=click.Choice(list(TABLE_DTYPES)),
     default=_DEFAULTS.table_dtype,
-    help="Type of the table entries on disk.",
+    help="Dtype of the tables on disk.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
     default=_DEFAULTS.seed,
-    help="Of the hash mapping, and of all that calibration and healing draw at random.",
+    help="Seed of the hash mapping and of everything that calibration and healing draw at random.",
 )
 @click.option(
     "--calibration",
     metavar="SRC",
-    help="Sketch for a text: builtin, a text, .json or .jsonl file, or a dataset of the Hub.",
+    help="Text to sketch for: builtin, a text, .json or .jsonl file, or a dataset on the Hub.",
 )
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
     default=_CALIBRATION.samples,
-    help="Samples drawn.",
+    help="Number of samples of the text.",
 )
 @click.option(
-    "--seqlen", type=click.IntRange(min=2), default=_CALIBRATION.seqlen, help="Tokens of a sample."
+    "--seqlen", type=click.IntRange(min=2), default=_CALIBRATION.seqlen, help="Tokens per sample."
 )
 @click.option(
     "--without",
     multiple=True,
     type=click.Choice(STEPS),
-    help="Leave a step of calibration out; may be repeated.",
+    help="Step of calibration to leave out; may be repeated.",
 )
 @click.option(
     "--heal",
     metavar="STEPS",
     type=click.IntRange(min=0),
     default=_CALIBRATION.heal,
-    help="Then tune all tables to predict what the dense model does, in so many steps.",
+    help="Steps that tune all tables after calibration to predict what the dense model predicts.",
 )
 @click.option(
     "--fallback",
     is_flag=True,
-    help="Sketch without calibration a model that cannot be gone through block by block.",
+    help="If the model cannot be calibrated block by block, sketch it without calibration.",
 )
 @click.option(
     "--ignore",
     multiple=True,
     metavar="PATTERN",
-    help="Leave matching modules dense, e.g. '*.down_proj'; may be repeated.",
+    help="Modules to leave dense, for example '*.down_proj'; may be repeated.",
 )
 @click.option(
     "--max-shard-size", default=_DEFAULTS.max_shard_size, help="Largest size of a weight file."
@@ -125,16 +125,16 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
     "--device",
     metavar="auto|cpu|cuda|cuda:N",
     default=AUTO_DEVICE,
-    help="Where to calibrate; auto is a GPU if there is one. All else is done on the CPU.",
+    help="Where to calibrate; auto: a GPU if there is one. Everything else runs on the CPU.",
 )
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Show what would be sketched, the sizes and the ratio, from headers alone.",
+    help="Show what would be sketched, the sizes and the ratio; only headers are read.",
 )
-@click.option("--resume", is_flag=True, help="Go on with an interrupted conversion.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted conversion.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint in the output folder.")
-@click.option("--push-to-hub", metavar="ORG/NAME", help="Upload the result.")
+@click.option("--push-to-hub", metavar="ORG/NAME", help="Upload the result to the Hub.")
 @click.option("--private", is_flag=True, help="Make the repository on the Hub private.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
@@ -169,11 +169,11 @@ def command(
 ) -> None:
     """Sketch MODEL: an id on the Hub, a folder, or a GGUF file."""
     if resume and overwrite:
-        raise click.UsageError("--resume and --overwrite contradict each other")
+        raise click.UsageError("--resume and --overwrite cannot be combined; choose one")
     if private and not push_to_hub:
-        raise click.UsageError("--private is for --push-to-hub")
+        raise click.UsageError("--private needs --push-to-hub ORG/NAME")
     if target_bits is not None and _is_given("bits"):
-        raise click.UsageError("--bits and --target-bits contradict each other")
+        raise click.UsageError("--bits and --target-bits cannot be combined; choose one")
     nested = None
     if calibration is not None:
         nested = CalibrationConfig(
@@ -186,9 +186,10 @@ def command(
             target_bits=target_bits,
         )
     elif alone := [f"--{n.replace('_', '-')}" for n in _OF_CALIBRATION if _is_given(n)]:
-        verb = "are" if len(alone) > 1 else "is"
+        verb = "need" if len(alone) > 1 else "needs"
         raise click.UsageError(
-            f"{', '.join(alone)} {verb} for --calibration: add --calibration builtin, or a text"
+            f"{', '.join(alone)} {verb} --calibration: add --calibration builtin, or a text of "
+            f"your own"
         )
     config = SketchConfig(
         bits=int(bits),
@@ -244,20 +245,20 @@ def command(
             url = push(output, push_to_hub, private=private)
         except HubError as error:
             again = f"spallm-convert push {output} {push_to_hub}"
-            raise HubError(f"{error}; {output} is whole, so `{again}` is enough later") from error
+            raise HubError(f"{error}; {output} is complete, upload it later: {again}") from error
         click.echo(f"pushed to {url}", err=as_json)
 
 
 def _advise(config: SketchConfig) -> None:
-    """Says what few bits ask for, before the time is spent (docs/quality.md has the figures)."""
+    """Advise calibration for few bits before the conversion (figures: docs/quality.md)."""
     from .terminal import stderr
 
     hashed = config.mapping == "hash"
     if config.calibration is None and (hashed or config.bits < _DEFAULTS.bits):
         what = "hashed index maps" if hashed else f"{config.bits} bits"
         stderr.print(
-            f"{what} lose much of a model that is sketched for its weights alone: "
-            f"consider --calibration builtin, or a text of your own, and --heal 300",
+            f"{what} without calibration lose much of the model's quality: consider "
+            f"--calibration builtin, or a text of your own, and --heal 300",
             soft_wrap=True,
         )
 
@@ -268,6 +269,6 @@ def _is_given(option: str) -> bool:
 
 
 def default_output(model: str, bits: float) -> Path:
-    """./<name>-spallm-<bits>bit"""
+    """Return ./<name>-spallm-<bits>bit."""
     name = user_path(model.rstrip("/")).resolve().name
     return Path(f"{name.removesuffix('.gguf')}-spallm-{bits:g}bit")

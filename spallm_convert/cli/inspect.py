@@ -1,4 +1,4 @@
-"""`spallm-convert inspect DIR`."""
+"""Define the command `spallm-convert inspect DIR`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print config and report as JSON.")
 def command(folder: Path, as_json: bool) -> None:
-    """Show what the sketched checkpoint in FOLDER holds, from headers alone."""
+    """Show the layers of the sketched checkpoint in FOLDER. Only headers are read."""
     from spallm_convert.conversion.report import Report
     from spallm_formats import SketchedCheckpoint
 
@@ -36,7 +36,7 @@ def command(folder: Path, as_json: bool) -> None:
     )
     if report is None:
         size = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-        click.echo(f"{size / 1e6:,.1f} MB of tensors; no conversion.json, so no errors are known")
+        click.echo(f"{size / 1e6:,.1f} MB of tensors; no conversion.json, so errors are unknown")
         return
     from .printing import print_report
 

@@ -1,6 +1,6 @@
-"""`spallm-convert`: the group of commands, its errors and exit codes.
+"""Run `spallm-convert`: find the command, and turn errors into messages and exit codes.
 
-Commands are imported when they run, so that `--help` answers at once.
+A command is imported when it runs, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _COMMANDS = {
 
 
 class _Commands(click.Group):
-    """Imports a command when it is called; a first word that is no command is a MODEL."""
+    """Import a command when it is called. A first word that is not a command is a MODEL."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -48,9 +48,9 @@ class _Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in {*_COMMANDS, "-h", "--help", "--version"}:
-            meant = difflib.get_close_matches(args[0], _COMMANDS, 1, cutoff=0.75)
-            if meant and not Path(args[0]).exists():
-                raise click.UsageError(f"no command {args[0]!r}; did you mean {meant[0]!r}?", ctx)
+            similar = difflib.get_close_matches(args[0], _COMMANDS, 1, cutoff=0.75)
+            if similar and not Path(args[0]).exists():
+                raise click.UsageError(f"no command {args[0]!r}; did you mean {similar[0]!r}?", ctx)
             args = ["convert", *args]
         return super().parse_args(ctx, args or ["--help"])
 
@@ -61,7 +61,7 @@ def cli() -> None:
     """Convert pretrained Hugging Face models into sketched ones: small, and trainable as they are.
 
     \b
-    spallm-convert meta-llama/Llama-3.2-1B          sketch a model of the Hub
+    spallm-convert meta-llama/Llama-3.2-1B          sketch a model on the Hub
     spallm-convert ./my-model -o out                sketch a local folder
     spallm-convert convert --help                   all options of a conversion
 
@@ -71,9 +71,13 @@ def cli() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line and exits.
+    """Run the command line and exit.
 
-    0 ok, 1 failure, 2 usage, 3 verify failed, 130 interrupted.
+    Exit codes: 0 success, 1 failure, 2 options that cannot be used, 3 `verify` found problems, 130
+    interrupted.
+
+    Args:
+        arguments: Words of the command line. None: those of the process.
     """
     given = sys.argv[1:] if arguments is None else arguments
     arguments = [word for word in given if word != "--debug"]
@@ -90,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         converting = arguments[0] == "convert" or arguments[0] not in _COMMANDS
-        _say("interrupted" + "; --resume goes on, without --overwrite" * converting)
+        _say("interrupted" + "; continue with --resume, without --overwrite" * converting)
         code = EXIT_INTERRUPTED
     except SpallmError as error:
         if debug:

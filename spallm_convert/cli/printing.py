@@ -1,4 +1,4 @@
-"""The tables that the commands print."""
+"""Print plans and reports as tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .terminal import print_table
 
 
 def print_plan(plan: Plan, *, as_json: bool, totals_alone: bool = False) -> None:
-    """What a conversion would do, for `--dry-run`."""
+    """Print what a conversion would do, for `--dry-run`."""
     totals = plan.totals()
     if as_json:
         modules = {name: asdict(module) for name, module in plan.metadata.modules.items()}
@@ -46,7 +46,7 @@ def print_plan(plan: Plan, *, as_json: bool, totals_alone: bool = False) -> None
 
 
 def print_report(report: Report) -> None:
-    """The error and size of every module, then the totals."""
+    """Print the error and the size of every module, then the totals."""
     errors = {"relative_error": "weight error", "relative_output_error": "output error"}
     errors = {key: title for key, title in errors.items() if key in report.totals}
     bits = ["bits"] if len(report.widths) > 1 else []
@@ -72,14 +72,16 @@ def print_report(report: Report) -> None:
 def _print_healing(healing: dict[str, float] | None) -> None:
     if healing is not None:
         click.echo(
-            f"healed: {healing['kl_before']:.4f} -> {healing['kl_after']:.4f} nats per token from "
-            f"the dense model, on samples left out"
+            f"healed: divergence from the dense model {healing['kl_before']:.4f} -> "
+            f"{healing['kl_after']:.4f} nats per token, on held-out samples"
         )
 
 
 def _table(first: str, *others: str) -> Table:
-    """With columns as narrow as their titles' words, so that names like those of Llama's layers,
-    which are never cut, and their shapes fit into 80 columns."""
+    """Return a table whose columns are as narrow as the words of their titles.
+
+    Names and shapes are never wrapped. Those of Llama's layers fit into 80 columns.
+    """
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold cyan")
     table.add_column(first, no_wrap=True)
     for name in others:

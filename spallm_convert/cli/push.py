@@ -1,4 +1,4 @@
-"""`spallm-convert push DIR ORG/NAME`."""
+"""Define the command `spallm-convert push DIR ORG/NAME`."""
 
 from __future__ import annotations
 

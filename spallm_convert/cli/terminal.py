@@ -1,4 +1,4 @@
-"""What the commands share in talking to a terminal."""
+"""Print to a terminal: tables, remarks and progress bars, for all commands."""
 
 from __future__ import annotations
 
@@ -19,33 +19,35 @@ from rich.table import Column, Table
 from rich.text import Text
 
 #: Progress and remarks go to stderr, results to stdout. rich honours NO_COLOR.
-#: Markup is off: names of layers and answers of models may hold brackets.
+#: Markup is off, because names of layers and answers of models may contain brackets.
 stderr = Console(stderr=True, markup=False, highlight=False)
 stdout = Console(markup=False, highlight=False)
-#: More than any table takes.
+#: Wider than any table.
 _FILE_WIDTH = 1000
 
 
 def print_table(table: Table) -> None:
-    """Prints a table to stdout: as wide as a terminal is, or as the table wants to be elsewhere."""
+    """Print a table to stdout, at the width of a terminal, or at full width to a file."""
     wide = Console(width=_FILE_WIDTH, markup=False, highlight=False)
     (stdout if stdout.is_terminal else wide).print(table)
 
 
 def quiet_libraries(*, downloads: bool = True) -> None:
-    """Keeps transformers' own progress bars out of what is printed; those of downloads, too, unless
-    `downloads` and a terminal are there."""
+    """Hide the progress bars of transformers.
+
+    Progress bars of downloads are hidden too, except on a terminal with `downloads`.
+    """
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
     hidden = are_progress_bars_disabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # both kinds
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # hides downloads too
     if downloads and stderr.is_terminal and not hidden:
         enable_progress_bars()
 
 
 class _Rate(ProgressColumn):
-    """Units per second, in units of `scale`."""
+    """Show the speed, in `unit` per second; one `unit` is `scale` steps of the task."""
 
     def __init__(self, unit: str, scale: float) -> None:
         super().__init__(table_column=Column(no_wrap=True))
@@ -57,12 +59,12 @@ class _Rate(ProgressColumn):
 
 
 class _WorkProgress:
-    """A bar with rate and time left on a terminal, a line per tenth of the work elsewhere.
+    """Show a bar with rate and time left on a terminal, or else print a line per tenth of the work.
 
-    It is a `spallm_convert.progress.Progress`. Subclasses say in which words and units.
+    The class implements `spallm_convert.progress.Progress`. Subclasses define words and units.
     """
 
-    _first: str  # said until the amount of work is known
+    _first: str  # shown until the amount of work is known
     _verb: str
     _done_verb: str
     _unit: str
@@ -80,7 +82,7 @@ class _WorkProgress:
             disable=hidden or not stderr.is_terminal,
         )
         self._total = self._done = 0
-        # One line at a time: of what is not counted there is no share, no rate and no time left.
+        # Only one is visible at a time: uncounted work has no share, no rate and no time left.
         self._counted = self._bar.add_task("", visible=False)
         self._uncounted = self._bar.add_task(self._first, total=None)
 
@@ -120,18 +122,18 @@ class _WorkProgress:
 
     def remark(self, line: str, /) -> None:
         if not self._hidden:
-            stderr.print(line, soft_wrap=True)  # on a terminal that is above the bar
+            stderr.print(line, soft_wrap=True)  # on a terminal: above the bar
 
 
 class ConversionProgress(_WorkProgress):
-    """Shows how far a conversion is, in weights."""
+    """Show the progress of a conversion, in weights."""
 
     _first, _verb, _done_verb = "reading the source", "sketching", "sketched"
     _unit, _scale = "M weights", 1e6
 
 
 class EvaluationProgress(_WorkProgress):
-    """Shows how far a measurement is, in tokens."""
+    """Show the progress of a measurement, in tokens."""
 
     _first, _verb, _done_verb = "loading the model", "measuring", "measured"
     _unit, _scale = "tokens", 1

@@ -1,4 +1,4 @@
-"""`spallm-convert verify DIR`."""
+"""Define the command `spallm-convert verify DIR`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ EXIT_VERIFY_FAILED = 3
 
 @click.command("verify")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("-q", "--quiet", is_flag=True, help="Only the exit code and the problems.")
+@click.option("-q", "--quiet", is_flag=True, help="Print problems only.")
 def command(folder: Path, quiet: bool) -> None:
-    """Check the sketched checkpoint in FOLDER down to its last bit.
+    """Check every bit of the sketched checkpoint in FOLDER.
 
-    Structure, shapes and types, the hashes in conversion.json, padding bits of the index maps, and
-    that every table value is finite. Exit code 3 when something is wrong.
+    Checks structure, shapes and dtypes, the hashes in conversion.json, the padding bits of the
+    index maps, and that every table value is finite. The exit code is 3 if there are problems.
     """
     from spallm_convert.conversion.verify import verify
 
@@ -26,4 +26,4 @@ def command(folder: Path, quiet: bool) -> None:
     if problems:
         raise click.exceptions.Exit(EXIT_VERIFY_FAILED)
     if not quiet:
-        click.echo(f"{folder}: whole and sound")
+        click.echo(f"{folder}: no problems found")

@@ -1,4 +1,4 @@
-"""Accuracy on tasks of EleutherAI's lm-evaluation-harness, which is an optional package."""
+"""Measure accuracy on tasks of EleutherAI's lm-evaluation-harness, an optional package."""
 
 from __future__ import annotations
 
@@ -8,23 +8,33 @@ from typing import Any
 
 from spallm_convert.errors import EvaluationError, OptionError, one_line
 
-#: Requests that the harness hands to the model at once: enough to keep a GPU from idling, and
-#: logits of a long prompt still fit. Results do not depend on it, but for rounding.
+#: Requests per batch: enough to keep a GPU busy, and few enough that the logits of long prompts fit
+#: into memory. Results do not depend on it, except for rounding.
 _BATCH = 8
 
 
 def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Runs tasks of the harness on a loaded model: for every task its metrics by name.
+    """Run tasks of the harness on a loaded model.
 
-    A metric behind a filter carries its name, as in "exact_match (strict-match)", and one with a
-    standard error is followed by "... stderr". Groups of tasks come with their members.
-    Raises OptionError when the harness is not installed, EvaluationError when it fails.
+    Args:
+        model: The model, on the device that it should run on.
+        tokenizer: The tokenizer of the model.
+        tasks: Names of tasks or of groups of tasks.
+
+    Returns:
+        The metrics of every task, by name. A metric of a filter has the filter's name in
+        parentheses, for example "exact_match (strict-match)". A standard error has the name of its
+        metric and " stderr". The result for a group also has the group's tasks.
+
+    Raises:
+        OptionError: If the harness is not installed.
+        EvaluationError: If the harness fails, for example because a task is unknown.
     """
     lm_eval, huggingface = load_harness()
     try:
         wrapped = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
         answer = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), log_samples=False)
-    except Exception as error:  # unknown tasks, datasets that cannot be had, all else of its own
+    except Exception as error:  # unknown tasks, missing datasets, errors of its own
         reason = one_line(error)
         raise EvaluationError(
             f"lm-evaluation-harness, tasks {', '.join(tasks)}: {type(error).__name__}: {reason}"
@@ -33,21 +43,21 @@ def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str]) -> dict[str, dic
 
 
 def load_harness() -> tuple[Any, Any]:
-    """The harness's modules. Raises OptionError saying how to install it when it is missing."""
+    """Import the harness. If it is missing, raise an OptionError that says how to install it."""
     try:
         modules = [
             importlib.import_module(f"lm_eval{part}") for part in ("", ".models.huggingface")
         ]
     except ImportError as error:
         raise OptionError(
-            f"tasks are run by EleutherAI's lm-evaluation-harness, which cannot be imported "
+            f"--tasks needs EleutherAI's lm-evaluation-harness, which cannot be imported "
             f"({error}): pip install 'spallm-convert[eval]'"
         ) from error
     return modules[0], modules[1]
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:
-    """The numbers among a task's results, whose keys are "metric,filter"."""
+    """Return the numbers among a task's results, whose keys are "metric,filter"."""
     found = {}
     for key, value in values.items():
         metric, comma, chosen = key.partition(",")

@@ -1,8 +1,9 @@
-"""Any checkpoint as a model with its tokenizer: sketched, dense, or a GGUF file."""
+"""Load any checkpoint with its tokenizer: sketched, dense, or a GGUF file."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, PreTrainedModel
 
 from spallm_convert.devices import AUTO_DEVICE, find_device
-from spallm_convert.errors import SourceError, SpallmError, one_line
+from spallm_convert.errors import OptionError, SourceError, SpallmError, one_line
 from spallm_convert.hub_errors import clear_errors
 from spallm_convert.runtime.loading import load_sketched, model_class
 from spallm_convert.source.gguf import load_gguf
@@ -22,22 +23,34 @@ from spallm_formats import CONFIG_FILE, QUANT_METHOD, load_json
 
 
 def load_any(
-    model: str,
+    model: str | os.PathLike[str],
     *,
     revision: str | None = None,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str = AUTO_DEVICE,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
-    """Loads a model and its tokenizer: a sketched or dense checkpoint, or a GGUF file.
+    """Load a model and its tokenizer: a sketched or dense checkpoint, or a GGUF file.
 
-    model: a folder, an id on the Hub or a `.gguf` file. dtype: "auto" (that of the checkpoint,
-    bfloat16 for a GGUF file) or the name of a torch dtype. device: "cpu", "cuda", "cuda:1", ... or
-    "auto" for a GPU if there is one. The model is in evaluation mode.
-    Raises OptionError for a GPU that is not there, SpallmError naming the model when it, or its
-    tokenizer, cannot be had.
+    Args:
+        model: A folder, an id on the Hub, or a `.gguf` file.
+        revision: Branch, tag or commit of a model on the Hub. None: the default branch.
+        dtype: Torch dtype to compute in, or its name, such as "float32". "auto": the dtype of the
+            checkpoint, or bfloat16 for a GGUF file.
+        device: "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one.
+        trust_remote_code: Allow model code from the repository.
+
+    Returns:
+        The model, in evaluation mode and on the device, and its tokenizer.
+
+    Raises:
+        OptionError: If the device or the dtype does not exist.
+        SourceError: If the model or its tokenizer cannot be found or read.
+        FormatError: If a sketched checkpoint breaks the format.
     """
     target: Any = find_device(device)
+    dtype = _find_dtype(dtype)
+    model = os.fspath(model)
     source = find_here(model, revision)
     trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source is not None and source.is_gguf:
@@ -50,13 +63,22 @@ def load_any(
         tokenizer = read_tokenizer(model, place, revision=revision, **trusted)
     else:
         source = source or locate(model, revision)
-        source.open(source.path)  # refuses, in words of our own, what is no whole checkpoint
+        source.open(source.path)  # refuses an incomplete checkpoint with a clear message
         loaded = _load_dense(source, dtype, trust_remote_code)
         tokenizer = read_tokenizer(model, source.path, **trusted)
     return loaded.to(target), tokenizer
 
 
+def _find_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """Return the torch dtype of a name, or "auto"."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not isinstance(found, torch.dtype):
+        raise OptionError(f"dtype {dtype!r}: unknown; accepted are 'auto' and dtypes of torch")
+    return found or "auto"
+
+
 def _is_sketched(model: str, source: Source | None, revision: str | None) -> bool:
+    """Read `config.json`, from the Hub if there is no source here."""
     if source is not None:
         path = source.path / CONFIG_FILE
     else:
@@ -67,7 +89,9 @@ def _is_sketched(model: str, source: Source | None, revision: str | None) -> boo
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
-def _load_dense(source: Source, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+def _load_dense(
+    source: Source, dtype: str | torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
     loaded: PreTrainedModel
     with _clear_loading(source.name):
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
@@ -86,7 +110,7 @@ def _load_dense(source: Source, dtype: str, trust_remote_code: bool) -> PreTrain
 
 @contextlib.contextmanager
 def _clear_loading(model: str) -> Iterator[None]:
-    """Turns whatever a model's code makes of a checkpoint that does not suit it into one line."""
+    """Turn any error of a model's code, if a checkpoint does not fit it, into one line."""
     try:
         yield
     except SpallmError:
@@ -95,9 +119,9 @@ def _clear_loading(model: str) -> Iterator[None]:
         raise SourceError(f"{model}: transformers cannot load it ({one_line(error)})") from error
 
 
-def _load_gguf(source: Source, dtype: str) -> PreTrainedModel:
+def _load_gguf(source: Source, dtype: str | torch.dtype) -> PreTrainedModel:
     try:
-        return load_gguf(source.path, getattr(torch, "bfloat16" if dtype == "auto" else dtype))
+        return load_gguf(source.path, torch.bfloat16 if isinstance(dtype, str) else dtype)
     except Exception as error:  # a damaged file may raise anything
         raise SourceError(
             f"{source.name}: transformers cannot read it ({one_line(error)})"

@@ -1,8 +1,7 @@
 """Perplexity of a causal language model on a text, in windows that may overlap.
 
-A model takes so many tokens at a time. The text is gone through in windows of that many, each
-`stride` tokens on from the one before, and in each window only the losses of tokens that no window
-before has counted are added up:
+A model sees `window` tokens at a time. Each window starts `stride` tokens after the window before
+it. A window adds up only the losses of tokens that no earlier window has counted:
 
     tokens       0 1 2 3 4 5 6 7 8 9
     window 1     . x x x                  window 4, stride 2
@@ -10,9 +9,9 @@ before has counted are added up:
     window 3             . . x x          x counted
     window 4                 . . x x
 
-So every token but the very first, which nothing predicts, is counted once, and after the first
-window with at least window - stride tokens before it. With stride == window the windows do not
-overlap, and the first token of each is context only.
+Nothing predicts the first token of the text. Every other token is counted once, and after the first
+window each has at least window - stride tokens before it. If stride == window, the windows do not
+overlap, and the first token of each window is context only.
 """
 
 from __future__ import annotations
@@ -30,26 +29,34 @@ from spallm_convert.errors import EvaluationError, OptionError
 from spallm_convert.progress import Progress, Silent
 from spallm_convert.source.causal import check_tokens, predicts_next_token
 
-#: Logits turned to float32 at a time: 64 MiB of them, whatever window and vocabulary.
+from .windows import WINDOW, check_windows, default_stride
+
+#: Logits cast to float32 at a time: at most 64 MiB, whatever the window and the vocabulary.
 _CHUNK_LOGITS = 1 << 24
-#: Of a text that only so many tokens are wanted of, this many characters for each are tokenised.
+#: If only N tokens of a text are measured, this many characters per token are tokenized.
 _CHARACTERS = 32
 
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Losses over a text: their sum in nats, and how many tokens were counted."""
+    """Hold the loss of a model on a text.
+
+    Attributes:
+        nats: Sum of the losses of all counted tokens, in nats.
+        tokens: Number of counted tokens.
+    """
 
     nats: float
     tokens: int
 
     @property
     def nats_per_token(self) -> float:
+        """Return the mean loss of a token, in nats."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """exp(nats_per_token); inf where no float64 holds it."""
+        """Return exp(nats_per_token), or inf if it is larger than any float64."""
         try:
             return math.exp(self.nats_per_token)
         except OverflowError:
@@ -60,11 +67,37 @@ def perplexity(
     model: Any,
     tokens: torch.Tensor,
     *,
-    window: int = 1024,
+    window: int = WINDOW,
     stride: int | None = None,
     progress: Progress | None = None,
 ) -> float:
-    """exp of the mean negative log-likelihood per token, in nats; see `text_loss`."""
+    """Return the perplexity of a causal language model, dense or sketched, on tokens.
+
+    The perplexity is exp of the mean negative log-likelihood per token. The text is measured in
+    windows. A window that starts inside the text counts only its last `stride` tokens, because the
+    windows before it have counted the others. The defaults are those of `spallm-convert eval`, so
+    the same tokens give the same number.
+
+    The model runs on its own device, in its own dtype and in evaluation mode; its training mode is
+    restored afterwards. Losses are computed from the logits in float32 and summed in float64.
+
+    Args:
+        model: The model, as `load_sketched`, `load_any` or transformers returns it.
+        tokens: Token ids of the text, int64 [n] on any device, n at least 2.
+        window: Tokens that the model sees at once, at least 2. At most the number of positions of
+            the model if the text is longer than that.
+        stride: Tokens from the start of one window to the start of the next, 1 to `window`. None:
+            512, or half of `window` if that is less. `window`: the windows do not overlap, and the
+            first token of each is not counted.
+        progress: Listener that is told how many tokens are done. None: nothing is reported.
+
+    Returns:
+        The perplexity, at least 1; inf if it is larger than any float64.
+
+    Raises:
+        OptionError: If the tokens, the window or the stride cannot be used.
+        EvaluationError: If the model does not predict next tokens, or a loss is not finite.
+    """
     return text_loss(model, tokens, window=window, stride=stride, progress=progress).perplexity
 
 
@@ -73,20 +106,15 @@ def text_loss(
     model: Any,
     tokens: torch.Tensor,
     *,
-    window: int = 1024,
+    window: int = WINDOW,
     stride: int | None = None,
     progress: Progress | None = None,
 ) -> TextLoss:
-    """The losses of a causal language model, dense or sketched, over a text.
+    """Return the loss of a causal language model on a text: its sum and the tokens counted.
 
-    tokens: int64 [n], n of at least 2. Windows of `window` tokens start every `stride` tokens
-    (`window`, unless given: they do not overlap); which tokens count is said at the top of this
-    file. The model runs where it is, in its own dtype and in evaluation mode; losses are computed
-    from its logits in float32 and added in float64.
-    Raises OptionError for tokens, window or stride that cannot be used, EvaluationError when the
-    model does not predict next tokens, or gives losses that are not finite.
+    Arguments and errors are those of `perplexity`. The top of this file shows which tokens count.
     """
-    stride = window if stride is None else stride
+    stride = default_stride(window) if stride is None else stride
     _check_request(model, tokens, window, stride)
     options = _forward_options(model)
     progress = progress or Silent()
@@ -95,7 +123,7 @@ def text_loss(
     with _evaluating(model):
         for start in range(0, len(tokens), stride):
             end = min(start + window, len(tokens))
-            new = end - max(done, start + 1)  # the first token of a window has no prediction
+            new = end - max(done, start + 1)  # nothing predicts the first token of a window
             if new > 0:
                 losses = _last_losses(model, tokens[start:end], new, options)
                 nats += _finite_sum(losses, end)
@@ -110,19 +138,19 @@ def text_loss(
 def _last_losses(
     model: Any, part: torch.Tensor, count: int, options: dict[str, Any]
 ) -> torch.Tensor:
-    """Losses of the last `count` tokens of a window, float32 [count] on the CPU."""
+    """Return the losses of the last `count` tokens of a window, float32 [count] on the CPU."""
     if "logits_to_keep" in options:
         options = options | {"logits_to_keep": count + 1}
     output = model(part[None].to(_device(model)), **options)
     logits = getattr(output, "logits", None)
     if logits is None:
         raise EvaluationError(
-            f"{type(model).__name__} gives no logits, so it has no perplexity: a causal language "
-            f"model is needed"
+            f"{type(model).__name__} returns no logits, so its perplexity cannot be measured: a "
+            f"causal language model is needed"
         )
     if logits.ndim != 3 or logits.shape[1] not in {len(part), count + 1}:
         raise EvaluationError(
-            f"{type(model).__name__} gives logits of shape {list(logits.shape)} for {len(part)} "
+            f"{type(model).__name__} returns logits of shape {list(logits.shape)} for {len(part)} "
             f"tokens, expected [1, tokens, vocabulary]"
         )
     logits = logits[0, -count - 1 : -1]
@@ -136,23 +164,15 @@ def _last_losses(
 
 
 def _finite_sum(losses: torch.Tensor, end: int) -> float:
+    """Return the sum of the losses of the tokens before `end`; refuse one that is not finite."""
     total = float(losses.double().sum())
     if not math.isfinite(total):
         bad = int((~losses.isfinite()).nonzero()[0])
         raise EvaluationError(
             f"the loss of token {end - len(losses) + bad} is {float(losses[bad])}: the model's "
-            f"weights or activations are not finite in this dtype"
+            f"weights or activations are not finite in this dtype; try float32"
         )
     return total
-
-
-def check_windows(window: int, stride: int) -> None:
-    """Raises OptionError unless windows of this size and distance can be measured."""
-    if window < 2 or not 1 <= stride <= window:
-        raise OptionError(
-            f"window must be at least 2 tokens and stride from 1 to window, found window {window} "
-            f"and stride {stride}"
-        )
 
 
 def evaluate_text(
@@ -160,22 +180,39 @@ def evaluate_text(
     tokenizer: Any,
     documents: Sequence[str],
     *,
-    window: int = 1024,
-    stride: int = 512,
+    window: int = WINDOW,
+    stride: int | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measures a model on a text: tokens counted, nats per token, perplexity, bits per byte.
+    """Measure a causal language model on documents, as `spallm-convert eval --text` does.
 
-    documents: as `read_documents` gives them; they are joined by blank lines and tokenised with
-    the special tokens that the tokenizer adds to one text. limit: measure only that many tokens
-    from the start. Bits per byte are per byte of UTF-8, None where the tokenizer cannot say what
-    text its tokens stand for. Raises OptionError for a text of fewer than 2 tokens, and what
-    `text_loss` raises.
+    The documents are joined by blank lines and tokenized as one text, with the special tokens that
+    the tokenizer adds to a text. The tokens are measured as `perplexity` measures them.
+
+    Args:
+        model: The model, as `load_any` or `load_sketched` returns it.
+        tokenizer: The tokenizer of the model, as `load_any` returns it.
+        documents: The text, as `read_documents` returns it.
+        window: Tokens that the model sees at once, at least 2.
+        stride: Tokens from the start of one window to the start of the next, 1 to `window`. None:
+            512, or half of `window` if that is less.
+        limit: Measure only this number of tokens, from the start of the text. None: all.
+        progress: Listener that is told how many tokens are done. None: nothing is reported.
+
+    Returns:
+        A dict with `tokens` (int, the number of counted tokens), `nats_per_token` (float, the mean
+        loss), `perplexity` (float, exp of it), and `bits_per_byte` (float, per byte of the text in
+        UTF-8; None if the tokenizer cannot map tokens to text).
+
+    Raises:
+        OptionError: If the text has fewer than 2 tokens, the tokens do not fit the model, or the
+            window or the stride cannot be used.
+        EvaluationError: If the model does not predict next tokens, or a loss is not finite.
     """
     tokens, nbytes = _tokens_of(tokenizer, "\n\n".join(documents), limit)
     loss = text_loss(model, tokens, window=window, stride=stride, progress=progress)
-    # Without overlap some tokens are not counted: they are taken to be like the others.
+    # Without overlap some tokens are not counted. Assume that their mean loss is the same.
     bits = loss.nats_per_token * (len(tokens) - 1) / math.log(2)
     return {
         "tokens": loss.tokens,
@@ -186,10 +223,10 @@ def evaluate_text(
 
 
 def _tokens_of(tokenizer: Any, text: str, limit: int | None) -> tuple[torch.Tensor, int | None]:
-    """Tokens of a text, int64 [n], and the bytes that all of them but the first stand for."""
-    # verbose=False: no remark that this is longer than the model's context.
+    """Return the tokens of a text, int64 [n], and the bytes that all except the first stand for."""
+    # verbose=False: no warning that the text is longer than the model's context.
     encoded = tokenizer(text[: limit and limit * _CHARACTERS], verbose=False)
-    if limit is not None and len(encoded["input_ids"]) < 2 * limit:  # too near to where it was cut
+    if limit is not None and len(encoded["input_ids"]) < 2 * limit:  # tokens near the cut
         encoded = tokenizer(text, verbose=False)
     tokens = encoded["input_ids"][:limit]
     if not tokens or not encoded.is_fast:
@@ -201,13 +238,13 @@ def _tokens_of(tokenizer: Any, text: str, limit: int | None) -> tuple[torch.Tens
 
 
 def _device(model: Any) -> torch.device:
-    """Where a model takes its tokens; parameters that are offloaded are nowhere."""
+    """Return the device of a model's inputs. Offloaded parameters are on no device: skip them."""
     devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
     return next(devices, torch.device("cpu"))
 
 
 def _check_request(model: Any, tokens: torch.Tensor, window: int, stride: int) -> None:
-    """Refuses what cannot be measured before anything runs."""
+    """Refuse a request that cannot be measured, before anything runs."""
     if tokens.ndim != 1 or len(tokens) < 2 or tokens.dtype != torch.int64:
         raise OptionError(
             f"the tokens to measure must be int64 [n] with n of at least 2, found {tokens.dtype} "
@@ -217,14 +254,14 @@ def _check_request(model: Any, tokens: torch.Tensor, window: int, stride: int) -
     name = type(model).__name__
     if not predicts_next_token(model):
         raise EvaluationError(
-            f"{name} does not predict the next token, so it has no perplexity: a causal language "
-            f"model is needed"
+            f"{name} does not predict the next token, so its perplexity cannot be measured: a "
+            f"causal language model is needed"
         )
     check_tokens(model, tokens, min(window, len(tokens)), f"window {window}")
 
 
 def _forward_options(model: Any) -> dict[str, Any]:
-    """Arguments that save memory, where a model's code knows them."""
+    """Return the arguments that save memory, if the model's `forward` has them."""
     known = inspect.signature(model.forward).parameters
     return {
         name: value
@@ -235,7 +272,7 @@ def _forward_options(model: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards every module as it was."""
+    """Switch to evaluation mode, and restore the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

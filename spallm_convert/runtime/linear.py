@@ -1,4 +1,4 @@
-"""`SketchedLinear`: a linear layer whose weight is an index map and trainable sketch tables."""
+"""Define `SketchedLinear`, a linear layer whose weight is an index map and trainable tables."""
 
 from __future__ import annotations
 
@@ -10,13 +10,28 @@ from spallm_kernels.linear import dequantize, lut_linear
 
 
 class SketchedLinear(nn.Linear):
-    """y = x W^T + bias with W[o, i] = weight_table[o, i // (in / groups), code[o, i]].
+    """Compute y = x W^T + bias with W[o, i] = weight_table[o, i // (in / groups), code[o, i]].
 
-    weight: uint8 [out_features, row_bytes], the packed codes, frozen ([out_features, 0] with
-    `hash_seed`, from which the codes are computed then). weight_table: float [out_features, groups,
-    2^bits], trainable. stored_name: what the module is called on disk. A subclass of nn.Linear, so
-    that what looks for linear layers finds it; parameters and not buffers, so that sharding finds
-    the index map.
+    The class is a subclass of nn.Linear, so code that looks for linear layers finds it. The index
+    map is a parameter and not a buffer, so that sharding finds it. The constructor leaves the index
+    map and the tables uninitialized: loading a checkpoint fills them.
+
+    Args:
+        shape: Shape of the weight, bits per code, and groups per row.
+        bias: The bias, float [out_features], or None.
+        table_dtype: Dtype of the tables.
+        hash_seed: Seed of the mapping `hash`, whose codes are computed. None: codes are stored.
+        device: Device of the parameters. None: torch's default device.
+        stored_name: Name of the module in the checkpoint. None: its path in the model.
+
+    Attributes:
+        weight: The index map, packed codes, uint8 [out_features, row_bytes], frozen. With
+            `hash_seed`: uint8 [out_features, 0].
+        weight_table: The tables, float [out_features, groups_per_row, 2^bits], trainable.
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        bits: Bits per code: 2, 3 or 4.
+        groups_per_row: Tables per row.
     """
 
     weight_table: nn.Parameter
@@ -48,25 +63,39 @@ class SketchedLinear(nn.Linear):
             torch.empty(shape.table_shape, dtype=table_dtype, device=device)
         )
         self.register_parameter("bias", bias)
-        # transformers initializes what it has offloaded to disk, and would draw random bytes.
+        # Without this, transformers fills parameters that are offloaded to disk with random bytes.
         self._is_hf_initialized = True
 
     def reset_parameters(self) -> None:
-        """Nothing: a sketch comes from a checkpoint, there is no random one to begin with."""
+        """Do nothing: a sketch comes from a checkpoint and has no random initial state."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.shape[-1] != self.in_features:  # packed codes do not tell how many there are
+        """Return the product with the sketched weight, plus the bias.
+
+        The result is differentiable in the input, the tables and the bias.
+
+        Args:
+            input: Inputs, float [..., in_features].
+
+        Returns:
+            Outputs, float [..., out_features], in the dtype of the input, or in autocast's dtype.
+
+        Raises:
+            ValueError: If the last dimension of the input is not `in_features`.
+        """
+        if input.shape[-1] != self.in_features:  # the packed codes do not determine their number
             raise ValueError(
-                f"the layer takes {self.in_features} features, found an input {list(input.shape)}"
+                f"the last dimension of the input must be {self.in_features}, found the shape "
+                f"{list(input.shape)}"
             )
         index_map: Tensor = self.weight
         if index_map.dtype != torch.uint8:
-            # FSDP2 of torch 2.9 casts all that it gathers. Floats hold bytes exactly.
+            # FSDP2 of torch 2.9 casts every tensor that it gathers. Floats represent bytes exactly.
             index_map = index_map.to(torch.uint8)
         return lut_linear(input, index_map, self.weight_table, self.bias, hash_seed=self.hash_seed)
 
     def dense_weight(self) -> Tensor:
-        """The dense weight, [out_features, in_features] in the dtype of the tables."""
+        """Return the dense weight, [out_features, in_features], in the dtype of the tables."""
         return dequantize(
             self.weight, self.weight_table, self.in_features, hash_seed=self.hash_seed
         )
@@ -80,7 +109,7 @@ class SketchedLinear(nn.Linear):
 
 
 def train_tables_only(model: nn.Module) -> None:
-    """Makes the sketch tables trainable and freezes all else."""
+    """Make the sketch tables trainable and freeze everything else."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""`load_sketched`: a sketched checkpoint as a transformers model, ready to run and to train."""
+"""Load a sketched checkpoint as a transformers model, ready to run and to train."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from spallm_convert.paths import user_path
 from spallm_convert.source.skeleton import remote_class
 from spallm_formats import SketchedCheckpoint, SketchMetadata
 
-from . import quantizer  # noqa: F401  registers the checkpoint's quantizer
+from . import quantizer  # noqa: F401  registers the quantizer of sketched checkpoints
 from .tables import load_tables
 
-#: Options of `from_pretrained` that say where files come from.
+#: Options of `from_pretrained` that decide where files come from.
 _HUB_OPTIONS = {"cache_dir", "force_download", "local_files_only", "subfolder", "token"}
 
 
@@ -32,16 +32,34 @@ def load_sketched(
     tables_revision: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Loads a sketched checkpoint: a local folder or an id on the Hub.
+    """Load a sketched checkpoint as a transformers model.
 
-    dtype: of the activations and of everything but the index maps ("auto": that of the
-    checkpoint). tables: a tables-only checkpoint to use instead of the model's own tables, a folder
-    or an id on the Hub (see `load_tables`) with its revision. device_map and other `options` are
-    those of `from_pretrained`. The model is in evaluation mode, its sketch tables are the only
-    trainable parameters, and `model.set_tables(name)` changes between sets of tables.
-    Raises FormatError when the checkpoint breaks the format, SourceError when it cannot be had.
+    The sketch tables are the only trainable parameters (see `set_trainable`). The method
+    `model.set_tables(name)` switches between sets of tables (see `load_tables`).
+
+    Args:
+        model: A local folder or an id on the Hub.
+        revision: Branch, tag or commit of a model on the Hub. None: the default branch.
+        dtype: Torch dtype of the activations and of every parameter except the index maps, or its
+            name. Tables that are stored in float32 stay in float32. "auto": the dtype of the
+            checkpoint.
+        device_map: Devices of the modules, as `from_pretrained` of transformers takes them. None:
+            the CPU.
+        trust_remote_code: Allow model code from the repository.
+        tables: A tables-only checkpoint to load in place of the model's own tables: a folder or an
+            id on the Hub. It becomes the set "tuned". None: the model's own tables.
+        tables_revision: Branch, tag or commit of `tables` on the Hub. None: the default branch.
+        options: Other options of `from_pretrained`, such as `cache_dir` or `token`.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        FormatError: If the checkpoint, or the tables-only checkpoint, breaks the format or does
+            not fit.
+        SourceError: If the checkpoint cannot be found or downloaded.
     """
-    dtype = options.pop("torch_dtype", dtype)  # its former name, which transformers takes too
+    dtype = options.pop("torch_dtype", dtype)  # the former name; transformers accepts it too
     name = os.fspath(model)
     path = user_path(name)
     if path.is_dir():
@@ -58,7 +76,10 @@ def load_sketched(
         )
         quantization = getattr(config, "quantization_config", None)
         if quantization is None:
-            raise FormatError(f"{name}: config.json has no quantization_config, not sketched")
+            raise FormatError(
+                f"{name}: config.json has no quantization_config, so this is not a sketched "
+                f"checkpoint; convert it first: spallm-convert {name}"
+            )
         SketchMetadata.from_json(quantization)
         loaded: PreTrainedModel
         loaded, found = model_class(config).from_pretrained(
@@ -80,9 +101,16 @@ def load_sketched(
 
 
 def model_class(config: Any) -> Any:
-    """The class that a config names, or the one that finds it in the model's repository."""
+    """Return the model class that a config names.
+
+    If transformers does not have that class, return AutoModelForCausalLM, which can find it in the
+    model's repository.
+    """
     if not config.architectures:
-        raise FormatError("config.json: no architectures are named, so no model class is known")
+        raise FormatError(
+            "config.json: no architectures are named, so the model class is unknown; add "
+            "`architectures` with the name of the class"
+        )
     architecture = config.architectures[0]
     remote = remote_class(getattr(config, "auto_map", None), architecture)
     names = [architecture, *(remote or ())[:1]]

@@ -1,4 +1,4 @@
-"""How transformers loads and saves a sketched checkpoint: its config class and quantizer.
+"""Load and save sketched checkpoints with transformers: a config class and a quantizer.
 
 Importing this module registers both under `quant_method: "spallm"`.
 """
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 @register_quantization_config(QUANT_METHOD)
 class SpallmConfig(QuantizationConfigMixin):
-    """`quantization_config` of a sketched checkpoint; refuses unknown keys."""
+    """Hold the `quantization_config` of a sketched checkpoint; refuse unknown keys."""
 
     def __init__(self, **document: Any) -> None:
         self.metadata = SketchMetadata.from_json({"quant_method": QUANT_METHOD} | document)
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enum of built-in ones
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # not in transformers' enum
 
     def to_dict(self) -> dict[str, Any]:
         return self.metadata.to_json()
@@ -40,7 +40,7 @@ class SpallmConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class SpallmQuantizer(HfQuantizer):
-    """Puts sketched layers into the module tree before weights are loaded."""
+    """Replace linear layers by sketched layers before weights are loaded."""
 
     requires_calibration = True
     serialized_names = {"weight": ["weight", "weight_table"]}  # noqa: RUF012
@@ -49,7 +49,7 @@ class SpallmQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         metadata = self.quantization_config.metadata
         seed = metadata.hash_seed if metadata.mapping == "hash" else None
-        # Tables stored in float32 are meant to be trained in it, whatever the model computes in.
+        # Tables stored in float32 stay in float32 for training, whatever the dtype of the model.
         table_dtype = torch.float32 if metadata.table_dtype == "float32" else None
         linears = {
             name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
@@ -59,7 +59,8 @@ class SpallmQuantizer(HfQuantizer):
             names = aliases(stored, model.base_model_prefix)
             path = next((name for name in names if name in linears), None)
             if path is None:
-                problems.append(f"module {stored!r} is no linear layer of {type(model).__name__}")
+                name = type(model).__name__
+                problems.append(f"module {stored!r} is not a linear layer of {name}")
                 continue
             dense = linears[path]
             if (dense.out_features, dense.in_features) != (shape.out_features, shape.in_features):
@@ -89,16 +90,17 @@ class SpallmQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
-        """What `save_pretrained`, the caller, saves in place of the state dict that it was given.
+        """Return the state dict that `save_pretrained`, the caller, saves, and its metadata.
 
-        That one is what Trainer has gathered from all shards, and must not be lost: it is returned.
+        It is the state dict that `save_pretrained` was given, read from the caller's frame. Trainer
+        has gathered it from all shards, and transformers would otherwise drop it.
         """
-        # Before the config is saved: mixed precision under FSDP2 has made the tables float32.
+        # Update the config before it is saved: FSDP2's mixed precision makes the tables float32.
         self._describe_tables(model)
         return sys._getframe(1).f_locals.get("state_dict"), {}
 
     def _describe_tables(self, model: PreTrainedModel) -> None:
-        """Has the config say which dtype tables have now, whatever they were stored in."""
+        """Write the present dtype of the tables to the config; the stored dtype may differ."""
         kinds = {m.weight_table.dtype for m in model.modules() if isinstance(m, SketchedLinear)}
         for kind in kinds:
             self.quantization_config.metadata = dataclasses.replace(

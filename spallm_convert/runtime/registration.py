@@ -1,8 +1,8 @@
-"""Makes transformers load sketched checkpoints, without importing it.
+"""Register sketched checkpoints with transformers, without importing transformers.
 
-transformers finds quantizers in a registry and has no entry points for others to join it. So this
-waits until the registry's module has been imported, by whomever, and registers then: a finder on
-`sys.meta_path` that lets the import run as usual and is removed after it.
+transformers keeps quantizers in a registry, and other packages cannot join it by an entry point. So
+a finder on `sys.meta_path` waits until any code imports the module of the registry. It lets the
+import run as usual, then registers the quantizer and removes itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _REGISTRY = "transformers.quantizers.auto"
 
 
 def register_with_transformers() -> None:
-    """Registers the quantizer now if transformers is there already, else once it is imported."""
+    """Register the quantizer now if transformers is imported, otherwise when it is imported."""
     if _REGISTRY in sys.modules:
         _register()
     elif not any(isinstance(finder, _WaitForRegistry) for finder in sys.meta_path):
@@ -31,6 +31,8 @@ def _register() -> None:
 
 
 class _WaitForRegistry(importlib.abc.MetaPathFinder):
+    """Find the registry's module as usual, but with a loader that registers afterwards."""
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
@@ -44,7 +46,7 @@ class _WaitForRegistry(importlib.abc.MetaPathFinder):
 
 
 class _RegisterAfter(importlib.abc.Loader):
-    """Runs a module as its own loader does, then registers."""
+    """Load a module with its own loader, then register."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader

@@ -1,9 +1,9 @@
-"""Sketch tables apart from their index maps: saved alone, loaded onto a base, several kept at once.
+"""Save sketch tables without their index maps, load them onto a base, and switch between sets.
 
-A model keeps named sets of tables. The set called "base" is what it was loaded with and is never
-changed by loading another; one set is active. Changing sets exchanges the storage of parameters, so
-that it takes milliseconds, and optimizers and hooks keep the parameters that they know. Sharded
-parameters keep storage and dtype, and get copies of the values.
+A model keeps named sets of tables, and one set is active. The set "base" holds the tables that the
+model was loaded with; loading another set never changes it. Switching exchanges the storage of
+parameters: it takes milliseconds, and the parameters that optimizers and hooks know stay valid.
+Sharded parameters keep their storage and dtype, and get copies of the values.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ if TYPE_CHECKING:
 
 BASE = "base"
 
-#: What a compiled module calls the one that it is made of.
+#: The name of the original module inside a compiled module.
 _COMPILED = "_orig_mod"
 
 
 @dataclass
 class _Sets:
-    """Every set of a model, by name and parameter, and which one its parameters share storage with.
+    """Hold every set of a model, by name and parameter.
 
-    "base" has a value for whatever any set replaces.
+    The model's parameters share storage with the active set. "base" has a value for every parameter
+    that any set replaces.
     """
 
     active: str = BASE
@@ -63,12 +64,22 @@ _digests: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKe
 def save_tables(
     model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = False
 ) -> Path:
-    """Saves the active tables, and what else of the model is trainable, without its index maps.
+    """Save the active tables and all other trainable parameters, without the index maps.
 
-    model: a sketched transformers model, also inside DDP, FSDP2 or torch.compile. Of several
-    processes the first writes; where parameters are sharded all have to call, and the others return
-    when the first is done. Returns the folder. Raises OptionError when there are tables in it
-    already and `overwrite` is off.
+    If there are several processes, the first one writes. If parameters are sharded, every process
+    must call this function; the others return when the first is done.
+
+    Args:
+        model: A model from `load_sketched`, also inside DDP, FSDP2 or torch.compile.
+        folder: Folder to write to. It is created if it does not exist.
+        overwrite: Replace tables in the folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OptionError: If the folder already holds tables and `overwrite` is False, the model has no
+            sketched layers, or its weights are offloaded by `device_map`.
     """
     model = sketched_model(model)
     target = user_path(folder)
@@ -87,7 +98,7 @@ def save_tables(
 def _describe(model: Any) -> TablesMetadata:
     origin = getattr(model.config, "_name_or_path", None) or None
     if origin is not None and Path(origin).exists():
-        origin = Path(origin).resolve().name  # not where it lies on this machine
+        origin = Path(origin).resolve().name  # the path on this machine helps nobody else
     return TablesMetadata(
         base_model=origin,
         base_revision=getattr(model.config, "_commit_hash", None),
@@ -99,9 +110,9 @@ def _write(
     target: Path, tensors: dict[str, Tensor], metadata: TablesMetadata, *, overwrite: bool
 ) -> None:
     if (target / TABLES_METADATA_FILE).exists() and not overwrite:
-        raise OptionError(f"{target} holds sketch tables already; overwrite=True replaces them")
+        raise OptionError(f"{target} already holds sketch tables; overwrite=True replaces them")
     target.mkdir(parents=True, exist_ok=True)
-    # The description comes last and goes first: without it, a folder holds no tables.
+    # A folder without the description holds no tables: remove it first and write it last.
     (target / TABLES_METADATA_FILE).unlink(missing_ok=True)
     write_atomic(target / TABLES_FILE, save(tensors, metadata={"format": "pt"}))
     write_atomic(target / TABLES_METADATA_FILE, to_json(metadata.to_json()))
@@ -116,33 +127,48 @@ def load_tables(
     revision: str | None = None,
     activate: bool = True,
 ) -> None:
-    """Loads tables from a folder or the Hub as a set of the model, and makes it the active one.
+    """Load a tables-only checkpoint as a set of tables of the model.
 
-    Tables keep the dtype they were saved in and go to the device of those they replace; norms and
-    all else take the model's dtype, as everything does in a sharded model. A set of the same name
-    is replaced.
-    Raises FormatError, listing every problem, when they were made for other index maps or do not
-    fit, and leaves the model as it was then; OptionError for a model whose weights are not in
-    memory, offloaded by `device_map`.
+    Tables keep the dtype that they were saved in. Norms and other parameters are cast to the dtype
+    of the model; in a sharded model, tables are too. All tensors go to the device of the parameters
+    that they replace. If an error is raised, the model is unchanged.
+
+    Args:
+        model: A model from `load_sketched`, also inside DDP, FSDP2 or torch.compile.
+        source: The tables-only checkpoint: a folder or an id on the Hub.
+        name: Name of the set, except "base". A set with this name is replaced.
+        revision: Branch, tag or commit of `source` on the Hub. None: the default branch.
+        activate: Make the set active. A set that replaces the active one is active in any case.
+
+    Raises:
+        FormatError: If the tables were made for other index maps, or do not fit. It lists every
+            problem.
+        OptionError: If the name is "base", the model has no sketched layers, or its weights are
+            offloaded by `device_map`.
+        SourceError: If the tables cannot be found or downloaded.
     """
     model = sketched_model(model)
     if name == BASE:
-        raise OptionError(f"the name {BASE!r} is that of the tables the model came with")
+        raise OptionError(
+            f"the name {BASE!r} is reserved for the tables that the model was loaded with; choose "
+            f"another name"
+        )
     folder = _find(source, revision)
     described = folder / TABLES_METADATA_FILE
     metadata = TablesMetadata.from_json(load_json(described.read_bytes(), described.name))
     own = model_fingerprint(model)
     if metadata.fingerprint != own:
         raise FormatError(
-            f"{source}: made for {metadata.base_model or 'a base'} with index maps "
-            f"{metadata.fingerprint[:12]}, this model has {own[:12]}"
+            f"{source}: made for {metadata.base_model or 'a base'} with the index maps "
+            f"{metadata.fingerprint[:12]}, but this model has {own[:12]}; load the model that the "
+            f"tables were trained on"
         )
     tensors, parameters = _read(folder / TABLES_FILE, model), _replaceable(model)
     sets = _sets(model)
     was_active = sets.active == name
     if was_active:
         _activate(model, BASE)
-    for key in tensors:  # where the base has no value yet, no set has replaced it
+    for key in tensors:  # if the base has no value yet, no set has replaced the parameter
         sets.stored[BASE].setdefault(key, _current(parameters[key]))
     sets.stored[name] = tensors
     if activate or was_active:
@@ -150,35 +176,56 @@ def load_tables(
 
 
 def set_tables(model: nn.Module, name: str = BASE) -> None:
-    """Makes a set of tables the active one. Gradients of the tables are dropped.
+    """Make a set of tables the active one, and drop the gradients of its parameters.
 
-    Raises OptionError when the model has no set of that name.
+    Args:
+        model: A model from `load_sketched`, also inside DDP, FSDP2 or torch.compile.
+        name: Name of a set that `load_tables` loaded, or "base", the tables that the model was
+            loaded with.
+
+    Raises:
+        OptionError: If the model has no set with this name, or no sketched layers.
     """
     model = sketched_model(model)
     known = table_sets(model)
     if name not in known:
-        raise OptionError(f"no set of tables is called {name!r}; there are {', '.join(known)}")
+        raise OptionError(
+            f"no set of tables is called {name!r}, the model has {', '.join(known)}; load it with "
+            f"load_tables"
+        )
     _activate(model, name)
 
 
 def table_sets(model: nn.Module) -> list[str]:
-    """Names of the sets that a model has, the active one first."""
+    """Return the names of all sets of tables of a model.
+
+    Args:
+        model: A model from `load_sketched`, also inside DDP, FSDP2 or torch.compile.
+
+    Returns:
+        The names: the active set first, the others in alphabetical order. "base" is among them.
+
+    Raises:
+        OptionError: If the model has no sketched layers.
+    """
     sets = _sets(sketched_model(model))
     return [sets.active, *sorted(sets.stored.keys() - {sets.active})]
 
 
 def sketched_model(model: nn.Module) -> Any:
-    """The transformers model inside wrappers; raises OptionError when it is not sketched."""
+    """Return the transformers model inside wrappers; raise OptionError if it is not sketched."""
     inner: Any = model
     while wrapped := _wrapped_by(inner):
         inner = wrapped
     if not any(isinstance(module, SketchedLinear) for module in inner.modules()):
-        raise OptionError(f"{type(inner).__name__} has no sketched layers")
+        raise OptionError(
+            f"{type(inner).__name__} has no sketched layers: load the model with load_sketched"
+        )
     return inner
 
 
 def _wrapped_by(model: Any) -> nn.Module | None:
-    # A compiled model has all attributes of the one in it: only its modules tell them apart.
+    # A compiled model has all attributes of the model inside: only its modules tell them apart.
     compiled: nn.Module | None = model._modules.get(_COMPILED)
     if compiled is not None or hasattr(model, "hf_quantizer"):
         return compiled
@@ -186,7 +233,7 @@ def _wrapped_by(model: Any) -> nn.Module | None:
 
 
 def sketched_layers(model: nn.Module) -> dict[str, SketchedLinear]:
-    """The sketched layers of a model by the names they have on disk."""
+    """Return the sketched layers of a model by their names in the checkpoint."""
     return {
         layer.stored_name or path: layer
         for path, layer in model.named_modules()
@@ -195,9 +242,9 @@ def sketched_layers(model: nn.Module) -> dict[str, SketchedLinear]:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Fingerprint of a model's index maps, as formats/SPEC.md defines it.
+    """Return the fingerprint of a model's index maps, as formats/SPEC.md defines it.
 
-    Reads every index map once, at about the speed of SHA-256; later calls remember.
+    The first call reads every index map, at about the speed of SHA-256. Later calls use a cache.
     """
     layers = sketched_layers(model)
     return fingerprint(
@@ -207,17 +254,19 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def attach_set_tables(model: nn.Module) -> None:
-    """Gives a loaded model `set_tables` as a method.
+    """Add the method `set_tables` to the class of a loaded model.
 
-    Its class gets it: with an attribute that refers back to it the model would not be freed when it
-    is no longer used, but some time later.
+    The class gets it and not the model: an attribute that refers back to the model would delay
+    freeing the model's memory until the next garbage collection.
     """
     type(model).set_tables = set_tables  # type: ignore[attr-defined]
 
 
 def keep_apart(model: nn.Module) -> None:
-    """Gives the active set values of its own for all that is trained with it, so that training one
-    set changes no other."""
+    """Give the active set its own copy of every trainable parameter.
+
+    So training one set changes no other set.
+    """
     sets = _sets(model)
     if sets.active == BASE:
         return
@@ -231,23 +280,26 @@ def keep_apart(model: nn.Module) -> None:
 def _digest(layer: SketchedLinear) -> str:
     if layer.weight_table.is_meta:
         raise OptionError(
-            f"{layer.stored_name} is not in memory but offloaded (device_map): tables are saved "
-            f"and loaded for models that are in memory as a whole"
+            f"{layer.stored_name} is offloaded (device_map), but tables are saved and loaded only "
+            f"if the whole model is in memory: load it without device_map"
         )
     if layer.hash_seed is not None:
         return map_digest(None, layer.hash_seed)
     state = (layer.weight.data_ptr(), layer.weight._version)
     known = _digests.get(layer)
     if known is None or known[0] != state:
-        # Not `Tensor.numpy`, after which FSDP2 could not free the memory that it has gathered.
+        # Not `Tensor.numpy`: after that call FSDP2 could not free the gathered memory.
         packed = np.from_dlpack(_whole(layer.weight).cpu().contiguous())
         known = _digests[layer] = (state, map_digest(packed, None))
     return known[1]
 
 
 def _portable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What a tables-only checkpoint holds: all tables, other parameters that are trained, and those
-    that came with the active set."""
+    """Return the parameters of a tables-only checkpoint.
+
+    These are all tables, other trainable parameters, and the parameters that were loaded with the
+    active set.
+    """
     found = {
         name + TABLE_SUFFIX: layer.weight_table for name, layer in sketched_layers(model).items()
     }
@@ -261,13 +313,13 @@ def _portable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters by the names that they have where no part of the model is compiled."""
+    """Yield parameters by the names that they have in a model that is not compiled."""
     for name, parameter in model.named_parameters():
         yield name.replace(f"{_COMPILED}.", ""), parameter
 
 
 def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of a tables file, each checked against the parameter that it is for."""
+    """Read the tensors of a tables file, and check each against the parameter that it replaces."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -280,14 +332,14 @@ def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
             problems.append(f"{name}: the model has no such parameter")
         elif tensor.shape != parameters[name].shape:
             found, expected = list(tensor.shape), list(parameters[name].shape)
-            problems.append(f"{name} has shape {found}, the model's has {expected}")
+            problems.append(f"{name} has the shape {found}, the model expects {expected}")
         elif not tensor.is_floating_point():
             problems.append(f"{name} is {tensor.dtype}, expected a floating-point dtype")
         elif not tensor.isfinite().all():
-            problems.append(f"{name} holds values that are not finite")
+            problems.append(f"{name} has values that are not finite")
     kinds = {str(tensors[name].dtype) for name in tables & tensors.keys()}
     if len(kinds) > 1:
-        problems.append(f"tables are of several dtypes: {', '.join(sorted(kinds))}")
+        problems.append(f"tables have several dtypes, expected one: {', '.join(sorted(kinds))}")
     if problems:
         raise FormatError([f"{path.name}: {problem}" for problem in problems])
     return {
@@ -297,7 +349,7 @@ def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _replaceable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that a set may replace: by their names on disk, all but the index maps."""
+    """Return the parameters that a set may replace, by name: all except the index maps."""
     layers = sketched_layers(model)
     own = {id(value) for layer in layers.values() for value in (layer.weight, layer.weight_table)}
     found = {name: value for name, value in _named_parameters(model) if id(value) not in own}
@@ -306,23 +358,23 @@ def _replaceable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _activate(model: nn.Module, name: str) -> None:
     sets, parameters = _sets(model), _replaceable(model)
-    concerned, base = {key for one in sets.stored.values() for key in one}, sets.stored[BASE]
-    for key in sets.stored[sets.active]:  # storage may have moved, with the model to a device
+    replaced, base = {key for one in sets.stored.values() for key in one}, sets.stored[BASE]
+    for key in sets.stored[sets.active]:  # moving the model to a device gives it new storage
         sets.stored[sets.active][key] = _current(parameters[key])
-    for key in concerned:
+    for key in replaced:
         _replace(parameters[key], sets.stored[name].get(key, base[key]))
     sets.active = name
     keep_apart(model)
 
 
 def _current(parameter: nn.Parameter) -> Tensor:
-    """The value of a parameter, to be put back later."""
+    """Return the value of a parameter, to be restored later."""
     value = parameter.detach()
     return value.clone() if _is_sharded(parameter) else value
 
 
 def _replace(parameter: nn.Parameter, value: Tensor) -> None:
-    """Gives a parameter the storage of a value, or, where it is sharded, a copy."""
+    """Give a parameter the storage of a value, or a copy of the value if it is sharded."""
     if _is_sharded(parameter):
         with torch.no_grad():
             parameter.copy_(value)
@@ -345,15 +397,14 @@ def _sets(model: nn.Module) -> _Sets:
 
 
 def _whole(value: Tensor) -> Tensor:
-    """A tensor in one piece, gathered from all processes where it is sharded."""
+    """Return the whole tensor, gathered from all processes if it is sharded."""
     detached: Any = value.detach()
     whole: Tensor = detached.full_tensor() if _is_sharded(detached) else detached
     return whole
 
 
 def _like(tensor: Tensor, parameter: Tensor, *, keep_dtype: bool) -> Tensor:
-    """A tensor placed (and sharded) as a parameter is, of the parameter's dtype unless it is to
-    keep its own."""
+    """Move (and shard) a tensor like a parameter; cast it unless it is to keep its dtype."""
     tensor = tensor if keep_dtype else tensor.to(parameter.dtype)
     if _is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
@@ -364,7 +415,7 @@ def _like(tensor: Tensor, parameter: Tensor, *, keep_dtype: bool) -> Tensor:
 
 
 def _find(source: str | os.PathLike[str], revision: str | None) -> Path:
-    """The folder of a tables-only checkpoint, downloaded where it is an id on the Hub."""
+    """Return the folder of a tables-only checkpoint, downloaded if it is an id on the Hub."""
     folder = user_path(source)
     if not folder.is_dir():
         if folder.exists() or str(source).startswith((".", "/", "~")):
@@ -374,5 +425,8 @@ def _find(source: str | os.PathLike[str], revision: str | None) -> Path:
         name for name in (TABLES_METADATA_FILE, TABLES_FILE) if not (folder / name).is_file()
     ]
     if missing:
-        raise FormatError(f"{source} holds no sketch tables: {', '.join(missing)} missing")
+        raise FormatError(
+            f"{source} holds no sketch tables: {', '.join(missing)} missing; save_tables writes "
+            f"{'them' if len(missing) > 1 else 'it'}"
+        )
     return folder

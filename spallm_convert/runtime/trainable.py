@@ -1,4 +1,7 @@
-"""What of a sketched model is trained: all tables by default, some of them, norms too."""
+"""Choose the trainable parameters of a sketched model, and count them.
+
+By default all tables are trained. The choice may be some tables, and normalization layers too.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,26 @@ from spallm_convert.errors import OptionError
 from .linear import SketchedLinear
 from .tables import keep_apart, sketched_layers, sketched_model
 
-#: Moments that AdamW keeps of each trained parameter, in its dtype.
+#: Moments that AdamW keeps of each trainable parameter, in the parameter's dtype.
 _MOMENTS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainableSummary:
-    """Counts of parameters and bytes of memory; `print` gives a few readable lines.
+    """Hold counts of parameters and bytes of memory; `print` shows them in a few lines.
 
-    weights: weights that the sketched layers stand for. optimizer_bytes: two moments of AdamW in
-    the dtype of each trained parameter; gradient_bytes: one gradient. Activations are not counted.
+    Memory of activations is not counted.
+
+    Attributes:
+        weights: Dense weights that the sketched layers represent.
+        trained_tables: Trainable table entries.
+        tables: All table entries.
+        trained_others: Other trainable parameters.
+        index_map_bytes: Bytes of the index maps.
+        table_bytes: Bytes of the tables.
+        other_bytes: Bytes of all other parameters and of buffers.
+        gradient_bytes: Bytes of one gradient of each trainable parameter.
+        optimizer_bytes: Bytes of two moments of AdamW for each trainable parameter, in its dtype.
     """
 
     weights: int
@@ -64,16 +77,27 @@ def set_trainable(
     norms: bool = False,
     dtype: torch.dtype | None = torch.float32,
 ) -> TrainableSummary:
-    """Chooses what is trained and freezes all else.
+    """Choose the trainable parameters of a sketched model, and freeze all others.
 
-    tables: all of them, none, or those of modules whose name matches a pattern (`*` and `?` as in
-    file names, for example "*.mlp.*"). dtype: of all tables once some are trained, as a checkpoint
-    has them in one; None to leave it. In bfloat16 an update below 1/256 of a value is lost, and
-    tables are small; products are computed in the dtype of the activations all the same. norms:
-    scales and offsets of normalisation layers too. They keep their dtype, as activations follow it:
-    to train them, load the model in float32 and compute in bfloat16 by autocast (`bf16=True` in
-    Trainer). To be called before a model is sharded.
-    Raises OptionError when a pattern matches no sketched module.
+    Call this before the model is sharded.
+
+    Args:
+        model: A model from `load_sketched`, also inside wrappers such as DDP or torch.compile.
+        tables: True: all tables. False: none. A pattern, or several: the tables of modules whose
+            name matches (`*` and `?` as in file names, for example "*.mlp.*").
+        norms: Train scales and offsets of normalization layers too. They keep their dtype, because
+            the dtype of the activations follows from it. To train them, load the model in float32
+            and compute in bfloat16 with autocast (`bf16=True` in Trainer).
+        dtype: Dtype to cast all tables to if any table is trained; a checkpoint stores all tables
+            in one dtype. None: keep the dtype. In bfloat16, an update smaller than 1/256 of a value
+            is lost. Float32 tables cost little memory, and products are still computed in the dtype
+            of the activations.
+
+    Returns:
+        The number of trainable parameters and the memory that training takes.
+
+    Raises:
+        OptionError: If a pattern matches no sketched module, or the model has none.
     """
     model = sketched_model(model)
     layers = sketched_layers(model)
@@ -84,7 +108,7 @@ def set_trainable(
         matches = fnmatch.filter(layers, pattern)
         if not matches:
             raise OptionError(
-                f"no sketched module matches {pattern!r}, for example {next(iter(layers))}"
+                f"no sketched module matches {pattern!r}; names are like {next(iter(layers))}"
             )
         chosen.update(matches)
     for parameter in model.parameters():
@@ -104,7 +128,17 @@ def set_trainable(
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
-    """Counts what of a sketched model is trained, and the memory that training it takes."""
+    """Count the trainable parameters of a sketched model and the memory that training takes.
+
+    Args:
+        model: A model from `load_sketched`, also inside wrappers such as DDP or torch.compile.
+
+    Returns:
+        Counts of parameters, and bytes of memory.
+
+    Raises:
+        OptionError: If the model has no sketched layers.
+    """
     model = sketched_model(model)
     layers = [module for module in model.modules() if isinstance(module, SketchedLinear)]
     tables = [layer.weight_table for layer in layers]

@@ -31,13 +31,14 @@ from .widths import Choice, check_target, with_choice
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will do.
+    """Describe what a conversion will write; `plan_conversion` returns it.
 
     Attributes:
-        metadata: What is sketched and how, as `config.json` will say it.
-        layers: The layers to sketch, by their names in the checkpoint.
-        kept: Tensors that are copied as they are, by name.
-        left_dense: Linear layers among those tensors, each with the reason why it stays dense.
+        metadata: Bits, groups and shape of every layer to sketch, mapping and table dtype, as
+            `config.json` will have them.
+        layers: The layers to sketch, by name in the checkpoint.
+        kept: Tensors that are copied unchanged, by name.
+        left_dense: The reason for every linear layer or matrix that is not sketched, by name.
         shards: The weight files to write, with the place of every tensor.
     """
 
@@ -49,21 +50,35 @@ class Plan:
 
     @property
     def sketched_weights(self) -> int:
-        """Number of dense weights that the sketches stand for."""
+        """Return the number of weights to sketch."""
         return sum(layer.module.weights for layer in self.layers.values())
 
     @property
     def by_path(self) -> dict[str, Layer]:
-        """The layers to sketch, by their paths in the model."""
+        """Return the layers to sketch, by path in the model."""
         return {layer.path: layer for layer in self.layers.values()}
 
     def in_block(self, block: str) -> dict[str, Layer]:
-        """Return the layers to sketch below a path in the model, by their names in that block."""
+        """Return the layers to sketch inside a module.
+
+        Args:
+            block: Path of the module in the model, such as "model.layers.0".
+
+        Returns:
+            The layers, by path relative to the module, such as "mlp.up_proj".
+        """
         inside = ((layer.inside(block), layer) for layer in self.layers.values())
         return {name: layer for name, layer in inside if name is not None}
 
     def totals(self) -> dict[str, Any]:
-        """Return sizes before and after, in weights, bytes and bits per weight."""
+        """Return the sizes before and after.
+
+        Returns:
+            A dict with `sketched_weights` and `kept_weights` (numbers of weights),
+            `bits_per_weight` (of the sketched weights, tables and padding included), `source_bytes`
+            and `sketched_bytes` (bytes of all tensors), and `ratio` (source bytes per sketched
+            byte).
+        """
         dense = sum(layer.weight.nbytes for layer in self.layers.values())
         sketched = sum(spec.nbytes for spec in self.metadata.tensors().values())
         kept = sum(tensor.nbytes for tensor in self.kept.values())

@@ -29,14 +29,24 @@ _MOST_CHARACTERS = 1 << 26
 
 
 def read_documents(source: str) -> list[str]:
-    """The documents of a source, none of them empty.
+    """Read the documents of a source of text.
 
-    source: `builtin` (the English documentation that Python brings), a text file in UTF-8 (one
-    document), a `.jsonl` file or a `.json` file with a list (a document per record: its `text`,
-    the contents of its `messages`, or its `instruction`, `input` and `output`), or a dataset on
-    the Hub, `ORG/NAME[[:CONFIG]:SPLIT]` with the split `train` unless named, which needs the
-    package `datasets`. Of a `.jsonl` file and of a dataset the first 64 Mi characters are taken.
-    Raises SourceError when there is no such source, it cannot be read, or it holds no text.
+    A record of a JSON file or of a dataset is one document: its `text`, the contents of its
+    `messages`, or its `instruction`, `input` and `output`, joined by blank lines. Of a `.jsonl`
+    file and of a dataset, the first 64 Mi characters are read.
+
+    Args:
+        source: "builtin" (the English documentation that every Python has, one document), the path
+            of a text file in UTF-8 (one document), of a `.jsonl`, `.jsonlines` or `.ndjson` file,
+            or of a `.json` file with a list of records, or a dataset on the Hub, as
+            "ORG/NAME[[:CONFIG]:SPLIT]". The split is "train" unless given. A dataset needs the
+            package `datasets`.
+
+    Returns:
+        The documents that are not empty, at least one.
+
+    Raises:
+        SourceError: If there is no such source, it cannot be read, or it has no text.
     """
     path = user_path(source)
     if source == BUILTIN:

@@ -318,7 +318,7 @@ def test_the_command_line_calibrates(source, text, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([str(source), "-o", str(tmp_path / "other"), "--without", "descent"])
     assert stopped.value.code == 2
-    assert "--without is for --calibration" in capsys.readouterr().err
+    assert "--without needs --calibration" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -120,11 +120,11 @@ def test_a_device_predicts_what_the_cpu_does(source, text, tmp_path, device, mon
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gpu", "device gpu: no device that is known here; accepted are cpu and auto"),
-        ("cuda:x", "device cuda:x: no device that is known here"),
-        ("", "no device that is known here"),
-        ("meta", "device meta: no device that is known here"),
-        (None, "device None: no device"),
+        ("gpu", "device gpu: unknown or unsupported; accepted are cpu and auto"),
+        ("cuda:x", "device cuda:x: unknown or unsupported"),
+        ("", "unknown or unsupported"),
+        ("meta", "device meta: unknown or unsupported"),
+        (None, "device None: unknown or unsupported"),
         ("cuda", "device cuda: torch finds no GPU here; accepted are cpu and auto"),
         ("cuda:1", "device cuda:1: torch finds no GPU here"),
     ],
@@ -211,7 +211,7 @@ def test_a_devices_memory_that_is_not_enough(source, text, tmp_path, monkeypatch
     with pytest.raises(SpallmError, match=r"device cpu: .* Tried to allocate 3\.00 GiB\.$"):
         convert(source, tmp_path / "out", options(text), device="cpu")
     with (
-        pytest.raises(SpallmError, match=r"3\.00 GiB\.; --device cpu needs none of it"),
+        pytest.raises(SpallmError, match=r"3\.00 GiB\.; --device cpu needs no GPU memory"),
         clear_memory_errors(torch.device("cuda")),
     ):
         fail()

@@ -253,9 +253,11 @@ def test_a_misspelt_command(fails):
 def test_usage(fails, source, tmp_path):
     assert "No such option" in fails(2, source, "--bitz", "4")
     assert "'5' is not one of" in fails(2, source, "--bits", "5")
-    assert "neither a number nor 'auto'" in fails(2, source, "--groups-per-row", "many")
+    assert "expected a number or 'auto', found 'many'" in fails(
+        2, source, "--groups-per-row", "many"
+    )
     assert "expected a size" in fails(2, source, "--max-shard-size", "many")
-    assert "contradict each other" in fails(2, source, "--resume", "--overwrite")
+    assert "cannot be combined" in fails(2, source, "--resume", "--overwrite")
     assert "Missing argument" in fails(2, "convert")
 
 
@@ -359,7 +361,7 @@ main()
         rest = process.stderr.read()
     assert process.returncode == 130, (process.returncode, line, rest)
     assert rest.splitlines()[-1] == (
-        "spallm-convert: interrupted; --resume goes on, without --overwrite"
+        "spallm-convert: interrupted; continue with --resume, without --overwrite"
     )
     assert "Traceback" not in rest
     with pytest.raises(FormatError):

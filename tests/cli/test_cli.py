@@ -35,7 +35,7 @@ def test_model_alone_converts(run, tiny_llama, tmp_path, monkeypatch):
     assert (folder / "config.json").is_file()
     assert "model.layers.1.mlp.down_proj" in out
     assert "relative error of the sketched weights: 0.0" in out
-    assert run("verify", folder) == f"{folder}: whole and sound\n"
+    assert run("verify", folder) == f"{folder}: no problems found\n"
     assert "LlamaForCausalLM: 14 sketched layers, 4 bits" in run("inspect", folder)
     document = json.loads(run("inspect", folder, "--json"))
     assert document["quantization_config"]["bits"] == 4

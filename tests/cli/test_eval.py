@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import spallm_convert
 from helpers.tiny_tokenizer import tiny_tokenizer
 from spallm_convert import perplexity
 from spallm_convert.cli import main
@@ -49,6 +50,24 @@ def test_the_command_measures_either_kind(run, evaluated, kind):
     assert "299 tokens of builtin counted, window 64, stride 48" in out
     assert f"perplexity: {expected:.4f}" in out
     assert "bits per byte of the text: " in out
+
+
+def test_the_command_and_python_have_the_same_defaults(run, evaluated):
+    options = ["--text", "builtin", "--tokens", 2000, "--json"]
+    document = json.loads(run("eval", evaluated["sketched"], *options))
+    model, tokenizer = spallm_convert.load_any(evaluated["sketched"])
+    documents = spallm_convert.read_documents("builtin")
+    tokens = torch.tensor(tokenizer(documents[0], verbose=False)["input_ids"][:2000])
+    assert document["perplexity"] == spallm_convert.perplexity(model, tokens)
+    found = spallm_convert.evaluate_text(model, tokenizer, documents, limit=2000)
+    assert {name: document[name] for name in found} == found
+    assert (document["window"], document["stride"]) == (1024, 512)
+
+
+def test_a_small_window_has_a_smaller_stride(run, evaluated):
+    options = ["--text", "builtin", "--tokens", 300, "--window", 64, "--json"]
+    document = json.loads(run("eval", evaluated["dense"], *options))
+    assert (document["window"], document["stride"], document["tokens"]) == (64, 32, 299)
 
 
 @pytest.mark.slow

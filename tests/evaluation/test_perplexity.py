@@ -72,8 +72,14 @@ def test_pieces_of_logits_do_not_change_it(model, monkeypatch, chunk):
     assert loss.nats == pytest.approx(expected.nats, rel=1e-6)
 
 
-def test_windows_do_not_overlap_unless_told(model):
-    assert perplexity(model, TOKENS, window=30) == perplexity(model, TOKENS, window=30, stride=30)
+@pytest.mark.parametrize(
+    ("window", "stride"), [(30, 15), (31, 15), (2, 1), (1024, 512), (1500, 512)]
+)
+def test_windows_overlap_by_half_unless_told(model, window, stride):
+    tokens = TOKENS.repeat(18)
+    some = tokens[: 40 * window]
+    expected = perplexity(model, some, window=window, stride=stride)
+    assert perplexity(model, some, window=window) == expected
 
 
 def test_only_the_logits_that_count_are_asked_for(model, monkeypatch):
@@ -195,7 +201,7 @@ def test_an_encoder_has_no_perplexity(name):
 
 
 def test_without_logits_there_is_no_perplexity():
-    with pytest.raises(EvaluationError, match="BertModel gives no logits"):
+    with pytest.raises(EvaluationError, match="BertModel returns no logits"):
         perplexity(tiny_bert("BertModel"), TOKENS)
 
 

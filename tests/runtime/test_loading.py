@@ -241,7 +241,7 @@ def test_inputs_of_another_width_are_refused(tiny_llama, tmp_path, mapping):
     x = torch.zeros(2, 64, dtype=torch.bfloat16)
     assert layer(x).shape == (2, 64)
     for width in (62, 66):
-        with pytest.raises(ValueError, match=f"takes 64 features, found an input .2, {width}."):
+        with pytest.raises(ValueError, match=f"must be 64, found the shape .2, {width}."):
             layer(x.new_zeros(2, width))
 
 
@@ -257,7 +257,7 @@ def test_a_config_that_names_no_architecture(sketched_folder, tmp_path, architec
 def test_refusals(sketched_folder, tiny_llama, tmp_path):
     with pytest.raises(SourceError, match="no such folder"):
         load_sketched(tmp_path / "nowhere")
-    with pytest.raises(FormatError, match="no quantization_config, not sketched"):
+    with pytest.raises(FormatError, match="no quantization_config, so this is not a sketched"):
         load_sketched(tiny_llama.folder)
     import shutil
 
@@ -266,6 +266,6 @@ def test_refusals(sketched_folder, tiny_llama, tmp_path):
     config["num_hidden_layers"] = 1
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        FormatError, match=r"'model.layers.1.*' is no linear layer of LlamaForCausalLM"
+        FormatError, match=r"'model.layers.1.*' is not a linear layer of LlamaForCausalLM"
     ):
         load_sketched(broken)

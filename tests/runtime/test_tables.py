@@ -267,11 +267,13 @@ def test_offloaded_models_run_and_their_tables_are_refused(folder, model, tmp_pa
     offloaded = load_sketched(folder, device_map=places, offload_folder=tmp_path / "offloaded")
     assert torch.equal(logits(offloaded), logits(model))
     assert perplexity(offloaded, TOKENS[0]) == perplexity(model, TOKENS[0])
-    with pytest.raises(OptionError, match=r"model.layers.1.* is not in memory but offloaded"):
+    with pytest.raises(
+        OptionError, match=r"model.layers.1.* is offloaded \(device_map\), but tables"
+    ):
         save_tables(offloaded, tmp_path / "tables")
     assert not (tmp_path / "tables").exists()
     save_tables(model, tmp_path / "tables")
-    with pytest.raises(OptionError, match="is not in memory but offloaded"):
+    with pytest.raises(OptionError, match="is offloaded"):
         load_tables(offloaded, tmp_path / "tables")
 
 
@@ -305,7 +307,7 @@ def test_the_wrong_base_is_refused_and_the_model_left_as_it_was(model, tmp_path)
     save_tables(load_sketched(tmp_path / "base"), tmp_path / "tuned")
     before = logits(model)
     with pytest.raises(
-        FormatError, match=r"made for .*base with index maps \w{12}, this model has"
+        FormatError, match=r"made for .*base with the index maps \w{12}, but this model has"
     ):
         load_tables(model, tmp_path / "tuned")
     assert table_sets(model) == ["base"]
@@ -326,9 +328,9 @@ def test_every_problem_of_a_tables_file_is_listed(model, tmp_path):
         load_tables(model, saved)
     expected = [
         f"{names[0]} is missing",
-        f"{names[1]} has shape [1, ",
-        f"{names[2]} holds values that are not finite",
-        "tables are of several dtypes: torch.bfloat16, torch.float64",
+        f"{names[1]} has the shape [1, ",
+        f"{names[2]} has values that are not finite",
+        "tables have several dtypes, expected one: torch.bfloat16, torch.float64",
         "model.extra: the model has no such parameter",
     ]
     assert len(caught.value.problems) == len(expected)
@@ -368,7 +370,7 @@ def test_folders_without_tables_are_refused(model, folder, tmp_path):
 
 def test_nothing_is_overwritten_unasked(model, tmp_path):
     saved = save_tables(model, tmp_path / "tuned")
-    with pytest.raises(OptionError, match="holds sketch tables already; overwrite=True replaces"):
+    with pytest.raises(OptionError, match="already holds sketch tables; overwrite=True replaces"):
         save_tables(model, saved)
     train(model)
     save_tables(model, saved, overwrite=True)
@@ -378,9 +380,11 @@ def test_nothing_is_overwritten_unasked(model, tmp_path):
 
 
 def test_names_of_sets_are_checked(model, tmp_path):
-    with pytest.raises(OptionError, match="no set of tables is called 'tuned'; there are base"):
+    with pytest.raises(
+        OptionError, match="no set of tables is called 'tuned', the model has base; load it"
+    ):
         model.set_tables("tuned")
-    with pytest.raises(OptionError, match="'base' is that of the tables the model came with"):
+    with pytest.raises(OptionError, match="'base' is reserved for the tables"):
         load_tables(model, tmp_path, name="base")
 
 

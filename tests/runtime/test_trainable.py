@@ -82,7 +82,9 @@ def test_norms(model):
 
 
 def test_a_pattern_that_matches_nothing_is_an_error(model):
-    with pytest.raises(OptionError, match=r"no sketched module matches 'mlp', for example model\."):
+    with pytest.raises(
+        OptionError, match=r"no sketched module matches 'mlp'; names are like model\."
+    ):
         set_trainable(model, "mlp")
     assert len(trained(model)) == 14
 

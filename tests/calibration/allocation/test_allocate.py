@@ -288,7 +288,7 @@ def test_the_command_line(source, text, tmp_path, capsys, monkeypatch):
     assert document["versions"]["scipy"]
     code, captured = run("--bits", "4")
     assert code == 2
-    assert "--bits and --target-bits contradict each other" in captured.err
+    assert "--bits and --target-bits cannot be combined" in captured.err
     code, captured = run("--dry-run")
     assert code == 2
     assert "not known in advance" in captured.err
