@@ -1,1 +1,1 @@
-"""Calibrated conversion: the text that a model is shown, so that its sketch errs where it may."""
+"""Calibrated conversion: fit each sketch to a text, so that its errors matter little there."""

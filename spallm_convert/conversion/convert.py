@@ -227,7 +227,7 @@ def _calibrated(
             blocks.check_predictions()
     except CalibrationError as error:
         if not config.calibration.fallback:
-            raise
+            raise _with_remedy(error, config) from error
         progress.remark(f"not calibrated: {error}")
         return plan, None, {"not_calibrated": str(error)}
     notes: dict[str, Any] = {}
@@ -242,6 +242,14 @@ def _calibrated(
         blocks = job.blocks(checkpoint, plan, texts.healing, to_heal=True)
         heal(blocks, plan, config, texts.healing, sketches, progress)
     return plan, sketches, notes
+
+
+def _with_remedy(error: CalibrationError, config: SketchConfig) -> CalibrationError:
+    """Return an error that names --fallback, or the same error if that option is not possible."""
+    assert config.calibration is not None
+    if config.calibration.heal or config.target_bits is not None:
+        return error
+    return CalibrationError(f"{error}; --fallback sketches the weights without calibration")
 
 
 def _write_shards(

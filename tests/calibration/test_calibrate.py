@@ -244,18 +244,23 @@ def test_encoders_are_refused_unless_falling_back_is_allowed(text, tmp_path, cap
     word_tokenizer().save_pretrained(tmp_path / "bert")
     output = tmp_path / "out"
     refused(
-        CalibrationError, "is no causal language model", tmp_path / "bert", output, options(text)
+        CalibrationError,
+        "is not a causal language model, and calibration needs one; --fallback sketches",
+        tmp_path / "bert",
+        output,
+        options(text),
     )
     progress = StopAt()
     allowed = options(text, fallback=True)
     report = convert(tmp_path / "bert", output, allowed, progress=progress)
     assert "relative_output_error" not in report.totals
-    assert "is no causal language model" in report.document["not_calibrated"]
-    assert progress.said == ["not calibrated: " + report.document["not_calibrated"]]
-    assert "| calibration | none: BertForMaskedLM is no" in (output / "README.md").read_text()
+    needed = "BertForMaskedLM is not a causal language model, and calibration needs one"
+    assert report.document["not_calibrated"] == needed
+    assert progress.said == [f"not calibrated: {needed}"]
+    assert f"| calibration | none: {needed} |" in (output / "README.md").read_text()
     with pytest.raises(SystemExit):
         main(["inspect", str(output)])
-    assert "not calibrated: BertForMaskedLM is no" in capsys.readouterr().out
+    assert f"not calibrated: {needed}" in capsys.readouterr().out
     convert(tmp_path / "bert", tmp_path / "plain", SketchConfig(bits=3, groups_per_row=2))
     weights = "model.safetensors"
     assert contents(output)[weights] == contents(tmp_path / "plain")[weights]

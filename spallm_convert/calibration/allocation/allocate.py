@@ -1,7 +1,8 @@
-"""Bits where they matter: the least predicted loss for a size, solved exactly.
+"""Choose bits and groups for every layer: the smallest predicted loss within a size.
 
-Each fused set of layers takes one of its choices, each with a size and a loss; sizes have to fit
-into the budget. That is a multiple-choice knapsack, a small integer programme for HiGHS.
+Each fused set of layers takes one choice of bits and groups. Every choice has a size and a
+predicted loss, and the sizes together must fit into the budget. This is a multiple-choice knapsack
+problem, a small integer program that HiGHS solves exactly.
 """
 
 from __future__ import annotations
@@ -38,18 +39,24 @@ _NAME = "allocation"
 
 @dataclass(frozen=True)
 class Allocation:
-    """choices: of every module by its name in the checkpoint; predicted_loss: nats per token of
-    KL(dense || sketched) with them ("chosen"), and were all modules given "2", "3" or "4" bits."""
+    """The bits and groups chosen for every module, and the loss they are predicted to cost.
+
+    Attributes:
+        choices: The choice for every module, by its name in the checkpoint.
+        predicted_loss: KL(dense || sketched) in nats per token, with the choices made ("chosen")
+            and if all modules got "2", "3" or "4" bits.
+    """
 
     choices: dict[str, Choice]
     predicted_loss: dict[str, float]
 
     def write(self, folder: Path) -> None:
+        """Write the allocation to a file in `folder`, in place of an earlier one."""
         write_sound(folder, _NAME, to_json(asdict(self)), ".json")
 
     @classmethod
     def read(cls, folder: Path) -> Allocation | None:
-        """The reverse of `write`; None where nothing is, or it is damaged."""
+        """Return the allocation that `write` wrote, None if there is none or it is damaged."""
         path = next(sound_files(folder, _NAME, ".json"), None)
         if path is None:
             return None
@@ -66,11 +73,22 @@ def allocate(
     folder: Path,
     progress: Progress,
 ) -> Allocation:
-    """What every module of a plan gets under `config.target_bits`; kept in `folder`, and taken from
-    there by a later run.
+    """Choose bits and groups for every module of a plan, within `config.target_bits`.
 
-    tokens: int64 [samples, seqlen], those that `blocks` were opened with. Raises CalibrationError
-    for weights, inputs or gradients that are not finite.
+    Args:
+        blocks: The dense model, opened with `tokens`.
+        plan: The modules to choose for.
+        config: Options of the conversion, with `target_bits`.
+        tokens: The calibration text, int64 [samples, seqlen].
+        folder: The allocation is written here. If an earlier run left one, it is returned as is.
+        progress: Gets a line per block.
+
+    Returns:
+        The choice for every module, with the predicted losses.
+
+    Raises:
+        CalibrationError: Weights, inputs or gradients are not finite, or HiGHS found no allocation.
+        OptionError: No choices meet the target.
     """
     kept = Allocation.read(folder)
     if kept is not None:
@@ -83,9 +101,16 @@ def allocate(
 
 
 def choose(sets: Sequence[FusedSet], plan: Plan, config: SketchConfig) -> Allocation:
-    """The best choices within `config.target_bits` for predicted losses.
+    """Return the choices with the smallest predicted loss within `config.target_bits`.
 
-    Raises OptionError when no choices meet it.
+    Args:
+        sets: The predicted losses of all choices, by fused set.
+        plan: The plan that the modules belong to.
+        config: Options of the conversion, with `target_bits`.
+
+    Raises:
+        CalibrationError: HiGHS found no allocation.
+        OptionError: No choices meet the target.
     """
     assert config.target_bits is not None
     modules = plan.metadata.modules
@@ -115,18 +140,28 @@ def choose(sets: Sequence[FusedSet], plan: Plan, config: SketchConfig) -> Alloca
 def solve(
     sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int
 ) -> list[int]:
-    """Which of its choices each set takes: the least sum of losses with sizes of at most `budget`.
+    """Choose one option for each set: the smallest sum of losses with sizes of at most `budget`.
 
-    sizes, losses: of every set, as long as it has choices. Raises ValueError when the smallest
-    choices do not fit, CalibrationError when HiGHS finds nothing.
+    Args:
+        sizes: For every set, the size of each option in bits.
+        losses: For every set, the loss of each option.
+        budget: The largest sum of sizes, in bits.
+
+    Returns:
+        The number of the chosen option, by set.
+
+    Raises:
+        CalibrationError: HiGHS found no allocation.
+        ValueError: The smallest options do not fit into the budget.
     """
     if sum(map(min, sizes)) > budget:
-        raise ValueError(f"the least size is {sum(map(min, sizes))}, the budget {budget}")
+        needed = sum(map(min, sizes))
+        raise ValueError(f"the smallest options need {needed} bits, the budget is {budget}")
     ends = np.cumsum([0, *map(len, sizes)])
     ones = np.ones(ends[-1])
     one_each = csr_array((ones, np.arange(ends[-1]), ends))
-    # HiGHS has absolute tolerances of 1e-6: sizes are counted in their common unit, and losses
-    # such that the greatest is a million.
+    # HiGHS has absolute tolerances of 1e-6. So sizes are divided by their greatest common divisor,
+    # and losses are scaled until the largest is a million.
     unit = math.gcd(*(size for of_set in sizes for size in of_set))
     units = np.concatenate(sizes)[None] // unit
     costs = np.concatenate(losses)
@@ -140,7 +175,10 @@ def solve(
             options={"mip_rel_gap": 0},
         )
     if result.x is None:
-        raise CalibrationError(f"HiGHS found no allocation for target_bits: {result.message}")
+        raise CalibrationError(
+            f"target_bits: HiGHS found no allocation ({result.message}); use --bits instead of "
+            f"--target-bits"
+        )
     places = itertools.pairwise(ends)
     chosen = [int(np.argmax(result.x[first:end])) for first, end in places]
     return fit_into(budget, chosen, sizes, losses)
@@ -152,10 +190,20 @@ def fit_into(
     sizes: Sequence[Sequence[int]],
     losses: Sequence[Sequence[float]],
 ) -> list[int]:
-    """Choices made smaller until they fit, as little as HiGHS's tolerance was over the budget.
+    """Take smaller options until the sizes fit into the budget.
 
-    Each time a set changes to the choice that costs the least loss for what it is too much by. The
-    smallest choices have to fit.
+    HiGHS may go over the budget by its tolerance, so there is little to take back. Each step
+    changes one set to a smaller option. It picks the one that adds the least loss per bit, counting
+    only saved bits that are still needed.
+
+    Args:
+        budget: The largest sum of sizes, in bits. The smallest options must fit into it.
+        chosen: The number of the chosen option, by set.
+        sizes: For every set, the size of each option in bits.
+        losses: For every set, the loss of each option.
+
+    Returns:
+        The number of the chosen option, by set.
     """
     found = list(chosen)
     while (over := sum(of_set[n] for of_set, n in zip(sizes, found, strict=True)) - budget) > 0:
@@ -171,8 +219,12 @@ def fit_into(
 
 @contextlib.contextmanager
 def _silent_stdout() -> Iterator[None]:
-    """Throws away what C code prints: HiGHS 1.12 has a line of debugging left in, which a caller
-    that reads JSON from stdout would find there. Only where C's buffers can be reached."""
+    """Discard what C code prints to stdout.
+
+    HiGHS 1.12 prints a line of debugging output, which would break JSON that a caller reads from
+    stdout. Do nothing if stdout is closed or the system is not POSIX, where C's buffers cannot be
+    flushed.
+    """
     try:
         kept = os.dup(1) if os.name == "posix" else None
     except OSError:  # it is closed

@@ -1,9 +1,9 @@
-"""What every choice for every layer is predicted to cost in the model's loss.
+"""Predict how much every choice of bits and groups for every layer raises the model's loss.
 
-A sample of a layer's rows is sketched with each choice, as calibration will do it but for the dense
-model's inputs, and what they lose counts as much as `sensitivity` says. That is measured on other
-text than they are sketched for, if there is: on the same text wide layers would look better than
-they are.
+A sample of a layer's rows is sketched with each choice. This works like calibration, but on the
+inputs that the layer has in the dense model. The error of each row is weighted by the row's
+sensitivity (`sensitivity.py`). The error is measured on other text than the rows are sketched for,
+if there is enough text: on the same text, wide layers would look better than they are.
 """
 
 from __future__ import annotations
@@ -36,24 +36,28 @@ from spallm_convert.source.skeleton import numbers_starred
 
 from .sensitivity import Doubles, Sensitivity, measured_batches
 
-#: Rows of a layer that are sketched for its prediction.
+#: Number of rows of a layer that are sketched for its prediction.
 SAMPLE_ROWS = 32
 
-#: Sums over inputs that are in memory at a time, as values of those of a block's widest layer: a
-#: block like Llama's has 1.2 to 1.5 of that in all.
+#: Sums over inputs (X^T X) that are in memory at a time, as a multiple of the sum of a block's
+#: widest layer. All sums of a block like Llama's take 1.2 to 1.5 times as much as that one.
 _AT_ONCE = 2
 
-#: Nats per token by choice.
+#: Predicted loss in nats per token, by choice.
 Losses = dict[Choice, float]
 
 
 class FusedSet(NamedTuple):
-    """Modules that share bits and groups: the losses of each by its name in the checkpoint."""
+    """Modules that share bits and groups.
+
+    Attributes:
+        losses: The losses of each module, by its name in the checkpoint.
+    """
 
     losses: dict[str, Losses]
 
     def shared(self) -> Losses:
-        """The loss of all modules together, by the choices that all of them have."""
+        """Return the sum of the modules' losses, for the choices that all of them have."""
         first, *others = self.losses.values()
         return {
             choice: loss + sum(other[choice] for other in others)
@@ -63,8 +67,14 @@ class FusedSet(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """Some rows of a layer sketched in every way. errors: what that changes in their weights,
-    float32 [choices, rows, in_features]; factors: [rows], what makes their losses those of all."""
+    """Some rows of a layer, sketched with every choice.
+
+    Attributes:
+        choices: The choices of bits and groups.
+        errors: The sketched weights minus the dense ones, float32 [choices, rows, in_features].
+        factors: Weights of the rows, float64 [rows]. The weighted sum of the rows' losses estimates
+            the loss of the whole layer.
+    """
 
     choices: list[Choice]
     errors: Tensor
@@ -80,16 +90,26 @@ def predict(
     *,
     say: Callable[[str], None],
 ) -> list[FusedSet]:
-    """The predicted losses of all modules of a plan, on the text that `blocks` were opened with.
+    """Predict the losses of all modules of a plan, on the text that `blocks` were opened with.
 
-    sensitivities: by path in the model. Raises CalibrationError for inputs or weights that are not
-    finite.
+    Args:
+        blocks: The dense model. Its `inputs` are read, not changed.
+        plan: The modules to sketch.
+        config: Options of the conversion, with calibration.
+        sensitivities: The sensitivity of each layer, by its path in the model.
+        say: Gets a line per block.
+
+    Returns:
+        The losses of all modules by choice, in sets that share bits and groups.
+
+    Raises:
+        CalibrationError: Inputs or weights are not finite.
     """
     count = measured_batches(blocks)
     measured, others = blocks.inputs[:count], blocks.inputs[count:]
     found = []
     for number in range(len(blocks)):
-        say(f"bits: block {number + 1} of {len(blocks)}")
+        say(f"predicting losses: block {number + 1} of {len(blocks)}")
         block = blocks.load(number)
         layers = plan.in_block(blocks.path_of(number))
         weights = {inner: _weights(block, inner, layer.path) for inner, layer in layers.items()}
@@ -112,10 +132,17 @@ def predict(
 
 
 def fused(stages: list[list[str]], shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
-    """Layers of a block in sets that serving engines make one layer of.
+    """Group the layers of a block into sets that serving engines fuse into one layer.
 
-    stages: names of layers that read the same tensor (query, key and value; gate and up), and so
-    are one product. Experts are one too: layers of one shape whose names differ in numbers alone.
+    Layers that read the same tensor (query, key and value; gate and up) are computed as one matrix
+    product. Experts are fused too: layers of one shape whose names differ only in numbers.
+
+    Args:
+        stages: Names of the layers in the block, in lists that read the same tensor.
+        shapes: Shape of each layer's weight, by name.
+
+    Returns:
+        Names of the layers, in sets.
     """
 
     def kind_of(name: str) -> tuple[str, tuple[int, ...]]:
@@ -132,10 +159,19 @@ def fused(stages: list[list[str]], shapes: Mapping[str, tuple[int, ...]]) -> lis
 def draw_rows(
     shares: Doubles, spreads: Doubles, count: int
 ) -> tuple[npt.NDArray[np.intp], Doubles]:
-    """Rows that stand for all, and the factors that make their losses those of all.
+    """Choose rows that represent all rows of a layer, and their weights.
 
-    shares: cost per loss of each row; spreads: what their losses are about proportional to. Rows
-    are drawn at even steps of what they are expected to cost, which takes no chance.
+    Rows are sorted by their expected cost (share times spread) and taken at even steps of the
+    cumulated cost. Nothing is random.
+
+    Args:
+        shares: What a unit of a row's error costs, [rows].
+        spreads: Values that the rows' errors are about proportional to, [rows].
+        count: Number of rows to draw. If there are no more than that, all of them are taken.
+
+    Returns:
+        The numbers of the rows and a factor for each. The sum of the rows' errors times their
+        factors estimates the cost of all rows.
     """
     if len(shares) <= count:
         return np.arange(len(shares)), shares
@@ -158,7 +194,7 @@ def _try(
     layers: Mapping[str, Layer],
     config: SketchConfig,
 ) -> dict[str, Trial]:
-    """Trials of the layers of a stage. hessian: float64 [in_features, in_features], X^T X."""
+    """Return a trial of each layer of a stage. hessian: X^T X, float64 [n, n]."""
     assert config.calibration is not None
     how = fit_options(config.calibration.without)
     numerics = choose_numerics(hessian.device)
@@ -186,8 +222,10 @@ def _measure(
     costs: Mapping[str, Sensitivity],
     hidden: list[Tensor],
 ) -> tuple[dict[str, Losses], list[Tensor]]:
-    """The losses of layers by choice, on hidden states that enter their block and that gradients
-    were taken on; and what leaves it, on the CPU."""
+    """Return the losses of layers by choice, and the block's outputs on the CPU.
+
+    hidden: Hidden states that enter the block, of the text that sensitivities were measured on.
+    """
     lost = {
         n: trial.errors.new_zeros(trial.errors.shape[:2]).double() for n, trial in trials.items()
     }
@@ -213,7 +251,10 @@ def _measure(
 
 
 def _at_once(stages: list[Stage], layers: Mapping[str, Layer]) -> Iterator[list[Stage]]:
-    """Stages whose sums are in memory together: all of a usual block, some of many experts."""
+    """Yield stages whose sums fit into memory together.
+
+    This is one list for a usual block, and several for a block with many experts.
+    """
     squares = [layers[stage.names[0]].module.in_features ** 2 for stage in stages]
     some: list[Stage] = []
     held = 0
@@ -223,7 +264,7 @@ def _at_once(stages: list[Stage], layers: Mapping[str, Layer]) -> Iterator[list[
             some, held = [], 0
         some.append(stage)
         held += square
-    yield some  # if there are none, for the run alone
+    yield some  # empty if there are no stages: the block must be run all the same
 
 
 def _sum_inputs(
@@ -234,8 +275,10 @@ def _sum_inputs(
     layers: Mapping[str, Layer],
     hidden: list[Tensor],
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """X^T X over the inputs of stages, float64 [in_features, in_features] by the first layer of
-    each, and what leaves the block, on the CPU."""
+    """Return X^T X over the inputs of stages, and the block's outputs on the CPU.
+
+    The sums are float64 [in_features, in_features], by the name of each stage's first layer.
+    """
     sums: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
         for name in (stage.names[0] for stage in stages):
@@ -252,12 +295,13 @@ def _sum_inputs(
 
 
 def _weights(block: nn.Module, name: str, path: str) -> Tensor:
+    """Return a layer's weights in float32. Raise CalibrationError if they are not finite."""
     layer = block.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     weights = layer.weight.float()
     if not bool(weights.isfinite().all()):
         raise CalibrationError(
-            f"{path} cannot be sketched: its weights are not all finite (--ignore leaves "
-            f"the layer dense)"
+            f"{path}: its weights are not all finite; only finite weights can be sketched "
+            f"(--ignore {path} leaves the layer dense)"
         )
     return weights

@@ -1,18 +1,20 @@
-"""How much a model's predictions depend on the outputs of each layer.
+"""Measure how much a model's predictions depend on the outputs of each layer.
 
-To second order, an error d of row o of a layer moves the predicted distributions by
+To second order, an error d in row o of a layer's weight changes the predicted distributions by
 
     KL(dense || sketched) = 1/2 mean over t of g_to^2 (x_t d^T)^2        nats per token
 
-with x_t the layer's input at position t and g_to the gradient that the log-likelihood of labels has
-by output o there, where labels are drawn from the dense model's own predictions: then the
-gradients' second moment is the Fisher matrix, which is the divergence's Hessian. Rows, positions
-and layers are treated as independent, since errors of sketching in different rows are.
+Here x_t is the layer's input at position t, and g_to is the gradient of the labels' log-likelihood
+with respect to output o at position t. Labels are drawn from the dense model's own predictions.
+Then the second moment of the gradients is the Fisher matrix, which is the Hessian of the
+divergence. Rows, positions and layers are treated as independent, because sketching errors in
+different rows are independent.
 
-Of g_to^2 the means by row and by token are kept, which make g_to^2 = c_t G_o of it. K-FAC (arXiv
-1503.05671) takes c_t as 1, as if much depended on the very tokens whose inputs are large.
+Of g_to^2 only the means by row and by token are kept, so it is approximated as
+g_to^2 = c_t G_o. K-FAC (arXiv 1503.05671) sets c_t to 1, which overstates the tokens whose inputs
+are large.
 
-One block is in memory at a time: forward through all, then backward through each on its own.
+One block is in memory at a time: first forward through all blocks, then backward block by block.
 """
 
 from __future__ import annotations
@@ -29,17 +31,20 @@ from torch import Tensor, nn
 from spallm_convert.calibration.blocks.blocks import Blocks
 from spallm_convert.errors import CalibrationError
 
-#: Of the text that gradients are taken on, unless one batch has more. The hidden states that enter
-#: every block wait for the way back.
+#: Tokens of the text that gradients are taken on; one batch at least. The hidden states that enter
+#: every block are kept until the backward pass.
 TOKENS = 4096
 
 Doubles = npt.NDArray[np.float64]
 
 
 class Sensitivity(NamedTuple):
-    """Of a layer. rows: G, the mean over tokens of the squared gradient by each output, float64
-    [out_features]; tokens: c, its mean over outputs by token, as a multiple of the mean of all,
-    float32 [tokens] in the order in which the layer sees them. Zeros where nothing depends on it.
+    """How much the predictions depend on a layer's outputs. Zeros if they do not depend on them.
+
+    Attributes:
+        rows: G, the squared gradient of each output, averaged over tokens: float64 [out_features].
+        tokens: c, the squared gradient of each token, averaged over outputs and divided by the
+            mean over all tokens: float32 [tokens], in the order in which the layer sees them.
     """
 
     rows: Doubles
@@ -47,7 +52,7 @@ class Sensitivity(NamedTuple):
 
 
 def measured_batches(blocks: Blocks) -> int:
-    """How many batches of a text gradients are taken on, its first."""
+    """Return the number of batches that gradients are taken on, from the start of the text."""
     return max(1, TOKENS // blocks.inputs[0].shape[:2].numel())
 
 
@@ -59,10 +64,22 @@ def sensitivities(
     seed: int,
     say: Callable[[str], None],
 ) -> dict[str, Sensitivity]:
-    """Those of linear layers by their paths in the model.
+    """Measure the sensitivities of linear layers.
 
-    tokens: int64 [samples, seqlen], the calibration text. Deterministic for a seed; no global
-    random state is used. Raises CalibrationError for predictions and gradients that are not finite.
+    The result depends on the seed alone; no global random state is used.
+
+    Args:
+        blocks: The dense model, opened with `tokens`. Its `inputs` are read, not changed.
+        tokens: The calibration text, int64 [samples, seqlen].
+        layers: Paths of the layers in the model.
+        seed: Seed of the labels that are drawn.
+        say: Gets a line per block.
+
+    Returns:
+        The sensitivity of each layer, by path.
+
+    Raises:
+        CalibrationError: Predictions or gradients are not finite.
     """
     entered = [blocks.inputs[: measured_batches(blocks)]]
     with torch.no_grad():
@@ -73,7 +90,7 @@ def sensitivities(
     gradients = _by_final(blocks, tokens, entered.pop(), torch.Generator().manual_seed(seed))
     found: dict[str, Sensitivity] = {}
     for number in reversed(range(len(blocks))):
-        say(f"sensitivity of block {number + 1} of {len(blocks)}")
+        say(f"measuring sensitivity: block {number + 1} of {len(blocks)}")
         block, prefix = blocks.load(number), blocks.path_of(number) + "."
         inside = [path.removeprefix(prefix) for path in layers if path.startswith(prefix)]
         with _squares(block, inside) as squares:
@@ -86,22 +103,32 @@ def sensitivities(
             if not np.isfinite(values.rows).all():
                 raise CalibrationError(
                     f"{prefix}{name}: the gradients of its outputs on the calibration text are "
-                    f"not all finite"
+                    f"not all finite; check the model with spallm-convert eval MODEL --text SRC"
                 )
             found[prefix + name] = values
     return found
 
 
 def draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A token for every position as the model predicts it: int64 [tokens] for [tokens, vocab]."""
+    """Draw a token for every position from the model's prediction.
+
+    Args:
+        logits: The model's predictions, [tokens, vocab].
+        generator: The random state to draw from, on the CPU.
+
+    Returns:
+        The labels, int64 [tokens].
+    """
     return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0]
 
 
 def _by_final(
     blocks: Blocks, tokens: Tensor, final: list[Tensor], generator: torch.Generator
 ) -> list[Tensor]:
-    """Gradients by the hidden states after the last block, by batch; a sample at a time, as its
-    logits are large."""
+    """Return the gradients with respect to the hidden states after the last block, by batch.
+
+    Samples go through the head one at a time, because their logits are large.
+    """
     batches = []
     with blocks.predicting():
         for batch, hidden in zip(torch.split(tokens, len(final[0])), final, strict=False):
@@ -111,7 +138,8 @@ def _by_final(
                 logits = blocks.logits(ids, states).float().flatten(0, 1)
                 if not bool(logits.isfinite().all()):
                     raise CalibrationError(
-                        "the dense model's predictions on the calibration text are not all finite"
+                        "the dense model's predictions on the calibration text are not all finite; "
+                        "check the model with spallm-convert eval MODEL --text SRC"
                     )
                 labels = draw_labels(logits.detach(), generator).to(logits.device)
                 loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
@@ -122,14 +150,14 @@ def _by_final(
 
 @contextlib.contextmanager
 def _squares(block: nn.Module, names: Collection[str]) -> Iterator[dict[str, Sensitivity]]:
-    """Gives a dictionary that is filled when the `with` block ends, by layer."""
+    """Yield a dictionary of sensitivities by layer, which is filled when the `with` block ends."""
     sums: dict[str, Tensor] = {}
     calls: dict[str, list[Tensor]] = {}
     found: dict[str, Sensitivity] = {}
 
     def watch(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            place = len(calls[name])  # gradients come in another order than calls
+            place = len(calls[name])  # gradients come from the last call to the first
             calls[name].append(torch.zeros(output[..., 0].numel()))
 
             def add(gradient: Tensor) -> None:

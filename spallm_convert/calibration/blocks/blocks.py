@@ -1,9 +1,10 @@
-"""A dense model gone through block by block, with the weights of one block in memory at a time.
+"""Run a dense model block by block, with the weights of one block in memory at a time.
 
-Nothing here knows an architecture. transformers builds the model without weights; its blocks are
-the list of modules that holds the linear layers to sketch. What a block is called with is seen by
-running the model on the text with its embeddings in memory and stand-ins for all blocks. All
-samples are equally long, so those arguments have to be the same for all.
+Nothing here depends on an architecture. transformers builds the model without weights. Its blocks
+are the list of modules that contains the linear layers to sketch. To record the arguments that each
+block is called with, the model is run on the text with its embeddings in memory and with stand-ins
+in place of the blocks. All samples have the same length, so these arguments must be the same for
+all batches.
 """
 
 from __future__ import annotations
@@ -28,16 +29,26 @@ if TYPE_CHECKING:
 
 
 class Blocks:
-    """The blocks of a model, to be loaded and run one after the other.
+    """The blocks of a model, which are loaded and run one after the other.
 
-    model: built without weights (`build_empty`); tensors: those of its checkpoint; linears: paths
-    in the model of the layers to sketch; tokens: int64 [samples, seqlen]; batch: samples that run
-    at once, a divisor of their number. Computes in `dtype` on `device`.
+    Args:
+        model: The model, built without weights (`build_empty`).
+        tensors: The tensors of its checkpoint, by name.
+        linears: Paths in the model of the layers to sketch.
+        tokens: The text, int64 [samples, seqlen].
+        batch: Samples that run at once, a divisor of the number of samples.
+        dtype: The dtype to compute in.
+        device: The device to compute on.
 
-    path: of the list of blocks; inputs: hidden states [batch, seqlen, hidden] that enter the first
-    block, by batch, on the CPU. Raises CalibrationError when the layers lie in no list of blocks or
-    in several, when the checkpoint stores a block's weights otherwise than the model has them, or
-    when the model calls its blocks with more that depends on the text than hidden states.
+    Attributes:
+        path: Path of the list of blocks in the model.
+        inputs: Hidden states [batch, seqlen, hidden] that enter the first block, by batch, on the
+            CPU.
+
+    Raises:
+        CalibrationError: The layers lie in no list of blocks or in several, the checkpoint has no
+            fitting tensor for a weight of a block, or the model passes its blocks arguments other
+            than hidden states that depend on the text.
     """
 
     def __init__(
@@ -78,24 +89,43 @@ class Blocks:
         return taken
 
     def load(self, number: int) -> nn.Module:
-        """A block with its dense weights, to be given back by `unload`."""
+        """Return a block with its dense weights. `unload` frees them."""
         self._weights.fill(self._modules[number], self._paths[number])
         return self._modules[number]
 
     def unload(self, number: int) -> None:
-        """Forgets the weights of a block."""
+        """Free the weights of a block."""
         for module in self._modules[number].modules():
             forget(module)
 
     def run(self, number: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Hidden states [batch, seqlen, hidden] after a block, of `dtype` on `device`."""
+        """Run a block.
+
+        Args:
+            number: Number of the block, whose recorded arguments are passed.
+            block: The block, or another module in its place.
+            hidden: Hidden states that enter the block, [batch, seqlen, hidden].
+
+        Returns:
+            Hidden states after the block, of the same shape, in the dtype of this object on its
+            device.
+        """
         output = self._invoke(block, self._calls[number], hidden)
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
     def pull_back(self, number: int, block: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:
-        """A gradient by the hidden states that leave a block as one by those that enter it.
+        """Propagate a gradient back through a block.
 
-        hidden: what enters. Runs the block, so that hooks on its layers' outputs get theirs.
+        The block is run forward first. Hooks on the outputs of its layers get their gradients.
+
+        Args:
+            number: Number of the block.
+            block: The block, loaded.
+            hidden: Hidden states that enter the block.
+            gradient: Gradient with respect to the hidden states after the block.
+
+        Returns:
+            Gradient with respect to the hidden states that enter the block.
         """
         entered = hidden.detach().to(self._device, self._dtype).requires_grad_()
         left = self.run(number, block, entered)
@@ -104,9 +134,16 @@ class Blocks:
         return result
 
     def assemble(self, replace: Callable[[str, nn.Linear], nn.Module | None]) -> PreTrainedModel:
-        """The whole model with its weights, layers of blocks replaced; no block can be run after.
+        """Load all weights, replace layers of the blocks, and return the whole model.
 
-        replace: gives the layer in place of the linear one at a path, None to leave that.
+        No block can be run on its own afterwards.
+
+        Args:
+            replace: Takes the path of a linear layer and the layer. It returns the layer to put in
+                its place, or None to keep the dense one.
+
+        Raises:
+            CalibrationError: The model has no output layer, or the checkpoint lacks a weight.
         """
         self._fill_surroundings()
         for number in range(len(self)):
@@ -120,7 +157,7 @@ class Blocks:
 
     @contextlib.contextmanager
     def predicting(self) -> Iterator[None]:
-        """Has what is not in blocks in memory while the `with` block runs, for `logits`."""
+        """Hold all weights outside of the blocks in memory during a `with` block, for `logits`."""
         self._fill_surroundings()
         self._fill_head()
         try:
@@ -132,33 +169,45 @@ class Blocks:
                     forget(module)
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """What norm and head make of hidden states after the last block, [batch, seqlen, vocab].
+        """Apply the final norm and the head to hidden states after the last block.
 
-        tokens: those that the states belong to. For a model that has been assembled, or within
-        `predicting`. Differentiable if the states are to have a gradient.
+        Call this for an assembled model, or within `predicting`. Gradients are computed if `hidden`
+        requires them.
+
+        Args:
+            tokens: The tokens that the states belong to, int64 [batch, seqlen].
+            hidden: Hidden states after the last block, [batch, seqlen, hidden].
+
+        Returns:
+            The logits, [batch, seqlen, vocab].
         """
         final = hidden.to(self._device, self._dtype)
         with torch.set_grad_enabled(hidden.requires_grad):
             return self._stand_ins.logits(tokens.to(self._device), final)
 
     def check_predictions(self) -> None:
-        """Raises CalibrationError for a model that `logits` cannot be had of, before there is work
-        that would be lost."""
+        """Check that `logits` can be computed, before there is work that would be lost.
+
+        Raises:
+            CalibrationError: The model has no output layer, or the checkpoint lacks a weight.
+        """
         with self.predicting():
             pass
 
     def path_of(self, number: int) -> str:
-        """The path of a block in the model."""
+        """Return the path of a block in the model."""
         return self._paths[number]
 
     @torch.no_grad()
     def _enter(self, batches: Sequence[Tensor]) -> tuple[list[Call], list[Tensor]]:
-        """How every block is called, and what enters the first, by batch."""
+        """Return the call of every block, and the inputs of the first block by batch."""
         stand_ins, batches = self._stand_ins, [tokens.to(self._device) for tokens in batches]
         (first,), hidden = stand_ins.record(batches[0], 1)
         stand_ins.as_tuple = isinstance(self._invoke(self.load(0), first, hidden), tuple)
         self.unload(0)
-        stand_ins.check_run_once(batches[0][:1, :2])  # few logits, should there be any
+        stand_ins.check_run_once(
+            batches[0][:1, :2]
+        )  # few tokens, because a head may compute logits
         calls: list[Call] = []
         inputs = []
         for tokens in batches:
@@ -166,26 +215,28 @@ class Blocks:
             calls = calls or found
             if not all(map(Call.same_as, found, calls)):
                 raise CalibrationError(
-                    f"{type(self._model).__name__} calls its blocks with more that depends on the "
-                    f"text than hidden states, so they cannot be run one by one"
+                    f"{type(self._model).__name__} passes its blocks arguments other than hidden "
+                    f"states that depend on the text, so they cannot be run one by one"
                 )
             inputs.append(hidden.cpu())
         return calls, inputs
 
     def _head(self) -> nn.Module | None:
-        """The output layer, where it is not the embedding itself."""
+        """Return the output layer, None if there is none or it is the embedding itself."""
         model: Any = self._model
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         return None if head is embedding else head
 
     def _fill_head(self) -> None:
-        """Reads the output layer too, after which nothing may be missing but blocks: a weight on
-        the meta device would be multiplied by as if it were there."""
+        """Read the output layer, then check that no weight outside of the blocks is missing.
+
+        A missing weight is on the meta device, where a product raises no error.
+        """
         model: Any = self._model
         if model.get_output_embeddings() is None:
             raise CalibrationError(
-                f"{type(self._model).__name__} has no output layer, so it predicts no tokens: it "
-                f"can be calibrated, but without healing or bits by layer"
+                f"{type(self._model).__name__} has no output layer, so it predicts no tokens; "
+                f"calibrate it without --heal and --target-bits"
             )
         head = self._head()
         if head is not None:
@@ -199,7 +250,7 @@ class Blocks:
         if missing := [name for name, parameter in around if parameter.is_meta]:
             raise CalibrationError(
                 f"{type(self._model).__name__} cannot predict: the checkpoint has no tensor for "
-                f"{', '.join(missing[:3])}"
+                f"{', '.join(missing[:3])}; calibrate it without --heal and --target-bits"
             )
 
     def _invoke(self, block: nn.Module, call: Call, hidden: Tensor) -> Any:
@@ -207,7 +258,7 @@ class Blocks:
             return call.repeat(block, hidden.to(self._device, self._dtype))
 
     def _check_stored(self) -> None:
-        """Refuses, before anything is run, a block with weights that the checkpoint lacks."""
+        """Raise CalibrationError if the checkpoint lacks a block's weight, before any run."""
         for path, block in zip(self._paths, self._modules, strict=True):
             if missing := self._weights.missing(block, path):
                 raise CalibrationError(
@@ -216,7 +267,7 @@ class Blocks:
                 )
 
     def _fill_surroundings(self) -> None:
-        """Reads what is neither in a block nor the output layer, whose result nobody looks at."""
+        """Read all weights but the blocks' and the output layer's, whose result is not used."""
         inside = {id(module) for block in self._modules for module in block.modules()}
         if (head := self._head()) is not None:
             inside.add(id(head))
@@ -224,18 +275,26 @@ class Blocks:
         for path, module in self._model.named_modules():
             if id(module) not in inside:
                 self._weights.fill_own(module, path)
-        for module in self._model.modules():  # those in blocks too: they are never read again
+        for module in self._model.modules():  # in blocks too: no later step moves them
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self._device))
 
     def _forget_surroundings(self) -> None:
-        """Until the model is assembled nobody needs them, and an embedding can be large."""
+        """Free the weights outside of blocks: they are not needed until the model is assembled."""
         for module in self._around:
             forget(module)
 
 
 def find_blocks(model: nn.Module, linears: Iterable[str]) -> str:
-    """Path of the one list of modules that all the linear layers lie in."""
+    """Return the path of the one list of modules that contains all the linear layers.
+
+    Args:
+        model: The model, with or without weights.
+        linears: Paths of the linear layers in the model.
+
+    Raises:
+        CalibrationError: The layers lie in several lists, or outside of any list.
+    """
     lists = [path for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     owners: dict[str | None, str] = {}
     for linear in linears:
@@ -243,9 +302,9 @@ def find_blocks(model: nn.Module, linears: Iterable[str]) -> str:
         owners.setdefault(owner, linear)
     path, *others = owners
     if others or path is None:
-        lying = ", ".join(f"{linear} in {owner or 'none'}" for owner, linear in owners.items())
+        lying = ", ".join(f"{linear} in {owner or 'no list'}" for owner, linear in owners.items())
         raise CalibrationError(
-            f"{type(model).__name__}: the layers to sketch must lie in one list of blocks to be "
-            f"calibrated, found {lying}; --ignore leaves layers dense"
+            f"{type(model).__name__}: for calibration, the layers to sketch must lie in one list "
+            f"of blocks, found {lying}; --ignore leaves layers dense"
         )
     return path

@@ -1,4 +1,4 @@
-"""How a model calls a block: noted once, and repeated with other hidden states."""
+"""Record how a model calls a block, and repeat the call with other hidden states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ _HIDDEN = "hidden_states"
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Arguments of a block but for the hidden states: these come first, or as a keyword."""
+    """The arguments of a block, without the hidden states.
+
+    Attributes:
+        args: Positional arguments after the hidden states.
+        kwargs: Keyword arguments, without the hidden states.
+        hidden_first: Whether the hidden states are the first positional argument. If not, they are
+            passed by keyword.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -26,21 +33,27 @@ class Call:
 
     @classmethod
     def taken_apart(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Tensor]:
-        """What a block was called with, as a call and hidden states."""
+        """Split the arguments of a block into the call and the hidden states.
+
+        Raises:
+            CalibrationError: There are no positional arguments and no `hidden_states`.
+        """
         if args:
             return cls(args[1:], kwargs, True), args[0]
         rest = dict(kwargs)
         if _HIDDEN not in rest:
             names = ", ".join(rest)
-            raise CalibrationError(f"blocks are called without hidden states, with {names}")
+            raise CalibrationError(
+                f"blocks are called with the arguments {names}, expected {_HIDDEN} among them"
+            )
         hidden = rest.pop(_HIDDEN)
         return cls((), rest, False), hidden
 
     def repeat(self, block: nn.Module, hidden: Tensor) -> Any:
-        """What a block returns for other hidden states.
+        """Call a block with other hidden states and return its output.
 
-        It gets containers of its own: what a block leaves in one for those behind it, as keys and
-        values that they share, is of other hidden states when these are run.
+        Copy dicts and lists first. Some blocks store values in them for later blocks (shared keys
+        and values), and those values would be stale in the next call.
         """
         args, kwargs = map(_fresh, self.args), {k: _fresh(v) for k, v in self.kwargs.items()}
         if self.hidden_first:
@@ -48,17 +61,17 @@ class Call:
         return block(**kwargs, **{_HIDDEN: hidden})
 
     def same_as(self, other: Call) -> bool:
-        """Whether the arguments are the same, tensors by their values."""
+        """Return whether the arguments are equal. Tensors are compared by value."""
         return _same((self.args, self.kwargs), (other.args, other.kwargs))
 
 
 def _fresh(value: Any) -> Any:
-    """A copy of a container that could be written to; anything else as it is."""
+    """Copy a dict or list, which a block could write to; return anything else as it is."""
     return copy.copy(value) if isinstance(value, MutableMapping | list) else value
 
 
 def _same(found: Any, expected: Any) -> bool:
-    """Whether two values are the same, tensors and what objects hold included."""
+    """Return whether two values are equal, comparing tensors and attributes of objects too."""
     if found is expected:
         return True
     if type(found) is not type(expected):
@@ -71,4 +84,4 @@ def _same(found: Any, expected: Any) -> bool:
         return found.keys() == expected.keys() and all(_same(found[k], expected[k]) for k in found)
     if hasattr(found, "__dict__"):
         return _same(vars(found), vars(expected))
-    return np.array_equal(found, expected)  # which compares what is no array as it is
+    return np.array_equal(found, expected)  # compares values that are not arrays, too

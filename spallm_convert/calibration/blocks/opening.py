@@ -1,4 +1,4 @@
-"""Open the blocks of a model for a text, in batches that fit."""
+"""Open the blocks of a model for a text, in batches of a suitable size."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from spallm_convert.source.skeleton import build_empty
 
 from .blocks import Blocks
 
-#: Tokens that go through a block at once.
+#: Most tokens that go through a block at once.
 _BATCH_TOKENS = 4096
-#: For healing there are at least so many batches, if there are as many samples.
+#: Least number of batches for healing, if there are as many samples.
 HEALING_BATCHES = 8
 
 
@@ -28,17 +28,27 @@ def open_blocks(
     trust_remote_code: bool = False,
     to_heal: bool = False,
 ) -> Blocks:
-    """The blocks of a model, to be gone through with a text on a device.
+    """Open the blocks of a model, to run them on a text.
 
-    to_heal: in more batches, so that some can be left out.
+    Args:
+        checkpoint: The dense checkpoint.
+        plan: The layers to sketch.
+        tokens: The text, int64 [samples, seqlen].
+        device: The device to compute on.
+        trust_remote_code: Whether to run model code from the checkpoint.
+        to_heal: Make at least `HEALING_BATCHES` batches, so that some can be held out.
 
-    Raises CalibrationError when that cannot be done, or the model is no causal language model;
-    OptionError for samples that are longer than the model takes.
+    Returns:
+        The blocks, in batches of equal size.
+
+    Raises:
+        CalibrationError: The model is not a causal language model, or cannot be run block by block.
+        OptionError: Samples are longer than the model takes, or a token is not in its vocabulary.
     """
     model = build_empty(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
     if not predicts_next_token(model):
         raise CalibrationError(
-            f"{type(model).__name__} is no causal language model, and calibration needs one"
+            f"{type(model).__name__} is not a causal language model, and calibration needs one"
         )
     samples, seqlen = tokens.shape
     check_tokens(model, tokens, seqlen, f"seqlen {seqlen}")
@@ -49,5 +59,5 @@ def open_blocks(
 
 
 def samples_at_once(seqlen: int) -> int:
-    """Samples that may go through a block at once."""
+    """Return the number of samples that may go through a block at once, at least 1."""
     return max(1, _BATCH_TOKENS // seqlen)

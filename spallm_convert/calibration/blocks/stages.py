@@ -1,4 +1,4 @@
-"""Hidden states between blocks, and the linear layers of a block by the tensor that they read."""
+"""Hidden states between blocks, and a block's linear layers grouped by the tensor they read."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from .blocks import Blocks
 class Streams(NamedTuple):
     """Hidden states [batch, seqlen, hidden] of the text, by batch, in both models.
 
-    They are kept on the CPU, so that what a device holds does not grow with the text. A block is
-    run some ten times with all of them, and carrying them there takes a small part of the time that
-    its products take.
+    They stay on the CPU, so that a device's memory use does not grow with the text. A block is run
+    about ten times on all of them. Copying them to the device takes a small part of the time that
+    the block's matrix products take.
+
+    Attributes:
+        dense: Hidden states in the dense model.
+        sketched: Hidden states in the model whose blocks are sketched up to here.
     """
 
     dense: list[Tensor]
@@ -28,7 +32,12 @@ class Streams(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """Linear layers with the same input: their names in the block, and calls of one per run."""
+    """Linear layers with the same input.
+
+    Attributes:
+        names: Names of the layers in the block.
+        calls: Number of times that a run of the block calls each layer.
+    """
 
     names: list[str]
     calls: int
@@ -41,8 +50,18 @@ def find_stages(
     layers: Collection[str],
     hidden: Tensor,
 ) -> list[Stage]:
-    """Layers in order of their first call, those that read the same tensor together; at the end
-    layers that are not called, such as experts that no token chose here: they may be elsewhere."""
+    """Group a block's layers by the tensor that they read, in the order of their first call.
+
+    Layers that are called several times get a stage of their own. Layers that are not called come
+    last, each on its own: experts that no token of this batch chose may be called in another batch.
+
+    Args:
+        blocks: The blocks of the model.
+        number: Number of the block.
+        block: The block, loaded.
+        layers: Names of the layers in the block.
+        hidden: Hidden states of one batch that enter the block.
+    """
     seen: list[tuple[str, Tensor]] = []
     with contextlib.ExitStack() as stack:
         for name in layers:
@@ -63,7 +82,7 @@ def find_stages(
 
 @contextlib.contextmanager
 def on_input(block: nn.Module, name: str, note: Any) -> Iterator[None]:
-    """Has `note` called with the input of a layer whenever the layer is run."""
+    """Call `note` with the input of a layer at every call of the layer, during a `with` block."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         note(args[0])
@@ -76,11 +95,22 @@ def on_input(block: nn.Module, name: str, note: Any) -> Iterator[None]:
 
 
 def flat_inputs(x: Tensor) -> Tensor:
-    """Inputs of a layer, float32 [tokens, in_features]."""
+    """Reshape the inputs of a layer to float32 [tokens, in_features]."""
     return x.reshape(-1, x.shape[-1]).float()
 
 
 def check_sums(where: str, *sums: Tensor) -> None:
-    """Raises CalibrationError when sums over the inputs of the layer `where` are not finite."""
+    """Check sums over the inputs of a layer.
+
+    Args:
+        where: Path of the layer in the model.
+        sums: Sums over its inputs, such as X^T X.
+
+    Raises:
+        CalibrationError: A sum is not finite.
+    """
     if not all(bool(total.isfinite().all()) for total in sums):
-        raise CalibrationError(f"{where}: its inputs on the calibration text are not all finite")
+        raise CalibrationError(
+            f"{where}: its inputs on the calibration text are not all finite; check the model "
+            f"with spallm-convert eval MODEL --text SRC"
+        )

@@ -1,7 +1,7 @@
-"""A model run without its blocks: how it calls them, and what it makes of what they would give.
+"""Run a model without its blocks, to see how it calls them and what follows them.
 
-In place of every block's `forward` is a function that notes its arguments and gives the hidden
-states back as they came, or others.
+The `forward` of every block is replaced by a function that records its arguments. The function
+returns the hidden states as they came, or other hidden states.
 """
 
 from __future__ import annotations
@@ -24,10 +24,17 @@ if TYPE_CHECKING:
 
 
 class StandIns:
-    """What can be put in the place of a model's blocks, which lie in the list at `path`.
+    """Functions that take the place of a model's blocks.
 
-    as_tuple: whether a block gives its hidden states as the first of a tuple. Tokens are int64
-    [batch, seqlen] on the model's device.
+    Tokens passed to the methods are int64 [batch, seqlen] on the model's device.
+
+    Args:
+        model: The model. Its config is changed so that it asks blocks for hidden states alone.
+        modules: The blocks.
+        path: Path of the list of blocks, for error messages.
+
+    Attributes:
+        as_tuple: Whether a block returns a tuple that starts with the hidden states.
     """
 
     def __init__(self, model: PreTrainedModel, modules: Sequence[nn.Module], path: str) -> None:
@@ -36,7 +43,19 @@ class StandIns:
         self.as_tuple = False
 
     def record(self, tokens: Tensor, count: int) -> tuple[list[Call], Tensor]:
-        """How the first `count` blocks are called, and the hidden states that enter them."""
+        """Run the model up to a block, and record the calls of the blocks.
+
+        Args:
+            tokens: One batch of the text.
+            count: Number of blocks whose calls are recorded, from the first.
+
+        Returns:
+            The calls, and the hidden states that enter the first block.
+
+        Raises:
+            CalibrationError: The model does not call its blocks in order, each with the output of
+                the one before, or a weight before the blocks is missing.
+        """
         calls: list[Call] = []
         entered: list[Tensor] = []
 
@@ -45,8 +64,8 @@ class StandIns:
             passed = not calls or hidden is entered[0] or torch.equal(hidden, entered[0])
             if number != len(calls) or not passed:
                 raise CalibrationError(
-                    f"{type(self._model).__name__} does not pass what leaves a block of "
-                    f"{self._path} to the next one as it is, so they cannot be run one by one"
+                    f"{type(self._model).__name__} does not pass the output of each block of "
+                    f"{self._path} directly to the next, so they cannot be run one by one"
                 )
             calls.append(call)
             entered.append(hidden)
@@ -61,16 +80,16 @@ class StandIns:
         ):
             self._model(tokens, use_cache=False)
         if len(calls) != count or entered[0].is_meta:
-            why = f"only {len(calls)} of {count} were run"
+            why = f"the model calls only {len(calls)} of {count}"
             if calls and entered[0].is_meta:
-                why = "weights that come before them are missing"
+                why = "weights before them are missing in the checkpoint"
             raise CalibrationError(
                 f"{type(self._model).__name__}: the blocks {self._path} cannot be run: {why}"
             )
         return calls, entered[0]
 
     def check_run_once(self, tokens: Tensor) -> None:
-        """Refuses a model that goes through its blocks again after the last of them."""
+        """Raise CalibrationError if the model calls its blocks again after the last one."""
         calls = 0
 
         def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
@@ -81,17 +100,17 @@ class StandIns:
             _, hidden = Call.taken_apart(args, kwargs)
             return (hidden,) if self.as_tuple else hidden
 
-        # What comes after the blocks may fail, as its weights have not been read.
+        # Modules after the blocks may fail, because their weights have not been read.
         with self._instead_of_blocks(stand_in), contextlib.suppress(Exception):
             self._model(tokens, use_cache=False)
         if calls > len(self._modules):
             raise CalibrationError(
-                f"{type(self._model).__name__} runs the blocks {self._path} more than once, and "
-                f"calibration goes through them once"
+                f"{type(self._model).__name__} runs the blocks {self._path} more than once, but "
+                f"calibration runs each block once"
             )
 
     def logits(self, tokens: Tensor, final: Tensor) -> Tensor:
-        """What norm and head make of hidden states after the last block, [batch, seqlen, vocab]."""
+        """Return the logits [batch, seqlen, vocab] of hidden states after the last block."""
 
         def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
             return (final,) if self.as_tuple else final
@@ -102,7 +121,7 @@ class StandIns:
 
     @contextlib.contextmanager
     def clear_errors(self) -> Iterator[None]:
-        """What a model's own code makes of being run like this, as an error of ours."""
+        """Turn errors of the model's own code into CalibrationError, but not a lack of memory."""
         try:
             yield
         except (StopForward, SpallmError):
@@ -118,7 +137,7 @@ class StandIns:
 
     @contextlib.contextmanager
     def _instead_of_blocks(self, stand_in: Callable[..., Any]) -> Iterator[None]:
-        """stand_in: called with the block's number and what the block is called with."""
+        """Call `stand_in` in place of the blocks, with a block's number and its arguments."""
         for number, block in enumerate(self._modules):
             block.forward = functools.partial(stand_in, number)
         try:
@@ -129,7 +148,7 @@ class StandIns:
 
 
 def _return_hidden_states_alone(model: PreTrainedModel) -> None:
-    """What else a config asks of a model, as routers' logits, blocks that are stood in for lack."""
+    """Turn off other outputs in the config, such as router logits: stand-ins do not return them."""
     for config in (model.config, model.config.get_text_config()):
         for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
             if getattr(config, name, False):
@@ -137,4 +156,4 @@ def _return_hidden_states_alone(model: PreTrainedModel) -> None:
 
 
 class StopForward(Exception):  # noqa: N818  nothing went wrong
-    """Ends a run of which all is known that is wanted."""
+    """Raised by a hook to end a run that has recorded all that is needed."""

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint, read into modules that were built without any, and forgotten again."""
+"""Read weights of a checkpoint into modules that were built without weights, and free them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class Weights:
-    """The tensors of a checkpoint by the names that the model has for them.
+    """The tensors of a checkpoint, to be read into the modules of a model.
 
-    They are read in `dtype`, to `device`.
+    Args:
+        tensors: The tensors, by their names in the model.
+        dtype: The dtype that they are converted to.
+        device: The device that they are read to.
     """
 
     def __init__(
@@ -22,17 +25,20 @@ class Weights:
         self._tensors, self._dtype, self._device = tensors, dtype, device
 
     def missing(self, module: nn.Module, path: str) -> list[str]:
-        """Parameters of the module at a path that the checkpoint lacks, or stores otherwise."""
+        """Return the parameters of a module for which the checkpoint has no fitting tensor.
+
+        A tensor fits if it has the parameter's shape and a floating-point dtype that can be read.
+        """
         named = ((f"{path}.{name}", value) for name, value in module.named_parameters())
         return [name for name, value in named if self._stored(name, value) is None]
 
     def fill(self, module: nn.Module, path: str) -> None:
-        """Reads all weights below the module at a path; one that is missing stays as it is."""
+        """Read all weights of a module and the modules in it; leave missing ones as they are."""
         for below, inner in module.named_modules():
             self.fill_own(inner, f"{path}.{below}" if below else path)
 
     def fill_own(self, module: nn.Module, path: str) -> None:
-        """Reads a module's own weights, not those of the modules in it."""
+        """Read a module's own weights, without the modules in it."""
         for name, value in [*module.named_parameters(recurse=False), *_saved_buffers(module)]:
             tensor = self._stored(f"{path}.{name}" if path else name, value)
             if tensor is not None:
@@ -40,7 +46,7 @@ class Weights:
                 setattr(module, name, _parameter(read) if name in module._parameters else read)
 
     def _stored(self, name: str, value: Tensor) -> StoredTensor | None:
-        """The tensor of the checkpoint for a parameter or buffer of the model."""
+        """Return the tensor for a parameter or buffer of the model, None if there is none."""
         tensor = self._tensors.get(name)
         if tensor is None or tensor.shape != tuple(value.shape) or tensor.dtype not in _DTYPES:
             return None
@@ -49,19 +55,22 @@ class Weights:
     def _read(self, tensor: StoredTensor) -> Tensor:
         raw = read_bytes(tensor, 0, tensor.nbytes)
         dtype = _DTYPES[tensor.dtype]
-        # Of no bytes frombuffer makes no tensor.
+        # frombuffer raises an error for zero bytes.
         flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
         return flat.view(tensor.shape).to(self._device, self._dtype)
 
 
 def forget(module: nn.Module) -> None:
-    """Frees a module's own parameters; its buffers are small, and some are never stored."""
+    """Free a module's own parameters.
+
+    Buffers stay: they are small, and some are not in the checkpoint.
+    """
     for name, parameter in module.named_parameters(recurse=False):
         setattr(module, name, _parameter(parameter.to("meta")))
 
 
 def _saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Buffers that a checkpoint holds, some of which are trained."""
+    """Return the buffers that a checkpoint stores. Some of them are trained."""
     hidden = module._non_persistent_buffers_set
     return [(n, b) for n, b in module.named_buffers(recurse=False) if n not in hidden]
 

@@ -59,7 +59,7 @@ def test_no_allocation_is_better():
         assert tuple(chosen) in fitting
         least = min(total(losses, one) for one in fitting)
         assert total(losses, chosen) == pytest.approx(least, rel=1e-12)
-    with pytest.raises(ValueError, match="the least size is 5, the budget 4"):
+    with pytest.raises(ValueError, match="the smallest options need 5 bits, the budget is 4"):
         solve([[2, 4], [3, 9]], [[1, 0], [1, 0]], 4)
     assert total([[2, 4], [3, 9]], solve([[2, 4], [3, 9]], [[0, 0], [0, 0]], 5)) == 5
 

@@ -119,8 +119,8 @@ class Scaled(torch.nn.ModuleList):
     ("kind", "message"),
     [
         (Twice, "runs the blocks model.layers more than once"),
-        (Scaled, "to the next one as it is"),
-        (First, "the blocks model.layers cannot be run: only 1 of 3 were run"),
+        (Scaled, "directly to the next"),
+        (First, "the blocks model.layers cannot be run: the model calls only 1 of 3"),
     ],
 )
 def test_models_that_do_other_than_pass_through_their_blocks_are_refused(kind, message, tmp_path):

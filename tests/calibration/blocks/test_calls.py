@@ -45,7 +45,7 @@ def test_what_blocks_leave_in_containers_is_not_there_for_others():
 
 
 def test_a_call_without_hidden_states_is_refused():
-    with pytest.raises(CalibrationError, match="without hidden states, with mask, position"):
+    with pytest.raises(CalibrationError, match="arguments mask, position, expected hidden_states"):
         Call.taken_apart((), {"mask": None, "position": 1})
 
 
