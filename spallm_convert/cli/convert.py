@@ -60,8 +60,8 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
     "--mapping",
     type=click.Choice(MAPPINGS),
     default=_DEFAULTS.mapping,
-    help="Index map from clustering, or computed by a hash. A hashed index map keeps only the mean of "
-    "the weights that collide: without training, perplexity is above 10,000 at any width.",
+    help="Index map from clustering, or computed by a hash. A hashed index map keeps only the mean "
+    "of the weights that collide: without training, perplexity is above 10,000 at any width.",
 )
 @click.option(
     "--table-dtype",
