@@ -54,6 +54,11 @@ class DenseCheckpoint:
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
 
+    @property
+    def weight_files(self) -> list[Path]:
+        """Return the files that hold the tensors, sorted."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
 
 def open_dense(folder: Path, tensors: dict[str, StoredTensor]) -> DenseCheckpoint:
     """A folder's config and its tensors, brought into source order."""

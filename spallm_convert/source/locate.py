@@ -41,15 +41,20 @@ class Source:
     def is_gguf(self) -> bool:
         return self.path.suffix == ".gguf"
 
-    def weight_files(self) -> list[Path]:
-        """The files that hold the weights, in order."""
-        if self.is_gguf:
-            return [self.path]
-        return sorted({tensor.file for tensor in checked_shards(self.path).values()})
+    def identity(self, checkpoint: DenseCheckpoint | None = None) -> dict[str, Any]:
+        """Describe everything about the model that decides the result of a conversion.
 
-    def identity(self) -> dict[str, Any]:
-        """Name, revision, licence and SHA-256 of every file that decides the result."""
-        hashes = {path.name: sha256(path) for path in self.weight_files()}
+        Every file is read once, to hash it.
+
+        Args:
+            checkpoint: What `open` returned, which knows the weight files. None for a GGUF file,
+                which is hashed as it is.
+
+        Returns:
+            Name, revision, licence, and the SHA-256 of every file by its name.
+        """
+        weights = [self.path] if checkpoint is None else checkpoint.weight_files
+        hashes = {path.name: sha256(path) for path in weights}
         if not self.is_gguf:
             for name in (CONFIG_FILE, *extra_files(self.path)):
                 hashes[name] = sha256(self.path / name)
