@@ -11,16 +11,15 @@ defaults come from the SketchTune paper (arXiv 2410.06364). docs/howto/train.md 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from spallm_convert import load_sketched, save_tables, set_trainable
+from spallm_convert import SourceError, load_sketched, save_tables, set_trainable
+from spallm_convert.source.records import JSON_SUFFIXES, json_records, numbered, objects
 
-JSON_LINES = {".jsonl", ".jsonlines", ".ndjson"}
 IGNORED = -100  # the label that the loss leaves out
 PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
@@ -113,28 +112,18 @@ def parse() -> argparse.Namespace:
 
 
 def read_records(source: str) -> list[dict[str, Any]]:
-    """Records of a JSON list, of JSON lines, or of the training split of a dataset on the Hub."""
+    """Read the records of a JSON or JSONL file, or of the split `train` of a dataset on the Hub."""
     path = Path(source)
-    if not path.exists():
-        if path.suffix in {".json", *JSON_LINES}:
-            raise SystemExit(f"no such file: {source}")
+    if path.exists() or path.suffix.lower() in JSON_SUFFIXES:
+        records = json_records(path)
+    else:
         from datasets import load_dataset
 
-        records = list(load_dataset(source, split="train"))
-    else:
-        text = path.read_text(encoding="utf-8-sig")
-        lines = (line for line in text.split("\n") if line.strip())
-        try:
-            records = [*map(json.loads, lines)] if path.suffix in JSON_LINES else json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SystemExit(f"{source}: is no JSON ({error})") from error
-    for number, record in enumerate(records):
-        if not isinstance(record, dict) or not {"instruction", "output"} <= record.keys():
-            found = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise SystemExit(
-                f"{source}: record {number} must have instruction and output, found {found}"
-            )
-    return records
+        records = numbered(source, load_dataset(source, split="train"))
+    try:
+        return objects(records, ("instruction", "output"))
+    except SourceError as error:
+        raise SystemExit(str(error)) from error
 
 
 def encode(records: list[dict[str, Any]], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
