@@ -40,7 +40,7 @@ def json_records(path: Path) -> Iterator[Record]:
     Raises:
         SourceError: If there is no such file, or it holds something else; it names the line.
     """
-    if not path.is_file():
+    if path.is_dir() or not path.exists():  # a pipe is fine
         raise SourceError(f"no such file: {path}")
     if path.suffix.lower() in LINES_SUFFIXES:
         with path.open("rb") as file:

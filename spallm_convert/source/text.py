@@ -1,6 +1,6 @@
-"""Text to calibrate or to measure with, read from where the user has it.
+"""Read text for calibration and evaluation.
 
-A source is `builtin`, a file (plain text, or JSON records), or a dataset on the Hub.
+A source of text is `builtin`, a file (plain text or JSON records), or a dataset on the Hub.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ ACCEPTED = f"{BUILTIN!r}, a text, .json or .jsonl file, or a dataset ORG/NAME[[:
 _DATASET = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[^:/]+){0,2}")
 _RECORD_KEYS = "'text', 'messages' or 'instruction' (with 'input' and 'output')"
 
-#: Of records that come one by one this much is read: some 16 M tokens, sixty times a usual
-#: calibration set.
+#: Records are read one by one until there are this many characters: about 16 M tokens, 60 times
+#: a usual calibration set.
 _MOST_CHARACTERS = 1 << 26
 
 
@@ -63,7 +63,7 @@ def read_documents(source: str) -> list[str]:
 
 
 def english_text() -> str:
-    """English prose that every Python has: the topics of its documentation."""
+    """Return English prose that comes with every Python: the topics of its documentation."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
@@ -135,7 +135,7 @@ def _read_dataset(source: str) -> list[str]:
     except Exception as error:  # datasets raises many kinds, from wrong names to lost connections
         reason = one_line(error)
         raise SourceError(
-            f"text {source!r}: no such file, and no dataset either ({reason})"
+            f"text {source!r}: no such file, and no dataset either ({reason}); check the name"
         ) from error
 
 
