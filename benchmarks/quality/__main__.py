@@ -141,7 +141,7 @@ def carry_out(options: Row) -> list[str]:
     "--text",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     required=True,
-    help="Text file. Its first half calibrates, perplexity is measured on its second half.",
+    help="Text file: the first half is for calibration, the second half for measuring perplexity.",
 )
 @click.option(
     "--model",

@@ -95,7 +95,7 @@ def quantized_model(job: Job, shown: str) -> tuple[Any, dict[str, Any]]:
         print(f"    quantized in {seconds:.0f} s", flush=True)
         model: Any = AutoModelForCausalLM.from_pretrained(job.dense, dtype=torch.float32)
         replaced = replace_weights(model, found.weights)
-    expected = 0 if method.kind == "dense" else len(subject.plan.path_of)
+    expected = 0 if method.kind == "dense" else len(subject.plan.layers)
     if replaced != expected:
         raise RuntimeError(f"{job.method} quantized {replaced} layers, {expected} were expected")
     weights = subject.plan.sketched_weights

@@ -24,6 +24,7 @@ from spallm_convert.calibration.healing.heal import heal
 from spallm_convert.cli.terminal import ConversionProgress
 from spallm_convert.conversion.texts import draw_texts
 from spallm_convert.devices import full_float32
+from spallm_convert.sketch.layer import Layer
 from spallm_convert.sketch.plan import Plan, make_plan
 from spallm_convert.source.checkpoint import DenseCheckpoint
 from spallm_convert.source.locate import locate
@@ -75,12 +76,10 @@ class Subject:
 
     def layers(self) -> Iterator[tuple[str, Singles]]:
         """Yield the path in the model and the dense weight of every layer to quantize."""
-        for name, tensor in self.plan.weights.items():
-            raw = read_bytes(tensor, 0, tensor.nbytes)
-            yield (
-                self.plan.path_of[name],
-                to_float32(raw, tensor.dtype).reshape(tensor.shape),
-            )
+        for layer in self.plan.layers.values():
+            weight = layer.weight
+            raw = read_bytes(weight, 0, weight.nbytes)
+            yield layer.path, to_float32(raw, weight.dtype).reshape(weight.shape)
 
     def sketch_config(self, method: Method, **options: Any) -> SketchConfig:
         return SketchConfig(
@@ -173,8 +172,7 @@ def _whole(quantizer: Callable[..., None], group: int) -> Any:
         tokens = subject.tokens(method)
         quantizer(model, load_tokenizer(locate(str(folder))), tokens, method.bits, subject.seed)
         found = {
-            path: model.get_submodule(path).weight.detach().float()
-            for path in subject.plan.path_of.values()
+            path: model.get_submodule(path).weight.detach().float() for path in subject.plan.by_path
         }
         return Quantized(
             sum(affine_bits(*w.shape, method.bits, group) for w in found.values()), found.items()
@@ -186,7 +184,7 @@ def _whole(quantizer: Callable[..., None], group: int) -> Any:
 def _leanquant(method: Method, subject: Subject) -> Quantized:
     tokens = subject.tokens(method)
     blocks = open_blocks(subject.checkpoint, subject.plan, tokens)
-    found = dict(quantize_blocks(blocks, list(subject.plan.path_of.values()), method.bits))
+    found = dict(quantize_blocks(blocks, list(subject.plan.by_path), method.bits))
     return Quantized(sum(table_bits(*w.shape, method.bits) for w in found.values()), found.items())
 
 
@@ -202,7 +200,7 @@ def _converted(subject: Subject, config: SketchConfig) -> Quantized:
     stored = sum(spec.nbytes for spec in sketched.metadata.tensors().values())
     return Quantized(
         8 * stored,
-        _read_sketched(sketched, subject.plan.path_of),
+        _read_sketched(sketched, subject.plan),
         predicted_loss=report.document.get("predicted_loss"),
     )
 
@@ -253,18 +251,16 @@ def _calibrated(method: Method, subject: Subject, folder: Path, *, heal_steps: i
             heal(blocks, plan, config, for_healing, modules, progress)
     specs = plan.metadata.tensors()
 
-    def dense(name: str) -> Tensor:
-        found, module = modules.read(name), plan.metadata.modules[name]
-        table = found.wide_table(module, plan.metadata)
-        return torch.from_numpy(look_up(table, found.codes(module, plan.metadata)))
+    def dense(layer: Layer) -> Tensor:
+        found = modules.read(layer.name)
+        table = found.wide_table(layer.module, plan.metadata)
+        return torch.from_numpy(look_up(table, found.codes(layer.module, plan.metadata)))
 
-    weights = ((path, dense(name)) for name, path in plan.path_of.items())
+    weights = ((layer.path, dense(layer)) for layer in plan.layers.values())
     return Quantized(8 * sum(spec.nbytes for spec in specs.values()), weights)
 
 
-def _read_sketched(
-    sketched: SketchedCheckpoint, paths: dict[str, str]
-) -> Iterator[tuple[str, Tensor]]:
+def _read_sketched(sketched: SketchedCheckpoint, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     metadata = sketched.metadata
     for name, module in metadata.modules.items():
         rows, columns, bits = module.out_features, module.in_features, module.bits
@@ -272,7 +268,7 @@ def _read_sketched(
             codes = hash_codes(rows, columns, bits, metadata.hash_seed)
         else:
             codes = unpack(sketched.index_map(name), bits, columns)
-        yield paths[name], torch.from_numpy(look_up(sketched.table(name), codes))
+        yield plan.layers[name].path, torch.from_numpy(look_up(sketched.table(name), codes))
 
 
 #: By the kind that a method names.

@@ -1,9 +1,9 @@
 """Turns this project's docstrings, which are plain text, into reStructuredText.
 
-A docstring names a parameter at the start of a line or a clause: `weights: float32 [rows, n]`. Each
-such name starts a new line here, and so does a sentence that begins with "Raises". Text between
-backticks is code. Nothing else is markup: characters that reStructuredText would read as such are
-escaped.
+Sections such as "Args:" are given to `sphinx.ext.napoleon`. In a docstring without sections, a
+parameter is named at the start of a line or a clause: `weights: float32 [rows, n]`. Each such name
+starts a new line here, and so does a sentence that begins with "Raises". Text between backticks is
+code. Nothing else is markup: characters that reStructuredText would read as such are escaped.
 
 Signatures are shown as they are written: `Singles`, not what NumPy makes of the alias.
 """
@@ -14,9 +14,15 @@ import re
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.ext.napoleon import Config, GoogleDocstring
 
 _CODE = re.compile(r"(`[^`]+`)")
-_MARKUP = re.compile(r"([\\*|_<>])")
+_MARKUP = re.compile(r"([\\*|]|_(?!\w))")
+_SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Yields):$", re.MULTILINE)
+#: Fields of a class are no entries of their own, and the signature has their types.
+_SECTIONS = Config(
+    napoleon_use_ivar=True, napoleon_use_rtype=False, napoleon_attr_annotations=False
+)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -28,7 +34,14 @@ def setup(app: Sphinx) -> dict[str, Any]:
 def _rewrite(
     app: Sphinx, what: str, name: str, documented: Any, options: Any, lines: list[str]
 ) -> None:
-    paragraphs = "\n".join(lines).strip().split("\n\n")
+    if what == "data":  # what `dict` says of itself
+        lines.clear()
+        return
+    text = "\n".join(lines).strip()
+    if _SECTION.search(text):
+        lines[:] = GoogleDocstring(_inline(text), _SECTIONS, what=what).lines()
+        return
+    paragraphs = text.split("\n\n")
     names = _names(documented)
     lines[:] = [line for text in paragraphs for line in (*_lines(text, names), "")]
 

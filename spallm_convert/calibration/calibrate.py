@@ -14,7 +14,9 @@ from spallm_convert.calibration.blocks.blocks import Blocks
 from spallm_convert.calibration.blocks.stages import Streams
 from spallm_convert.config import SketchConfig
 from spallm_convert.progress import Progress
+from spallm_convert.sketch.layer import Layer
 from spallm_convert.sketch.plan import Plan
+from spallm_formats import SketchMetadata
 from spallm_kernels import look_up
 
 from .sketching import replay_block, sketch_block
@@ -31,56 +33,57 @@ def calibrate(
     assert config.calibration is not None
     without = config.calibration.without
     done = CalibratedModules(folder)
-    names_in = [plan.by_block(blocks.path_of(number)) for number in range(len(blocks))]
-    modules = [{n: plan.metadata.modules[n] for n in names.values()} for names in names_in]
-    missing = [number for number in range(len(blocks)) if not done.has(modules[number])]
+    layers_of = [plan.in_block(blocks.path_of(number)) for number in range(len(blocks))]
+    missing = [number for number, layers in enumerate(layers_of) if not done.has(layers.values())]
     if missing:  # tables were healed for all of the blocks, and would let another text through
         done.forget_healed()
     inputs = blocks.take_inputs()
     streams = Streams(inputs, list(inputs))
-    for number, names in enumerate(names_in):
+    for number, layers in enumerate(layers_of):
         if number in missing:
-            done.write(number, _sketch(blocks, number, names, plan, without, streams, progress))
+            sketched = _sketch(blocks, number, layers, plan.metadata, without, streams, progress)
+            done.write(number, sketched)
             continue
         if missing and number < missing[-1]:  # a later block needs what comes out of this one
-            _replay(blocks, number, names, plan, done, streams)
-        for name, module in modules[number].items():
-            progress.advance(module.weights, name)
+            _replay(blocks, number, layers, plan.metadata, done, streams)
+        for layer in layers.values():
+            progress.advance(layer.module.weights, layer.name)
     return done
 
 
 def _sketch(
     blocks: Blocks,
     number: int,
-    names: dict[str, str],
-    plan: Plan,
+    layers: dict[str, Layer],
+    metadata: SketchMetadata,
     without: Sequence[str],
     streams: Streams,
     progress: Progress,
 ) -> dict[str, CalibratedModule]:
-    """A block's modules by their names in the checkpoint; `names` has those by the ones in it."""
-    layers = {inner: plan.metadata.modules[name] for inner, name in names.items()}
+    """Sketch the layers of a block, by their names in it; return them by name in the checkpoint."""
     found: dict[str, CalibratedModule] = {}
-    for inner, layer in sketch_block(blocks, number, layers, streams, plan.metadata, without):
-        error, norm = layer.rows.sums.sum(axis=0).tolist()
-        found[names[inner]] = CalibratedModule(
-            layer.rows.index_map, layer.rows.table, (error, norm, *layer.output_sums)
+    for inner, sketched in sketch_block(blocks, number, layers, streams, metadata, without):
+        error, norm = sketched.rows.sums.sum(axis=0).tolist()
+        name = layers[inner].name
+        found[name] = CalibratedModule(
+            sketched.rows.index_map, sketched.rows.table, (error, norm, *sketched.output_sums)
         )
-        progress.advance(layers[inner].weights, names[inner])
+        progress.advance(layers[inner].module.weights, name)
     return found
 
 
 def _replay(
     blocks: Blocks,
     number: int,
-    names: dict[str, str],
-    plan: Plan,
+    layers: dict[str, Layer],
+    metadata: SketchMetadata,
     done: CalibratedModules,
     streams: Streams,
 ) -> None:
+    """Let the streams through a block that an earlier run has sketched."""
     weights = {}
-    for inner, name in names.items():
-        module, shape = done.read(name), plan.metadata.modules[name]
-        table, codes = module.wide_table(shape, plan.metadata), module.codes(shape, plan.metadata)
-        weights[inner] = look_up(table, codes)
+    for inner, layer in layers.items():
+        kept = done.read(layer.name)
+        table = kept.wide_table(layer.module, metadata)
+        weights[inner] = look_up(table, kept.codes(layer.module, metadata))
     replay_block(blocks, number, weights, streams)

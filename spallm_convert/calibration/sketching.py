@@ -27,7 +27,8 @@ from spallm_convert.calibration.blocks.stages import (
 )
 from spallm_convert.calibration.blocks.stand_ins import StopForward
 from spallm_convert.errors import CalibrationError
-from spallm_formats import SketchedModule, SketchMetadata
+from spallm_convert.sketch.layer import Layer
+from spallm_formats import SketchMetadata
 
 from .layers import SketchedLayer, prepare_inputs, sketch_layer
 
@@ -36,7 +37,7 @@ from .layers import SketchedLayer, prepare_inputs, sketch_layer
 def sketch_block(
     blocks: Blocks,
     number: int,
-    layers: dict[str, SketchedModule],
+    layers: dict[str, Layer],
     streams: Streams,
     metadata: SketchMetadata,
     without: Collection[str] = (),
@@ -50,7 +51,7 @@ def sketch_block(
     dense = copy.deepcopy(block)
     stages = find_stages(blocks, number, block, layers, streams.sketched[0])
     for stage in stages:
-        columns = layers[stage.names[0]].in_features
+        columns = layers[stage.names[0]].module.in_features
         # Most of a block is run for its last stage: the dense one is let finish.
         finish = stage is stages[-1]
         sums = _sum_inputs(blocks, number, (dense, block), stage, columns, streams, finish=finish)
@@ -58,9 +59,9 @@ def sketch_block(
         for name in stage.names:
             linear: Any = block.get_submodule(name)
             weights = linear.weight.float()
-            where = f"{blocks.path_of(number)}.{name}"
+            where = layers[name].path
             try:
-                layer = sketch_layer(weights, inputs, layers[name], metadata, without)
+                layer = sketch_layer(weights, inputs, layers[name].module, metadata, without)
             except OverflowError as error:
                 remedy = "use --table-dtype float32"
                 raise CalibrationError(f"{where} has {error}; {remedy}") from error

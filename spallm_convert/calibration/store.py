@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from spallm_convert.sketch.layer import Layer
 from spallm_formats import (
     INDEX_MAP_SUFFIX,
     TABLE_DTYPES,
@@ -90,11 +91,12 @@ class CalibratedModules:
             metadata = _read_metadata(self._healed)
             self.healing, self._healed_sums = metadata[_HEALING], metadata[_SUMS]
 
-    def has(self, modules: dict[str, SketchedModule]) -> bool:
-        """Whether all of them are there, with the bits and groups that they have."""
+    def has(self, layers: Iterable[Layer]) -> bool:
+        """Return whether all layers are kept, with the bits and groups that they have."""
         return all(
-            name in self._kept and self._kept[name].table_shape == module.table_shape
-            for name, module in modules.items()
+            layer.name in self._kept
+            and self._kept[layer.name].table_shape == layer.module.table_shape
+            for layer in layers
         )
 
     def read(self, name: str) -> CalibratedModule:

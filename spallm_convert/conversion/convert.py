@@ -255,7 +255,7 @@ def _write_shards(
             record = write_shard(staging, shard, plan, sketches, progress)
         elif sketches is None:
             for name in record["modules"]:
-                progress.advance(plan.metadata.modules[name].weights, name)
+                progress.advance(plan.layers[name].module.weights, name)
         records[shard.filename] = record
     return make_report(plan, same, records, sketches.healing if sketches else None)
 

@@ -90,7 +90,7 @@ def _store(name: str, sketches: CalibratedModules, file: ShardFile) -> Sequence[
 
 def _sketch(name: str, plan: Plan, file: ShardFile, progress: Progress) -> tuple[float, float]:
     """Sketch and write one module; return its squared error and squared norm."""
-    module, tensor = plan.metadata.modules[name], plan.weights[name]
+    module, tensor = plan.layers[name].module, plan.layers[name].weight
     row_bytes = module.in_features * ITEM_BYTES[tensor.dtype]
     step = max(1, BLOCK_WEIGHTS // module.in_features)
     sums = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spallm_convert.config import AUTO, SketchConfig
@@ -25,42 +25,46 @@ from spallm_formats import (
     plan_shards,
 )
 
+from .layer import Layer
 from .widths import Choice, check_target, with_choice
 
 
 @dataclass(frozen=True)
 class Plan:
-    """metadata: what is sketched and how; weights: the dense weight of each sketched module;
-    path_of: where it is in the model, which may differ from its name in the base model's prefix.
+    """What a conversion will do.
 
-    kept: tensors copied as they are; left_dense: linear layers among them that were not sketched,
-    each with the reason; shards: the files to write.
+    Attributes:
+        metadata: What is sketched and how, as `config.json` will say it.
+        layers: The layers to sketch, by their names in the checkpoint.
+        kept: Tensors that are copied as they are, by name.
+        left_dense: Linear layers among those tensors, each with the reason why it stays dense.
+        shards: The weight files to write, with the place of every tensor.
     """
 
     metadata: SketchMetadata
-    weights: dict[str, StoredTensor]
-    path_of: dict[str, str]
+    layers: dict[str, Layer]
     kept: dict[str, StoredTensor]
     left_dense: dict[str, str]
     shards: list[Shard]
 
     @property
     def sketched_weights(self) -> int:
-        return sum(module.weights for module in self.metadata.modules.values())
+        """Number of dense weights that the sketches stand for."""
+        return sum(layer.module.weights for layer in self.layers.values())
 
     @property
-    def name_of(self) -> dict[str, str]:
-        """The sketched modules' names in the checkpoint, by their paths in the model."""
-        return {path: name for name, path in self.path_of.items()}
+    def by_path(self) -> dict[str, Layer]:
+        """The layers to sketch, by their paths in the model."""
+        return {layer.path: layer for layer in self.layers.values()}
 
-    def by_block(self, path: str) -> dict[str, str]:
-        """Names in the checkpoint of the sketched modules below a path, by their names there."""
-        start = path + "."
-        return {p.removeprefix(start): n for p, n in self.name_of.items() if p.startswith(start)}
+    def in_block(self, block: str) -> dict[str, Layer]:
+        """Return the layers to sketch below a path in the model, by their names in that block."""
+        inside = ((layer.inside(block), layer) for layer in self.layers.values())
+        return {name: layer for name, layer in inside if name is not None}
 
     def totals(self) -> dict[str, Any]:
-        """Sizes before and after, in weights, bytes and bits per weight."""
-        dense = sum(tensor.nbytes for tensor in self.weights.values())
+        """Return sizes before and after, in weights, bytes and bits per weight."""
+        dense = sum(layer.weight.nbytes for layer in self.layers.values())
         sketched = sum(spec.nbytes for spec in self.metadata.tensors().values())
         kept = sum(tensor.nbytes for tensor in self.kept.values())
         return {
@@ -84,8 +88,7 @@ def make_plan(
     """
     folder, tensors = checkpoint.folder, checkpoint.tensors
     skeleton = read_skeleton(folder, checkpoint.config, trust_remote_code=trust_remote_code)
-    modules: dict[str, SketchedModule] = {}
-    path_of: dict[str, str] = {}
+    layers: dict[str, Layer] = {}
     left_dense: dict[str, str] = {}
     problems: list[str] = []
     names = {path: skeleton.stored_name(path, tensors) for path in skeleton.linears}
@@ -104,27 +107,28 @@ def make_plan(
             left_dense[name] = reason
         else:
             problems += _tensor_problems(weight, shape)
-            modules[name] = _sketched(shape, config)
-            path_of[name] = path
+            layers[name] = Layer(name, path, _sketched(shape, config), weight)
     _check_patterns(config.ignore, [(path, name or path) for path, name in names.items()])
-    left_dense |= _other_matrices(tensors, {*modules, *left_dense})
+    left_dense |= _other_matrices(tensors, {*layers, *left_dense})
     if problems:
         raise SourceError("; ".join(problems))
-    if not modules:
+    if not layers:
         raise SourceError(f"{folder}: no linear layer to sketch {_why_none(left_dense)}")
+    modules = {name: layer.module for name, layer in layers.items()}
     _check_groups(modules)
     check_target(modules, config)
-    return _laid_out(tensors, modules, path_of, left_dense, config)
+    return _laid_out(tensors, layers, left_dense, config)
 
 
 def reallocate(
     plan: Plan, choices: Mapping[str, Choice], checkpoint: DenseCheckpoint, config: SketchConfig
 ) -> Plan:
     """The same plan with other bits and groups, of every module by its name."""
-    modules = {
-        name: with_choice(module, choices[name]) for name, module in plan.metadata.modules.items()
+    layers = {
+        name: replace(layer, module=with_choice(layer.module, choices[name]))
+        for name, layer in plan.layers.items()
     }
-    return _laid_out(checkpoint.tensors, modules, plan.path_of, plan.left_dense, config)
+    return _laid_out(checkpoint.tensors, layers, plan.left_dense, config)
 
 
 def _other_matrices(tensors: dict[str, StoredTensor], known: set[str]) -> dict[str, str]:
@@ -151,30 +155,29 @@ def _check_patterns(patterns: tuple[str, ...], layers: list[tuple[str, str]]) ->
 
 def _laid_out(
     tensors: dict[str, StoredTensor],
-    modules: dict[str, SketchedModule],
-    path_of: dict[str, str],
+    layers: dict[str, Layer],
     left_dense: dict[str, str],
     config: SketchConfig,
 ) -> Plan:
+    """Return the plan with a place for every tensor, in the order of the source."""
     metadata = SketchMetadata(
         mapping=config.mapping,
         table_dtype=config.table_dtype,
         hash_seed=config.seed,
-        modules=modules,
+        modules={name: layer.module for name, layer in layers.items()},
     )
-    weights: dict[str, StoredTensor] = {}
     kept: dict[str, StoredTensor] = {}
     groups: list[tuple[TensorSpec, ...]] = []
     for tensor in tensors.values():
         name = tensor.name.removesuffix(".weight")
-        if name in modules and tensor.name != name:
-            weights[name] = tensor
-            groups.append(modules[name].tensors(name, config.mapping, config.table_dtype))
+        if name in layers and tensor.name != name:
+            module = layers[name].module
+            groups.append(module.tensors(name, config.mapping, config.table_dtype))
         else:
             kept[tensor.name] = tensor
             groups.append((TensorSpec(tensor.name, tensor.dtype, tensor.shape),))
     shards = plan_shards(groups, config.max_shard_bytes)
-    return Plan(metadata, weights, path_of, kept, left_dense, shards)
+    return Plan(metadata, layers, kept, left_dense, shards)
 
 
 def _sketched(shape: tuple[int, int], config: SketchConfig) -> SketchedModule:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from helpers.blocks import open_blocks
-from helpers.calibration import StopAt, contents, divergence, save_text
+from helpers.calibration import StopAt, calibrated, contents, divergence, save_text
 from helpers.tiny_models import save_tiny_llama
 from helpers.training import word_tokenizer
 from spallm_convert import (
@@ -52,8 +52,8 @@ def text(tmp_path_factory):
 
 
 def options(text, **changes):
-    given = {"bits": 3, "groups_per_row": 2, "samples": 8, "seqlen": 32, "calibration": str(text)}
-    return SketchConfig(**given | changes)
+    given = {"bits": 3, "groups_per_row": 2, "samples": 8, "seqlen": 32}
+    return calibrated(text, **given | changes)
 
 
 def logits_error(source, folder, *, seed=1):
@@ -330,16 +330,11 @@ def test_no_step_raises_the_loss_of_a_real_layer(bits, smollm2, tmp_path, monkey
     tokens = CalibrationText(tokenizer, "builtin").draw(samples=8, seqlen=128, seed=0)
     blocks = open_blocks(smollm2, tokens, batch=8)
     plan = make_plan(checkpoint, SketchConfig(bits=bits, groups_per_row=1))
-    prefix = blocks.path_of(0) + "."
-    shapes = {
-        name.removeprefix(prefix): module
-        for name, module in plan.metadata.modules.items()
-        if name.startswith(prefix)
-    }
+    layers = plan.in_block(blocks.path_of(0))
     steps = []
     monkeypatch.setattr(backends, "fit", lambda *a, **k: steps.append(fit(*a, **k)) or steps[-1])
     streams = Streams(list(blocks.inputs), list(blocks.inputs))
-    found = dict(sketch_block(blocks, 0, shapes, streams, plan.metadata))
+    found = dict(sketch_block(blocks, 0, layers, streams, plan.metadata))
     assert list(found)[:3] == [f"self_attn.{name}_proj" for name in "qkv"]
     assert len(steps) == 7
     for fitted in steps:

@@ -90,8 +90,7 @@ def test_both_streams_leave_a_block_as_it_is_then(tmp_path, monkeypatch, which):
     plan = make_plan(find_here(str(folder)).open(folder), SketchConfig(bits=2, groups_per_row=1))
     tokens = torch.randint(2, 128, (6, 24), generator=torch.Generator().manual_seed(0))
     blocks = open_blocks(folder, tokens)
-    names = plan.by_block(blocks.path_of(0)) if which == "all" else {}
-    layers = {inner: plan.metadata.modules[name] for inner, name in names.items()}
+    layers = plan.in_block(blocks.path_of(0)) if which == "all" else {}
     found, expected = (Streams(list(blocks.inputs), list(blocks.inputs)) for _ in range(2))
     sketched = dict(sketch_block(blocks, 0, layers, found, plan.metadata))
     assert sketched.keys() == layers.keys()

@@ -7,7 +7,7 @@ The error of an interval is merged from two halves that meet at a fixed value, b
 variance formula of Chan, Golub & LeVeque (1979). Tables of the halves for every power of two (a
 disjoint sparse table) reduce that to one merge per interval. Every term is non-negative and every
 mean is stored relative to the value where the halves meet, so nothing cancels: errors have a
-relative accuracy of about 1e-14, however large the values are. Prefix sums do not have it.
+relative accuracy of about 1e-14, however large the values are. Prefix sums lose this.
 """
 
 from __future__ import annotations

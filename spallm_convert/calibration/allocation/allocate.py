@@ -75,7 +75,7 @@ def allocate(
     kept = Allocation.read(folder)
     if kept is not None:
         return kept
-    costs = sensitivities(blocks, tokens, plan.path_of.values(), seed=config.seed, say=progress.say)
+    costs = sensitivities(blocks, tokens, plan.by_path, seed=config.seed, say=progress.say)
     sets = predict(blocks, plan, config, costs, say=progress.say)
     chosen = choose(sets, plan, config)
     chosen.write(folder)

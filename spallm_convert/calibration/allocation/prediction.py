@@ -29,10 +29,10 @@ from spallm_convert.calibration.blocks.stages import (
 from spallm_convert.calibration.layers import DAMPING, fit_options
 from spallm_convert.config import SketchConfig
 from spallm_convert.errors import CalibrationError
+from spallm_convert.sketch.layer import Layer
 from spallm_convert.sketch.plan import Plan
 from spallm_convert.sketch.widths import Choice, choices
 from spallm_convert.source.skeleton import numbers_starred
-from spallm_formats import SketchedModule
 
 from .sensitivity import Doubles, Sensitivity, measured_batches
 
@@ -90,39 +90,38 @@ def predict(
     found = []
     for number in range(len(blocks)):
         say(f"bits: block {number + 1} of {len(blocks)}")
-        block, prefix = blocks.load(number), blocks.path_of(number) + "."
-        names = plan.by_block(blocks.path_of(number))
-        modules = {inner: plan.metadata.modules[name] for inner, name in names.items()}
-        weights = {inner: _weights(block, inner, prefix) for inner in modules}
-        costs = {inner: sensitivities[prefix + inner] for inner in modules}
-        stages = find_stages(blocks, number, block, modules, measured[0])
+        block = blocks.load(number)
+        layers = plan.in_block(blocks.path_of(number))
+        weights = {inner: _weights(block, inner, layer.path) for inner, layer in layers.items()}
+        costs = {inner: sensitivities[layer.path] for inner, layer in layers.items()}
+        stages = find_stages(blocks, number, block, layers, measured[0])
         trials: dict[str, Trial] = {}
-        for some in _at_once(stages, modules):
-            sums, after = _sum_inputs(blocks, number, block, some, modules, others or measured)
+        for some in _at_once(stages, layers):
+            sums, after = _sum_inputs(blocks, number, block, some, layers, others or measured)
             for stage in some:
                 hessian = sums.pop(stage.names[0])
-                check_sums(prefix + stage.names[0], hessian)
-                trials |= _try(stage, hessian, weights, costs, modules, config)
+                check_sums(layers[stage.names[0]].path, hessian)
+                trials |= _try(stage, hessian, weights, costs, layers, config)
         losses, measured = _measure(blocks, number, block, trials, costs, measured)
         others = after if others else []
-        shapes = {inner: (m.out_features, m.in_features) for inner, m in modules.items()}
+        shapes = {inner: layer.weight.shape for inner, layer in layers.items()}
         for together in fused([stage.names for stage in stages], shapes):
-            found.append(FusedSet({names[inner]: losses[inner] for inner in together}))
+            found.append(FusedSet({layers[inner].name: losses[inner] for inner in together}))
         blocks.unload(number)
     return found
 
 
-def fused(stages: list[list[str]], shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
+def fused(stages: list[list[str]], shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
     """Layers of a block in sets that serving engines make one layer of.
 
     stages: names of layers that read the same tensor (query, key and value; gate and up), and so
     are one product. Experts are one too: layers of one shape whose names differ in numbers alone.
     """
 
-    def kind_of(name: str) -> tuple[str, tuple[int, int]]:
+    def kind_of(name: str) -> tuple[str, tuple[int, ...]]:
         return numbers_starred(name), shapes[name]
 
-    kinds: list[set[tuple[str, tuple[int, int]]]] = []
+    kinds: list[set[tuple[str, tuple[int, ...]]]] = []
     for names in stages:
         own = {kind_of(name) for name in names}
         apart = [kind for kind in kinds if not kind & own]
@@ -156,7 +155,7 @@ def _try(
     hessian: Tensor,
     weights: Mapping[str, Tensor],
     costs: Mapping[str, Sensitivity],
-    modules: Mapping[str, SketchedModule],
+    layers: Mapping[str, Layer],
     config: SketchConfig,
 ) -> dict[str, Trial]:
     """Trials of the layers of a stage. hessian: float64 [in_features, in_features], X^T X."""
@@ -170,7 +169,7 @@ def _try(
         spreads = (wide - wide.mean(1, keepdim=True)).square() @ hessian.diagonal()
         rows, factors = draw_rows(costs[inner].rows, spreads.cpu().numpy(), SAMPLE_ROWS)
         sample = weights[inner][torch.from_numpy(rows).to(hessian.device)]
-        options = choices(modules[inner], config)
+        options = choices(layers[inner].module, config)
         errors = []
         for choice in options:
             table, codes, _ = numerics.fit(sample, damped, choice.groups, 1 << choice.bits, **how)
@@ -213,9 +212,9 @@ def _measure(
     return found, after
 
 
-def _at_once(stages: list[Stage], modules: Mapping[str, SketchedModule]) -> Iterator[list[Stage]]:
+def _at_once(stages: list[Stage], layers: Mapping[str, Layer]) -> Iterator[list[Stage]]:
     """Stages whose sums are in memory together: all of a usual block, some of many experts."""
-    squares = [modules[stage.names[0]].in_features ** 2 for stage in stages]
+    squares = [layers[stage.names[0]].module.in_features ** 2 for stage in stages]
     some: list[Stage] = []
     held = 0
     for stage, square in zip(stages, squares, strict=True):
@@ -232,7 +231,7 @@ def _sum_inputs(
     number: int,
     block: nn.Module,
     stages: list[Stage],
-    modules: Mapping[str, SketchedModule],
+    layers: Mapping[str, Layer],
     hidden: list[Tensor],
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """X^T X over the inputs of stages, float64 [in_features, in_features] by the first layer of
@@ -240,7 +239,7 @@ def _sum_inputs(
     sums: dict[str, Tensor] = {}
     with contextlib.ExitStack() as stack:
         for name in (stage.names[0] for stage in stages):
-            columns = modules[name].in_features
+            columns = layers[name].module.in_features
             sums[name] = torch.zeros(columns, columns, dtype=torch.float64, device=blocks.device)
 
             def add(x: Tensor, hessian: Tensor = sums[name]) -> None:
@@ -252,13 +251,13 @@ def _sum_inputs(
     return sums, after
 
 
-def _weights(block: nn.Module, name: str, prefix: str) -> Tensor:
+def _weights(block: nn.Module, name: str, path: str) -> Tensor:
     layer = block.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     weights = layer.weight.float()
     if not bool(weights.isfinite().all()):
         raise CalibrationError(
-            f"{prefix}{name} cannot be sketched: its weights are not all finite (--ignore leaves "
+            f"{path} cannot be sketched: its weights are not all finite (--ignore leaves "
             f"the layer dense)"
         )
     return weights

@@ -44,7 +44,7 @@ def open_blocks(
     check_tokens(model, tokens, seqlen, f"seqlen {seqlen}")
     most = samples // min(samples, HEALING_BATCHES) if to_heal else samples
     batch = max(n for n in range(1, min(most, samples_at_once(seqlen)) + 1) if samples % n == 0)
-    paths = plan.path_of.values()
+    paths = plan.by_path
     return Blocks(model, checkpoint.tensors, paths, tokens, batch=batch, device=device)
 
 

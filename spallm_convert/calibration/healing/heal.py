@@ -22,9 +22,10 @@ from spallm_convert.config import SketchConfig
 from spallm_convert.devices import peak_memory
 from spallm_convert.progress import Progress
 from spallm_convert.runtime.linear import SketchedLinear
+from spallm_convert.sketch.layer import Layer
 from spallm_convert.sketch.plan import Plan
 from spallm_convert.sketch.rows import store_rows
-from spallm_formats import read_bytes, to_float32
+from spallm_formats import SketchMetadata, read_bytes, to_float32
 
 from .distillation import STEP_TOKENS, Distilled, distill
 from .reconstruction import reconstruct
@@ -58,9 +59,9 @@ def heal(
     """
     begin = time.monotonic()
     distilled = _tuned(blocks, plan, config, tokens, done, progress.say)
-    name_of = plan.name_of
+    layers = plan.by_path
     tables = {
-        name_of[path]: _stored(name_of[path], table.cpu().numpy(), plan, done)
+        layers[path].name: _stored(layers[path], table.cpu().numpy(), plan.metadata, done)
         for path, table in distilled.tables.items()
     }
     done.write_healed(tables, {"kl_before": distilled.before, "kl_after": distilled.after})
@@ -81,12 +82,12 @@ def _tuned(
     say: Callable[[str], None],
 ) -> Distilled:
     assert config.calibration is not None
-    name_of = plan.name_of
+    layers = plan.by_path
     dtype: torch.dtype = getattr(torch, plan.metadata.table_dtype)
     seed = config.seed
 
     def sketched(path: str, dense: nn.Linear) -> SketchedLinear | None:
-        return _layer(name_of[path], dense, plan, done) if path in name_of else None
+        return _trainable(layers[path], dense, plan.metadata, done) if path in layers else None
 
     inputs = blocks.take_inputs()
     streams = Streams(inputs, list(inputs))
@@ -115,22 +116,27 @@ def _tuned(
     )
 
 
-def _layer(name: str, dense: nn.Linear, plan: Plan, done: CalibratedModules) -> SketchedLinear:
-    """A calibrated module with a float32 table, in the place of its dense layer."""
-    module, shape = done.read(name), plan.metadata.modules[name]
-    hash_seed = plan.metadata.hash_seed if plan.metadata.mapping == "hash" else None
-    layer = SketchedLinear(shape, bias=dense.bias, table_dtype=torch.float32, hash_seed=hash_seed)
-    layer.weight.data = torch.from_numpy(module.index_map)
-    layer.weight_table.data = torch.from_numpy(module.wide_table(shape, plan.metadata))
-    return layer.to(dense.weight.device)
+def _trainable(
+    layer: Layer, dense: nn.Linear, metadata: SketchMetadata, done: CalibratedModules
+) -> SketchedLinear:
+    """Return a calibrated layer with a float32 table, to take the place of its dense layer."""
+    kept = done.read(layer.name)
+    hash_seed = metadata.hash_seed if metadata.mapping == "hash" else None
+    made = SketchedLinear(
+        layer.module, bias=dense.bias, table_dtype=torch.float32, hash_seed=hash_seed
+    )
+    made.weight.data = torch.from_numpy(kept.index_map)
+    made.weight_table.data = torch.from_numpy(kept.wide_table(layer.module, metadata))
+    return made.to(dense.weight.device)
 
 
 def _stored(
-    name: str, table: np.ndarray[Any, Any], plan: Plan, done: CalibratedModules
+    layer: Layer, table: np.ndarray[Any, Any], metadata: SketchMetadata, done: CalibratedModules
 ) -> tuple[np.ndarray[Any, Any], Sequence[float]]:
-    """A table of a module as it goes to disk, and the module's squared error and norm with it."""
-    module, tensor = plan.metadata.modules[name], plan.weights[name]
-    codes = done.read(name).codes(module, plan.metadata)
-    weights = to_float32(read_bytes(tensor, 0, tensor.nbytes), tensor.dtype).reshape(tensor.shape)
-    rows = store_rows(weights, table, lambda _: codes, module, plan.metadata)
+    """Return a layer's table as it goes to disk, and the layer's squared error and norm with it."""
+    codes = done.read(layer.name).codes(layer.module, metadata)
+    weight = layer.weight
+    raw = read_bytes(weight, 0, weight.nbytes)
+    dense = to_float32(raw, weight.dtype).reshape(weight.shape)
+    rows = store_rows(dense, table, lambda _: codes, layer.module, metadata)
     return rows.table, rows.sums.sum(axis=0).tolist()

@@ -31,6 +31,7 @@ from spallm_convert.calibration.allocation.allocate import fit_into, solve
 from spallm_convert.calibration.store import CalibratedModules
 from spallm_convert.cli import main
 from spallm_convert.conversion.convert import plan_conversion
+from spallm_convert.sketch.layer import Layer
 from spallm_convert.sketch.widths import Choice, budget_for, choices, stored_bits
 from spallm_formats import SketchedCheckpoint, SketchedModule
 
@@ -313,10 +314,12 @@ def test_a_damaged_allocation_is_made_anew(converted, source, text, tmp_path):
     (block,) = out.rglob("block-*.safetensors")
     store = CalibratedModules(block.parent)
     modules = SketchedCheckpoint.open(converted[0]).metadata.modules
-    first = {name: module for name, module in modules.items() if "layers.0." in name}
-    assert store.has(first)
-    name = next(iter(first))
-    for change in ({"bits": first[name].bits ^ 1}, {"groups_per_row": 4}):
-        assert not store.has(first | {name: replace(first[name], **change)})
+    first, *others = (
+        Layer(name, name, module, None) for name, module in modules.items() if "layers.0." in name
+    )
+    assert store.has([first, *others])
+    for change in ({"bits": first.module.bits ^ 1}, {"groups_per_row": 4}):
+        changed = replace(first, module=replace(first.module, **change))
+        assert not store.has([changed, *others])
     convert(source, out, options(text), resume=True)
     assert contents(out) == contents(converted[0])

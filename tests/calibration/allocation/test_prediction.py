@@ -84,8 +84,7 @@ def predicted(source, text, *, ignore=(), **changes):
     plan = make_plan(checkpoint, config)
     by_token = random_sensitivity(1).tokens
     costs = {
-        path: random_sensitivity(plan.metadata.modules[name].out_features)
-        for name, path in plan.path_of.items()
+        layer.path: random_sensitivity(layer.module.out_features) for layer in plan.layers.values()
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sensitivity, "TOKENS", len(by_token))

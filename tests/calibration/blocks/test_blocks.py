@@ -208,12 +208,10 @@ def test_blocks_that_cannot_be_found_or_read(tiny_llama):
     plan = make_plan(checkpoint, SketchConfig(groups_per_row=1))
     model = build_empty(source, checkpoint.config)
     with pytest.raises(CalibrationError, match="must lie in one list of blocks"):
-        Blocks(model, checkpoint.tensors, [*plan.path_of.values(), "lm_head"], tokens, batch=1)
+        Blocks(model, checkpoint.tensors, [*plan.by_path, "lm_head"], tokens, batch=1)
     fewer = {n: t for n, t in checkpoint.tensors.items() if "layers.0.mlp.up_proj" not in n}
     with pytest.raises(CalibrationError, match=r"no tensor for model\.layers\.0\.mlp\.up_proj"):
-        Blocks(
-            build_empty(source, checkpoint.config), fewer, plan.path_of.values(), tokens, batch=1
-        )
+        Blocks(build_empty(source, checkpoint.config), fewer, plan.by_path, tokens, batch=1)
 
 
 def test_inputs_that_are_taken_are_forgotten(source):
