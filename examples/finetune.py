@@ -12,16 +12,15 @@ empty) and `output`; the loss counts the output only. Most defaults come from th
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from spallm_convert import load_sketched, save_tables, set_trainable
+from spallm_convert import SourceError, load_sketched, save_tables, set_trainable
+from spallm_convert.source.records import JSON_SUFFIXES, json_records, numbered, objects
 
-JSON_LINES = {".jsonl", ".jsonlines", ".ndjson"}
 IGNORED = -100  # label of tokens that the loss does not count
 PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
@@ -119,9 +118,9 @@ def parse() -> argparse.Namespace:
 def read_records(source: str) -> list[dict[str, Any]]:
     """Read the records of a JSON or JSONL file, or of the split `train` of a dataset on the Hub."""
     path = Path(source)
-    if not path.exists():
-        if path.suffix in {".json", *JSON_LINES}:
-            raise SystemExit(f"no such file: {source}")
+    if path.exists() or path.suffix.lower() in JSON_SUFFIXES:
+        records = json_records(path)
+    else:
         try:
             from datasets import load_dataset
         except ImportError:
@@ -129,22 +128,11 @@ def read_records(source: str) -> list[dict[str, Any]]:
                 f"{source}: no such file, and reading a dataset of the Hub needs the package "
                 f"'datasets': pip install 'spallm-convert[datasets]'"
             ) from None
-
-        records = list(load_dataset(source, split="train"))
-    else:
-        text = path.read_text(encoding="utf-8-sig")
-        lines = (line for line in text.split("\n") if line.strip())
-        try:
-            records = [*map(json.loads, lines)] if path.suffix in JSON_LINES else json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SystemExit(f"{source}: not JSON ({error})") from error
-    for number, record in enumerate(records):
-        if not isinstance(record, dict) or not {"instruction", "output"} <= record.keys():
-            found = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise SystemExit(
-                f"{source}: record {number} must have instruction and output, found {found}"
-            )
-    return records
+        records = numbered(source, load_dataset(source, split="train"))
+    try:
+        return objects(records, ("instruction", "output"))
+    except SourceError as error:
+        raise SystemExit(str(error)) from error
 
 
 def encode(records: list[dict[str, Any]], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:

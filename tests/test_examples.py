@@ -134,8 +134,14 @@ def test_tables_that_are_there_are_kept(run, capsys):
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{"question": "?"}], r"record 0 must have instruction and output, found \['question'\]"),
-        (["text"], "record 0 must have instruction and output, found str"),
+        (
+            [{"question": "?"}],
+            "record 0: found the keys 'question', expected 'instruction' and 'output'",
+        ),
+        (
+            ["text"],
+            "record 0: found a value of type str, expected an object with 'instruction' and",
+        ),
         (RECORDS[:8], "found 8 examples, and the first 8 are held out; pass a smaller --held-out"),
     ],
 )
@@ -150,7 +156,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(SystemExit, match="no such file"):
         finetune.read_records(str(tmp_path / "trian.json"))
     (tmp_path / "train.ndjson").write_text('{"instruction": 1,')
-    with pytest.raises(SystemExit, match=r"train\.ndjson: not JSON"):
+    with pytest.raises(SystemExit, match=r"train\.ndjson, line 1: not JSON"):
         finetune.read_records(str(tmp_path / "train.ndjson"))
 
 

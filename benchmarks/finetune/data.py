@@ -23,6 +23,7 @@ from torch.nn.functional import log_softmax
 
 from benchmarks.shared.machine import ROOT
 from spallm_convert.errors import OptionError
+from spallm_convert.source.records import json_records, objects
 
 TRAIN_FILE, TEST_FILE = "train.json", "test.json"
 
@@ -68,13 +69,14 @@ def load_data(
     """Read `train.json` and the first records of `test.json`.
 
     Raises OptionError if a file is missing or holds too little, or a held-out record has no
-    options.
+    options, and SourceError if a file does not hold records with an instruction and an output.
     """
     example = load_example()
     paths = [folder / name for name in (TRAIN_FILE, TEST_FILE)]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise OptionError(f"{folder} has no {' and no '.join(missing)}")
-    train, test = ([in_words(r) for r in example.read_records(str(path))] for path in paths)
+    needed = ("instruction", "output")
+    train, test = (list(map(in_words, objects(json_records(path), needed))) for path in paths)
     if len(test) < held_out:
         raise OptionError(f"{paths[1]} has {len(test)} records, {held_out} are to be held out")
     encoded = example.encode(train, tokenizer, max_length)

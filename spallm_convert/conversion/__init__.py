@@ -1,1 +1,1 @@
-"""Convert a model into a sketched checkpoint, describe it and check it."""
+"""Convert a model into a sketched checkpoint, then describe, check and upload it."""

@@ -1,4 +1,4 @@
-"""The model card of a sketched checkpoint, written from its report."""
+"""Write the model card of a sketched checkpoint from its report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ _WORST_SHOWN = 5
 
 
 def model_card(report: Report, config: dict[str, Any]) -> str:
-    """README.md with the metadata that the Hub reads, the figures, and how to load the model."""
+    """Write the model card: metadata for the Hub, the figures, and how to load the model.
+
+    Args:
+        report: Report of the conversion.
+        config: `config.json` of the source.
+
+    Returns:
+        The text of README.md.
+    """
     totals, options, source = report.totals, report.document["options"], report.source
     is_decoder = any("ForCausalLM" in name for name in config["architectures"])
     name = source["model"].rsplit("/", 1)[-1]
@@ -84,7 +92,7 @@ def _front_matter(report: Report, is_decoder: bool) -> str:
 
 
 def _calibration(report: Report) -> str:
-    """Rows of the table about calibration; none without it."""
+    """Return the rows of the table about calibration, empty without it."""
     error, options = report.totals.get("relative_output_error"), report.document["options"]
     if (reason := report.document.get("not_calibrated")) is not None:
         return f"\n| calibration | none: {one_line(reason)} |"
@@ -110,7 +118,7 @@ def _healing(report: Report) -> str:
 
 
 def _size(report: Report) -> str:
-    """Bits per code, or per weight where that was the target."""
+    """Return the bits per code, or the target in bits per weight if there was one."""
     options = report.document["options"]
     target = options.get("target_bits")
     return f"{options['bits'] if target is None else target:g}"

@@ -100,7 +100,8 @@ def convert(
         # A plan costs nothing beside hashing the source, so what cannot work is refused first.
         ready = None if source.is_gguf else job.planned(folder)
         texts = job.texts()
-        same = identity(config, source.identity(), texts, place)
+        about = source.identity(ready[0] if ready else None)
+        same = identity(config, about, texts, place)
         older = _older_report(folder)
         if resume and is_whole and older and older.has_identity(same):
             _check_files(folder, older)
@@ -109,15 +110,15 @@ def convert(
         with Staging(folder, same, resume=resume, overwrite=overwrite) as staging:
             if staging.is_published:
                 staging.finish_publishing()
+                report = Report.read(folder)  # which the interrupted run wrote
+                assert report is not None
             else:
                 checkpoint, plan = ready or job.planned(staging.scratch("source"))
                 plan, report = _carry_out(job, staging, checkpoint, plan, texts, same)
                 _publish(staging, checkpoint, plan, report, older)
-    written = Report.read(folder)
-    assert written is not None
-    if progress is not None and config.mapping == "hash" and "healing" not in written.document:
+    if progress is not None and config.mapping == "hash" and "healing" not in report.document:
         progress.remark(_HASHED)
-    return written
+    return report
 
 
 def plan_conversion(

@@ -1,4 +1,4 @@
-"""Everything that decides the bytes of a conversion, for comparing one with another."""
+"""Collect everything that decides the bytes of a conversion, to compare two conversions."""
 
 from __future__ import annotations
 
@@ -28,12 +28,19 @@ def identity(
     texts: Texts | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """What decides the bytes of a conversion; equal identities give equal checkpoints.
+    """Return what decides the bytes of a conversion. Equal identities give equal checkpoints.
 
-    texts: what a model is shown: what is in a file may change, and so may a tokenizer.
-    device: where it is calibrated. GPUs sum in orders of their own, so each model of them counts
-    as another device, as another version of torch does; among as many of one model none does.
-    Healing multiplies in bfloat16 where that is fast, which counts too.
+    Args:
+        config: Options of the conversion.
+        source: Identity of the source, from `Source.identity`.
+        texts: Tokens of the calibration text, which count because a text file or a tokenizer may
+            change. None without calibration.
+        device: Device of the calibration. Models of GPUs sum in different orders, so the name of
+            the GPU counts, but not its number. Healing multiplies in bfloat16 on devices where that
+            is fast, which counts too.
+
+    Returns:
+        A JSON object, also part of `conversion.json`.
     """
     versions = {
         "spallm-convert": __version__,
@@ -64,7 +71,7 @@ def identity(
 
 
 def _public(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as others may see them: of a file of the user's, its name."""
+    """Return options that may be published: a text file is named without its folder."""
     text = options["calibration"]
     if text is not None and user_path(text).is_file():
         return options | {"calibration": Path(text).name}

@@ -22,7 +22,7 @@ from spallm_formats import (
 
 from .report import REPORT_FILE, Report
 
-#: Weights that an earlier push may have left: transformers takes a single file before shards.
+#: Weights of an earlier push, which are removed: transformers prefers a single file to shards.
 _ALL_WEIGHTS = [SINGLE_SHARD, INDEX_FILE, SHARDS_GLOB]
 
 
@@ -34,10 +34,28 @@ def push_to_hub(
     token: str | None = None,
     message: str = "Upload sketched model",
 ) -> str:
-    """Uploads a sketched checkpoint that passes inspection; returns the commit's URL.
+    """Upload a sketched checkpoint to the Hugging Face Hub.
 
-    Creates the repository when there is none. Raises FormatError when the folder is not a whole
-    sketched checkpoint, HubError when there is no token or the Hub refuses.
+    The checkpoint is checked first. Files that do not belong to it stay on this machine. Weights of
+    an earlier upload are removed from the repository.
+
+    Args:
+        folder: Folder of the checkpoint.
+        repo_id: Repository, as "ORG/NAME". It is created if it does not exist.
+        private: Whether a new repository is private. An existing repository must already
+            be private. If False, the default of the account or organization decides.
+        token: Access token with the right to write. None: HF_TOKEN, or the token of
+            `hf auth login`.
+        message: Message of the commit.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        FormatError: If the folder is not a complete sketched checkpoint, or its weights are not the
+            ones that `conversion.json` describes.
+        HubError: If there is no token, the Hub refuses, or `private` is set for a public
+            repository.
     """
     folder = user_path(folder)
     checkpoint = SketchedCheckpoint.open(folder)
@@ -47,22 +65,25 @@ def push_to_hub(
         _check_unchanged(checkpoint, report)
     api = HfApi(token=token)
     with clear_errors(repo_id, HubError):
-        # None: as the owner's account has it for new repositories.
+        # None: the default of the account or organization.
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
-            raise HubError(f"{repo_id} exists and is public: make it private on its page first")
+            raise HubError(
+                f"{repo_id} exists and is public: make it private on its page first, or push "
+                f"without --private"
+            )
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             commit_message=message,
             allow_patterns=_own_files(checkpoint, report),
-            delete_patterns=_ALL_WEIGHTS,  # but for what is uploaded
+            delete_patterns=_ALL_WEIGHTS,  # files of this upload are kept
         )
     return str(commit.commit_url)
 
 
 def _own_files(checkpoint: SketchedCheckpoint, report: Report | None) -> list[str]:
-    """The files of a checkpoint, and not what else its owner keeps in the folder."""
+    """List the files of a checkpoint, without other files in its folder."""
     if report is not None:
         return [*report.files, REPORT_FILE]
     weights = {tensor.file.name for tensor in checkpoint.tensors.values()}
@@ -71,7 +92,7 @@ def _own_files(checkpoint: SketchedCheckpoint, report: Report | None) -> list[st
 
 
 def _check_unchanged(checkpoint: SketchedCheckpoint, report: Report) -> None:
-    """Raises FormatError for a checkpoint whose weights are not those that the report is about."""
+    """Raise FormatError if the weights of a checkpoint differ from the ones in its report."""
     files = {tensor.file for tensor in checkpoint.tensors.values()}
     changed = [
         file.name
@@ -80,13 +101,22 @@ def _check_unchanged(checkpoint: SketchedCheckpoint, report: Report) -> None:
     ]
     if changed:
         raise FormatError(
-            f"{checkpoint.folder}: {REPORT_FILE} is of other weights than {', '.join(changed)}: "
-            f"they were saved after the conversion; remove it, and what the README.md says of them"
+            f"{checkpoint.folder}: {REPORT_FILE} describes other weights than "
+            f"{', '.join(changed)}, which were saved after the conversion; remove it, and the "
+            f"figures in README.md"
         )
 
 
 def check_can_push(repo_id: str, token: str | None = None) -> None:
-    """Refuses a push that needs no request to be refused. Raises HubError."""
+    """Check, without a request, whether a push can work.
+
+    Args:
+        repo_id: Repository to push to.
+        token: Access token, None for the one that huggingface_hub finds.
+
+    Raises:
+        HubError: If the name of the repository is not valid or there is no token.
+    """
     with clear_errors(repo_id, HubError):
         validate_repo_id(repo_id)
     if token is None and get_token() is None:

@@ -1,4 +1,4 @@
-"""`conversion.json`: what was converted, how, and how large the error is."""
+"""Write and read `conversion.json`: what was converted, how, and how large the error is."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _TOTALS = (
     "ratio",
     "relative_error",
 )
-_NUMBERS = {"predicted_loss": {"chosen"}, "healing": {"kl_before", "kl_after"}}  # if there at all
-_OUTPUTS = {"relative_output_error": int | float}  # of modules that were calibrated
+_NUMBERS = {"predicted_loss": {"chosen"}, "healing": {"kl_before", "kl_after"}}  # if present
+_OUTPUTS = {"relative_output_error": int | float}  # of calibrated modules
 _MODULE: dict[str, Any] = {
     "name": str,
     "shape": list,
@@ -47,69 +47,109 @@ _MODULE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Report:
-    """A parsed `conversion.json`.
+    """Hold the report of a conversion, a parsed `conversion.json`.
 
-    `totals` has sketched_weights, kept_weights, bits_per_weight, source_bytes, sketched_bytes,
-    ratio and relative_error; `modules` one object per sketched module. Both have
-    relative_output_error, on the calibration text and before any healing, if the conversion was
-    calibrated. With `target_bits` the document has predicted_loss: nats per token of
-    KL(dense || sketched) as "chosen", and for "2", "3" and "4" bits throughout; if it was healed,
-    healing: the same divergence as measured on samples left out, "kl_before" and "kl_after".
+    Attributes:
+        document: The whole report, a JSON object. Besides the parts that have a property here, it
+            holds `options`, `versions` and `format_version`. With calibration it also holds
+            `device` and digests of the tokens, or `not_calibrated` with the reason if the fallback
+            was used. With `target_bits` it holds `predicted_loss`: predicted KL(dense || sketched)
+            in nats per token, for the `chosen` bits and for "2", "3" and "4" bits in every layer.
+            With healing it holds `healing`: the same divergence, measured on samples that were left
+            out, as `kl_before` and `kl_after`.
     """
 
     document: dict[str, Any]
 
     @property
     def totals(self) -> dict[str, Any]:
+        """Return the sizes and errors of the whole model.
+
+        Returns:
+            A dict with `sketched_weights` and `kept_weights` (numbers of weights),
+            `bits_per_weight` (of the sketched weights, tables and padding included), `source_bytes`
+            and `sketched_bytes` (bytes of all tensors), `ratio` (source bytes per sketched byte)
+            and `relative_error` (Frobenius norm, over all sketched weights). With calibration it
+            also has `relative_output_error`, on the calibration text and before any healing.
+        """
         totals: dict[str, Any] = self.document["totals"]
         return totals
 
     @property
     def modules(self) -> list[dict[str, Any]]:
+        """Return a dict for each sketched module.
+
+        Returns:
+            Dicts with `name`, `shape` ([out_features, in_features]), `bits`, `groups_per_row`,
+            `bits_per_weight` and `relative_error`, and with calibration `relative_output_error`.
+        """
         modules: list[dict[str, Any]] = self.document["modules"]
         return modules
 
     @property
     def widths(self) -> list[int]:
-        """The bits per code that there are, ascending: several where `target_bits` chose them."""
+        """Return the bits per code that occur, ascending; several only with `target_bits`."""
         return sorted({module["bits"] for module in self.modules})
 
     @property
     def source(self) -> dict[str, Any]:
+        """Return what was converted.
+
+        Returns:
+            A dict with `model` (id on the Hub, or name of the folder or file), `revision` (commit,
+            or None), `license` (as its model card states it, or None) and `files` (SHA-256 by
+            name).
+        """
         source: dict[str, Any] = self.document["source"]
         return source
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
-        """Every file of the checkpoint but this report -> its "sha256" and "bytes"."""
+        """Return a dict with `sha256` and `bytes` for each file, by name, without the report."""
         files: dict[str, dict[str, Any]] = self.document["files"]
         return files
 
     def has_identity(self, same: dict[str, Any]) -> bool:
-        """Whether this is the report of a conversion with that `identity`."""
+        """Return whether this is the report of a certain conversion.
+
+        Args:
+            same: Identity of the conversion, from `identity`.
+        """
         return all(self.document.get(key) == value for key, value in same.items())
 
     @property
     def left_dense(self) -> dict[str, str]:
+        """Return the reason for each layer that was not sketched, by its name."""
         left_dense: dict[str, str] = self.document["left_dense"]
         return left_dense
 
     @classmethod
     def read(cls, folder: str | Path) -> Report | None:
-        """The report in a folder; None when there is none. Raises FormatError when damaged."""
+        """Read the report in a folder.
+
+        Args:
+            folder: Folder of a sketched checkpoint.
+
+        Returns:
+            The report; None if the folder has none.
+
+        Raises:
+            FormatError: If it is damaged, or was written by a version with other reports.
+        """
         path = user_path(folder) / REPORT_FILE
         if not path.is_file():
             return None
         document = load_json(path.read_bytes(), REPORT_FILE)
         if not _is_report(document):
             raise FormatError(
-                f"{REPORT_FILE}: is no report of a conversion that this version reads"
+                f"{REPORT_FILE}: not a report of a conversion that this version of spallm-convert "
+                f"reads; get the file again, or convert the model again"
             )
         return cls(document)
 
 
 def _is_report(document: Any) -> bool:
-    """Whether a parsed file has everything that is read of a report, in the right types."""
+    """Return whether a parsed file has every part of a report that is read, in the right types."""
     if not _has(document, _DOCUMENT):
         return False
     outputs = {key: kind for key, kind in _OUTPUTS.items() if key in document["totals"]}
@@ -128,14 +168,14 @@ def _is_report(document: Any) -> bool:
 
 
 def _has(value: Any, types: dict[str, Any]) -> bool:
-    """Whether a value is an object with these keys, their values of these types."""
+    """Return whether a value is an object with these keys and values of these types."""
     return isinstance(value, dict) and all(
         isinstance(value.get(key), kind) for key, kind in types.items()
     )
 
 
 def _has_numbers(value: Any, names: set[str]) -> bool:
-    """Whether a value is an object of numbers, these among them."""
+    """Return whether a value is an object of numbers that has these keys."""
     return (
         isinstance(value, dict)
         and names <= value.keys()
@@ -149,7 +189,18 @@ def make_report(
     records: dict[str, Any],
     healing: dict[str, float] | None = None,
 ) -> Report:
-    """Assembles the report from the records of all shards, each {"sha256", "bytes", "modules"}."""
+    """Make the report of a conversion.
+
+    Args:
+        plan: What was written.
+        identity: What decided its bytes.
+        records: Record of each shard by file name, with `sha256`, `bytes` and `modules`: sums for
+            each module, from `write_shard`.
+        healing: Divergence before and after healing, None without healing.
+
+    Returns:
+        The report. Files other than shards are still missing.
+    """
     sums = {name: pair for record in records.values() for name, pair in record["modules"].items()}
     modules = [
         {
@@ -181,12 +232,12 @@ def make_report(
 
 
 def _errors(sums: Sequence[float]) -> dict[str, float]:
-    """Relative errors from squared errors and norms of weights, and of outputs if calibrated."""
+    """Return relative errors from sums of squares: of the weights and, if calibrated, outputs."""
     names = ("relative_error", "relative_output_error")
     pairs = zip(sums[::2], sums[1::2], strict=True)
     return {name: _relative(*pair) for name, pair in zip(names, pairs, strict=False)}
 
 
 def _relative(error: float, norm: float) -> float:
-    """||W - sketch|| / ||W|| (Frobenius) from squared sums; 0 for a weight that is all zeros."""
+    """Return ||W - sketch|| / ||W|| (Frobenius) from sums of squares; 0 if W is all zeros."""
     return math.sqrt(error / norm) if norm else 0.0

@@ -1,6 +1,6 @@
-"""Shards written: dense tensors copied, linear weights sketched, block by block of rows.
+"""Write shards: copy dense tensors, and sketch linear weights in blocks of rows.
 
-Memory does not depend on the size of the model: at any time there is one block of one tensor.
+Memory does not depend on the size of the model, because one block of one tensor is held at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from spallm_formats import (
     to_float32,
 )
 
-#: Weights sketched, and bytes copied, at a time: large enough to keep all cores busy.
+#: Weights that are sketched at a time, enough for all cores, and bytes that are copied at a time.
 BLOCK_WEIGHTS = 1 << 23
 _BLOCK_BYTES = 1 << 26
 
@@ -40,10 +40,22 @@ def write_shard(
     sketches: CalibratedModules | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Writes a shard and gives its record, with squared errors and norms of its modules.
+    """Write a shard.
 
-    sketches: modules that have been sketched already; None: they are sketched here. Raises
-    SourceError for weights that are not finite, or a source that changed meanwhile.
+    Args:
+        staging: Output folder.
+        shard: The planned shard.
+        plan: Plan of the conversion.
+        sketches: Calibrated modules. None: modules are sketched here, from their weights alone.
+        progress: Told about every block that is sketched here.
+
+    Returns:
+        Record of the shard, with the squared error and squared norm of each of its modules under
+        `modules`.
+
+    Raises:
+        SourceError: If weights are not finite or do not fit the tables' dtype, or the source
+            changed during the conversion.
     """
     record: dict[str, Any] = {"modules": {}}
     with staging.write_shard(shard, record) as file:
@@ -68,7 +80,7 @@ def _copy(tensor: StoredTensor, file: ShardFile) -> None:
 
 
 def _store(name: str, sketches: CalibratedModules, file: ShardFile) -> Sequence[float]:
-    """Writes a module that has been sketched before; returns its sums."""
+    """Write a calibrated module; return its sums."""
     module = sketches.read(name)
     if module.index_map.size:
         file.write(name + INDEX_MAP_SUFFIX, 0, module.index_map)
@@ -77,7 +89,7 @@ def _store(name: str, sketches: CalibratedModules, file: ShardFile) -> Sequence[
 
 
 def _sketch(name: str, plan: Plan, file: ShardFile, progress: Progress) -> tuple[float, float]:
-    """Sketches one module; returns its squared error and squared norm."""
+    """Sketch and write one module; return its squared error and squared norm."""
     module, tensor = plan.layers[name].module, plan.layers[name].weight
     row_bytes = module.in_features * ITEM_BYTES[tensor.dtype]
     step = max(1, BLOCK_WEIGHTS // module.in_features)
@@ -100,14 +112,14 @@ def _sketch(name: str, plan: Plan, file: ShardFile, progress: Progress) -> tuple
         sums.append(sketched.sums)
         progress.advance(weights.size, name)
     errors, norms = np.concatenate(sums).T
-    return math.fsum(errors), math.fsum(norms)  # exactly rounded, so blocks do not matter
+    return math.fsum(errors), math.fsum(norms)  # exact, so the size of blocks does not matter
 
 
 def _read(tensor: StoredTensor, start: int, stop: int) -> bytearray:
     try:
         return read_bytes(tensor, start, stop)
     except SpallmError as error:
-        raise SourceError(f"{error} (the source changed while it was read)") from error
+        raise SourceError(f"{error} (the source changed during the conversion)") from error
 
 
 def _check_finite(

@@ -1,4 +1,4 @@
-"""Draw the texts of a conversion: to sketch for, and to heal on."""
+"""Draw the calibration text and the healing text of a conversion."""
 
 from __future__ import annotations
 
@@ -16,19 +16,34 @@ from spallm_convert.source.tokenizer import load_tokenizer
 
 
 class Texts(NamedTuple):
-    """What a model is shown, int64 [samples, seqlen] each: to be sketched for, and to be healed on
-    if it is."""
+    """Hold the texts of a conversion.
+
+    Attributes:
+        calibration: Token ids that the sketch is fitted to, int64 [samples, seqlen].
+        healing: Token ids that tables are trained on, int64 [samples, seqlen]. None without
+            healing.
+    """
 
     calibration: Tensor
     healing: Tensor | None
 
 
 def draw_texts(source: Source, config: SketchConfig, *, trust_remote_code: bool) -> Texts:
-    """Both texts of a conversion, from `config.calibration` by the source's tokenizer.
+    """Tokenize the source of text in `config.calibration`, and draw samples of it.
 
-    For healing it is as much as there is and its steps would use; of many samples as many as make
-    whole batches, since those that run at once divide their number. Raises SourceError for a text
-    that is too short.
+    For healing, as many samples are drawn as its steps use, or fewer if the text is short. If there
+    are many, their number is a multiple of the batch, because batches must divide it.
+
+    Args:
+        source: The model, whose tokenizer is used.
+        config: Options of the conversion, with calibration.
+        trust_remote_code: Whether Python code in the model's folder may be run.
+
+    Returns:
+        The texts.
+
+    Raises:
+        SourceError: If the text cannot be read or is too short, or there is no tokenizer.
     """
     calibration = config.calibration
     assert calibration is not None
@@ -42,8 +57,9 @@ def draw_texts(source: Source, config: SketchConfig, *, trust_remote_code: bool)
     healing = text.draw(samples=most, seqlen=seqlen, seed=seed, or_fewer=True)
     if len(healing) < 2:
         raise SourceError(
-            f"text {calibration.text!r} is too short: healing takes at least 2 samples of "
-            f"{seqlen} tokens, to train on and to leave out"
+            f"text {calibration.text!r} is too short: found {len(healing)} sample of {seqlen} "
+            f"tokens, healing needs at least 2, to train on and to measure on; use a longer text "
+            f"or a smaller --seqlen"
         )
     batch = samples_at_once(seqlen)
     if len(healing) >= HEALING_BATCHES * batch:

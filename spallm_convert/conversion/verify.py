@@ -1,4 +1,4 @@
-"""`verify`: everything about a sketched checkpoint that can be checked without its source."""
+"""Check a sketched checkpoint as far as possible without its source."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from .report import REPORT_FILE, Report
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Checks a folder and returns every problem found, none when it is sound.
+    """Check a sketched checkpoint completely.
 
-    Headers against config and index, every file against its hash in `conversion.json`, padding
-    bits and table values. A checkpoint without `conversion.json` has a problem: nothing says what
-    its bytes should be.
+    Headers must agree with config and index, and every file with its hash in `conversion.json`.
+    Padding bits must be zero and table values finite. A missing `conversion.json` is a problem,
+    because nothing else has the hashes.
+
+    Args:
+        folder: Folder of the checkpoint.
+
+    Returns:
+        Every problem found, in one line each; an empty list if there is none.
     """
     folder = user_path(folder)
     problems: list[str] = []
@@ -35,7 +41,7 @@ def verify(folder: str | Path) -> list[str]:
     for name, file in files.items():
         path = folder / name
         if not path.is_file():
-            problems.append(f"{name}: listed in {REPORT_FILE}, missing here")
+            problems.append(f"{name}: listed in {REPORT_FILE}, but missing")
         elif sha256(path) != file["sha256"]:
             problems.append(f"{name}: its SHA-256 is not the one in {REPORT_FILE}")
     weights = {tensor.file.name for tensor in checkpoint.tensors.values()} if report else set()

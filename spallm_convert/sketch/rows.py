@@ -1,4 +1,4 @@
-"""Sketching rows of one weight: clustering or hashing, assignment, packing, error."""
+"""Sketch rows of a weight: cluster or hash, assign codes, pack them, measure the error."""
 
 from __future__ import annotations
 
@@ -24,8 +24,14 @@ from spallm_kernels import assign, hash_codes, hash_table, kmeans, squared_error
 
 @dataclass(frozen=True)
 class SketchedRows:
-    """index_map: uint8 [rows, row_bytes]; table: [rows, groups, 2^bits] as stored on disk, rounded:
-    the same in float32; sums: float64 [rows, 2], squared error and squared norm of each row."""
+    """Hold sketched rows.
+
+    Attributes:
+        index_map: Packed codes, uint8 [rows, row_bytes].
+        table: Tables as they are stored on disk, [rows, groups, 2^bits].
+        rounded: The same values in float32.
+        sums: Squared error and squared norm of each row, float64 [rows, 2].
+    """
 
     index_map: npt.NDArray[np.uint8]
     table: npt.NDArray[Any]
@@ -39,11 +45,21 @@ def sketch_rows(
     metadata: SketchMetadata,
     first_row: int,
 ) -> SketchedRows:
-    """Sketches rows `first_row`, ... of a module: weights, float32 [rows, in_features].
+    """Sketch rows of a module. Codes are chosen for the rounded tables, as they are stored.
 
-    Codes are chosen for the tables as they are stored, after rounding. Raises ValueError
-    (`cluster`) or OverflowError (`hash`) for weights that are not finite, OverflowError for tables
-    that are not in their stored dtype.
+    Args:
+        weights: Weights of the rows, float32 [rows, in_features].
+        module: The module.
+        metadata: Mapping, table dtype and seed.
+        first_row: Number of the first row in the module.
+
+    Returns:
+        The sketched rows.
+
+    Raises:
+        ValueError: If weights are not finite and the mapping is "cluster".
+        OverflowError: If weights are not finite and the mapping is "hash", or if a value of a table
+            is too large for the table dtype.
     """
     groups, bits = module.groups_per_row, module.bits
     if metadata.mapping == "hash":
@@ -65,10 +81,21 @@ def store_rows(
     metadata: SketchMetadata,
     first_row: int = 0,
 ) -> SketchedRows:
-    """Rows as they stand on disk: tables rounded, codes chosen for the rounded tables and packed.
+    """Round tables to their stored dtype, choose codes for the rounded tables, and pack them.
 
-    table: [rows, groups, 2^bits]; choose: codes [rows, in_features] for a table of its shape.
-    Raises OverflowError for tables that are not in their stored dtype.
+    Args:
+        weights: Weights of the rows, float32 [rows, in_features].
+        table: Tables, [rows, groups, 2^bits].
+        choose: Function from rounded tables of this shape to codes, [rows, in_features].
+        module: The module.
+        metadata: Mapping and table dtype.
+        first_row: Number of the first row in the module, for the message.
+
+    Returns:
+        The sketched rows.
+
+    Raises:
+        OverflowError: If a value of a table is too large for the table dtype.
     """
     dtype = TABLE_DTYPES[metadata.table_dtype]
     stored = from_float32(table, dtype)

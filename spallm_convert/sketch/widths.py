@@ -1,4 +1,4 @@
-"""What a layer may be sketched with under `target_bits`, and what that takes on disk."""
+"""List the bits and groups that a layer can get with `target_bits`, and their sizes on disk."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ _SEVERAL_GROUPS = (2, 4)
 
 
 class Choice(NamedTuple):
-    """Bits per code and groups per row of a layer."""
+    """Hold bits per code and groups per row of a layer."""
 
     bits: int
     groups: int
 
 
 def choices(module: SketchedModule, config: SketchConfig) -> list[Choice]:
-    """All that make sense for a layer, those of uniform bits among them.
+    """List the useful choices for a layer, including the ones of uniform bits.
 
-    Where a row has several groups their tables take less than a bit per weight, which codes one bit
-    wider would make more of.
+    Several groups are useful only if the tables take less than 1 bit per weight: otherwise codes
+    with one bit more would gain more.
+
+    Args:
+        module: The layer.
+        config: Options of the conversion.
+
+    Returns:
+        The choices, by ascending bits.
     """
     found = []
     for bits in BITS:
@@ -36,23 +43,31 @@ def choices(module: SketchedModule, config: SketchConfig) -> list[Choice]:
 
 
 def uniform(module: SketchedModule, bits: int, config: SketchConfig) -> Choice:
-    """What a layer gets where all layers get the same bits."""
+    """Return the choice of a layer if all layers get the same bits."""
     return Choice(bits, config.groups_for(module.in_features))
 
 
 def with_choice(module: SketchedModule, choice: Choice) -> SketchedModule:
-    """A module with other bits and groups."""
+    """Return the module with other bits and groups."""
     return replace(module, bits=choice.bits, groups_per_row=choice.groups)
 
 
 def stored_bits(module: SketchedModule, choice: Choice, config: SketchConfig) -> int:
-    """What a module takes on disk: index map with its padding, and tables."""
+    """Return the size of a module on disk in bits: index map with padding, and tables."""
     specs = with_choice(module, choice).tensors("", config.mapping, config.table_dtype)
     return 8 * sum(spec.nbytes for spec in specs)
 
 
 def check_target(modules: Mapping[str, SketchedModule], config: SketchConfig) -> None:
-    """Raises OptionError for a `target_bits` that no choices for a model's layers meet."""
+    """Check that choices for the layers of a model can meet `target_bits`.
+
+    Args:
+        modules: Modules to sketch, by name.
+        config: Options of the conversion.
+
+    Raises:
+        OptionError: If the target is too low or too high.
+    """
     if config.target_bits is None:
         return
     sizes = [
@@ -63,14 +78,23 @@ def check_target(modules: Mapping[str, SketchedModule], config: SketchConfig) ->
 
 
 def budget_for(sizes: Sequence[Sequence[int]], weights: int, target: float) -> int:
-    """The most bits that are no more than a target per weight.
+    """Return the largest number of bits that does not exceed a target per weight.
 
-    sizes: in bits, of all choices of every module, or of every set of them. Raises OptionError for
-    a target that none of them meet; those that it names can be typed back.
+    Args:
+        sizes: Sizes in bits of all choices for each module, or for each set of modules.
+        weights: Number of weights in all modules.
+        target: Bits per weight.
+
+    Returns:
+        The budget in bits.
+
+    Raises:
+        OptionError: If no choices meet the target. The message names the lowest and the highest
+            target, rounded so that both are accepted.
     """
     least, most = (sum(map(end, sizes)) for end in (min, max))
     budget = math.floor(target * weights) + 1
-    while budget / weights > target:  # compared as a target was divided: it may be the least size
+    while budget / weights > target:  # exact for a target that was computed by this division
         budget -= 1
     if not least <= budget <= most:
         accepted = (
@@ -79,7 +103,8 @@ def budget_for(sizes: Sequence[Sequence[int]], weights: int, target: float) -> i
         )
         raise OptionError(
             f"target_bits {target:g} cannot be met: with its tables this model takes "
-            f"{accepted[0]:.3f} to {accepted[1]:.3f} bits per sketched weight"
+            f"{accepted[0]:.3f} to {accepted[1]:.3f} bits per sketched weight; choose a target in "
+            f"this range"
         )
     return budget
 
@@ -87,7 +112,7 @@ def budget_for(sizes: Sequence[Sequence[int]], weights: int, target: float) -> i
 def _several(module: SketchedModule, bits: int, config: SketchConfig) -> list[Choice]:
     found = []
     for groups in _SEVERAL_GROUPS:
-        if module.in_features % (groups * ALIGNMENT) == 0:  # others are slow on GPUs
+        if module.in_features % (groups * ALIGNMENT) == 0:  # other groups are slow on GPUs
             choice = Choice(bits, groups)
             _, table = with_choice(module, choice).tensors("", config.mapping, config.table_dtype)
             if 8 * table.nbytes < module.weights:

@@ -1,1 +1,1 @@
-"""Find a model, here or on the Hub, and read what it holds."""
+"""Find a model on this machine or on the Hub, and read its config, headers and text."""

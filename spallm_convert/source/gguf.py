@@ -1,4 +1,4 @@
-"""GGUF files, through transformers: dequantized once into an ordinary bf16 checkpoint."""
+"""Read GGUF files through transformers, which dequantizes them into a bfloat16 checkpoint."""
 
 from __future__ import annotations
 
@@ -15,9 +15,21 @@ _DONE = "dequantized"
 
 
 def dequantized(path: Path, scratch: Path) -> Path:
-    """A folder below `scratch` with the model of a GGUF file as bf16 safetensors.
+    """Dequantize a GGUF file into a folder of bfloat16 safetensors, with its tokenizer.
 
-    Made only once: a resumed conversion finds it. Takes as much memory as the dense model.
+    This takes as much memory as the dense model. If the folder is complete already, it is used
+    again, for example by a resumed conversion.
+
+    Args:
+        path: The GGUF file.
+        scratch: Folder to write to.
+
+    Returns:
+        The folder of the dense model, below `scratch`.
+
+    Raises:
+        SourceError: If the package `gguf` is missing or transformers cannot read the file.
+        SpallmError: If the folder cannot be written.
     """
     folder = scratch / _DONE
     if (scratch / f"{_DONE}.complete").exists():
@@ -36,25 +48,30 @@ def dequantized(path: Path, scratch: Path) -> Path:
     try:
         model = load_gguf(path, torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # whatever its readers make of a file that is damaged
+    except Exception as error:  # a damaged file may raise anything
         reason = one_line(error)
-        raise SourceError(f"{path.name}: transformers cannot read it ({reason})") from error
+        raise SourceError(
+            f"{path.name}: transformers cannot read it ({reason}); if the file is damaged, get it "
+            f"again"
+        ) from error
     _forget_quantizer(model)
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     except SafetensorError as error:
-        raise SpallmError(f"{folder}: cannot be written ({one_line(error)})") from error
+        raise SpallmError(
+            f"{folder}: cannot be written ({one_line(error)}); check the free space of its disk"
+        ) from error
     (scratch / f"{_DONE}.complete").touch()
     return folder
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a GGUF file with dense weights of a dtype."""
+    """Load the model of a GGUF file with dense weights of a dtype."""
     import transformers
 
     options = {}
-    if hasattr(transformers, "GgufConfig"):  # newer versions keep GGUF blocks unless told otherwise
+    if hasattr(transformers, "GgufConfig"):  # newer versions keep weights quantized by default
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=dtype, **options
@@ -63,7 +80,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _forget_quantizer(model: object) -> None:
-    """The weights are dense now; left in place, GGUF's quantizer would refuse to save them."""
+    """Remove GGUF's quantizer from a model that is dense now: it would refuse to save it."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)

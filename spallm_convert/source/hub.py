@@ -1,7 +1,7 @@
 """Download what a conversion needs from the Hugging Face Hub.
 
-Everything goes through huggingface_hub, which honours HF_TOKEN, HF_HOME, HF_ENDPOINT and
-HF_HUB_OFFLINE; this file chooses the files.
+This module chooses the files. huggingface_hub downloads them, and follows HF_TOKEN, HF_HOME,
+HF_ENDPOINT and HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
@@ -30,20 +30,28 @@ from .checkpoint import DenseCheckpoint, checked_shards, is_extra_file, open_den
 
 
 def download(model: str, revision: str | None) -> tuple[Path, str]:
-    """Brings a model's config, weights and extra files into the Hub cache.
+    """Download a model's config, weights and extra files into the Hub cache.
 
-    Returns the folder and the commit. Raises SourceError when the repository does not exist, is
-    gated or private, cannot be reached, has no safetensors weights, or is quantized already.
+    Args:
+        model: Id on the Hub.
+        revision: Branch, tag or commit. None: the default branch.
+
+    Returns:
+        The folder in the cache, and the commit.
+
+    Raises:
+        SourceError: If the repository does not exist, is gated or private, cannot be reached, has
+            no safetensors weights, or is already quantized.
     """
     with clear_errors(model, SourceError):
         info = _info(model, revision)
         if info is None:
             folder = _cached(model, revision)
             return folder, folder.name
-        # By the name of the revision, which the cache then knows when there is no network.
+        # Ask by the name of the revision: the cache then knows the name without a network, too.
         small = _small(info)
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=small))
-        read_config(folder / CONFIG_FILE)  # refuses before the large files come
+        read_config(folder / CONFIG_FILE)  # refuse it before large files are downloaded
         commit = folder.name
         weights = _weight_files(model, folder, indexed=INDEX_FILE in small)
         snapshot_download(model, revision=commit, allow_patterns=weights)
@@ -51,9 +59,17 @@ def download(model: str, revision: str | None) -> tuple[Path, str]:
 
 
 def download_tables(repo_id: str, revision: str | None) -> Path:
-    """Brings a tables-only checkpoint into the Hub cache; returns its folder.
+    """Download a checkpoint of tables into the Hub cache.
 
-    Raises SourceError when the repository cannot be had.
+    Args:
+        repo_id: Id on the Hub.
+        revision: Branch, tag or commit. None: the default branch.
+
+    Returns:
+        The folder in the cache.
+
+    Raises:
+        SourceError: If the repository does not exist, is gated or private, or cannot be reached.
     """
     with clear_errors(repo_id, SourceError):
         wanted = [TABLES_METADATA_FILE, TABLES_FILE]
@@ -61,7 +77,18 @@ def download_tables(repo_id: str, revision: str | None) -> Path:
 
 
 def remote_checkpoint(model: str, revision: str | None) -> DenseCheckpoint:
-    """A model on the Hub by its headers: of the weights, only those are downloaded."""
+    """Open a model on the Hub without its weights: only their headers are downloaded.
+
+    Args:
+        model: Id on the Hub.
+        revision: Branch, tag or commit. None: the default branch.
+
+    Returns:
+        The checkpoint. Its tensors name files that are not there.
+
+    Raises:
+        SourceError: As in `download`, or if a tensor has an unsupported dtype.
+    """
     api = HfApi()
     with clear_errors(model, SourceError):
         info = _info(model, revision)
@@ -86,12 +113,15 @@ def remote_checkpoint(model: str, revision: str | None) -> DenseCheckpoint:
             }
         unknown = sorted({tensor.dtype for tensor in tensors.values()} - set(ITEM_BYTES))
         if unknown:
-            raise SourceError(f"{model}: tensors of dtype {', '.join(unknown)} cannot be read")
+            raise SourceError(
+                f"{model}: found tensors of dtype {', '.join(unknown)}, expected one of "
+                f"{', '.join(ITEM_BYTES)}"
+            )
     return open_dense(folder, tensors)
 
 
 def _info(model: str, revision: str | None) -> ModelInfo | None:
-    """What the Hub says of a repository; None when told to stay offline."""
+    """Ask the Hub about a repository; return None if HF_HUB_OFFLINE is set."""
     try:
         return HfApi().model_info(model, revision=revision)
     except OfflineModeIsEnabled:
@@ -99,7 +129,7 @@ def _info(model: str, revision: str | None) -> ModelInfo | None:
 
 
 def _cached(model: str, revision: str | None) -> Path:
-    """The folder that the cache holds, when it holds the config and all weights."""
+    """Return the folder in the cache; raise an error if config or weights are not complete."""
     folder = Path(
         snapshot_download(
             model, revision=revision, allow_patterns=[CONFIG_FILE], local_files_only=True
@@ -114,7 +144,7 @@ def _cached(model: str, revision: str | None) -> Path:
 
 
 def _weight_files(model: str, folder: Path, *, indexed: bool) -> list[str]:
-    """The single weight file, or those that a folder's index names."""
+    """Return the names of the weight files: the single one, or those in the index."""
     if not indexed:
         return [SINGLE_SHARD]
     try:
@@ -124,7 +154,7 @@ def _weight_files(model: str, folder: Path, *, indexed: bool) -> list[str]:
 
 
 def _small(info: ModelInfo) -> list[str]:
-    """Config, index if there is one, card and extra files: all but the weights themselves."""
+    """Return the names of all files besides weights: config, index, card and extra files."""
     names = [sibling.rfilename for sibling in info.siblings or []]
     weights = next((name for name in (SINGLE_SHARD, INDEX_FILE) if name in names), None)
     if weights is None:
@@ -133,10 +163,12 @@ def _small(info: ModelInfo) -> list[str]:
         ]
         raise SourceError(
             f"{info.id}: no {SINGLE_SHARD} and no {INDEX_FILE} in the repository "
-            f"(found {', '.join(others[:3]) or 'no weights'})"
+            f"(found {', '.join(others[:3]) or 'no weights'}); only safetensors weights are read"
         )
     if CONFIG_FILE not in names:
-        raise SourceError(f"{info.id}: no {CONFIG_FILE} in the repository")
+        raise SourceError(
+            f"{info.id}: no {CONFIG_FILE} in the repository, expected a model for transformers"
+        )
     extra = [name for name in names if is_extra_file(name)]
     index = {INDEX_FILE} if weights == INDEX_FILE else set()
     return [CONFIG_FILE, *extra, *index, *({"README.md"} & set(names))]

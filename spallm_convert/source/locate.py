@@ -1,7 +1,7 @@
-"""The model to convert: a local folder, a repository on the Hub, or a GGUF file.
+"""Find the model to convert: a local folder, a GGUF file, or a repository on the Hub.
 
-`locate` finds it and brings what is needed onto this machine; `Source.open` then gives its config
-and tensors, reading headers only.
+`locate` finds it and downloads it if needed. `Source.open` then reads its config and the headers of
+its weight files.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ _REPOSITORY = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies on this machine, and where it came from.
+    """Say where a model is on this machine, and where it came from.
 
-    name: Hub id, or the name of the folder or file; revision: commit on the Hub.
-    path: the folder, or the GGUF file.
+    Attributes:
+        name: Id on the Hub, or the name of the folder or file.
+        path: The folder, or the GGUF file.
+        revision: Commit on the Hub. None for a model that was not downloaded.
     """
 
     name: str
@@ -39,17 +41,23 @@ class Source:
 
     @property
     def is_gguf(self) -> bool:
+        """Return whether the model is a GGUF file."""
         return self.path.suffix == ".gguf"
 
-    def weight_files(self) -> list[Path]:
-        """The files that hold the weights, in order."""
-        if self.is_gguf:
-            return [self.path]
-        return sorted({tensor.file for tensor in checked_shards(self.path).values()})
+    def identity(self, checkpoint: DenseCheckpoint | None = None) -> dict[str, Any]:
+        """Describe everything about the model that decides the result of a conversion.
 
-    def identity(self) -> dict[str, Any]:
-        """Name, revision, licence and SHA-256 of every file that decides the result."""
-        hashes = {path.name: sha256(path) for path in self.weight_files()}
+        Every file is read once, to hash it.
+
+        Args:
+            checkpoint: What `open` returned, which knows the weight files. None for a GGUF file,
+                which is hashed as it is.
+
+        Returns:
+            Name, revision, licence, and the SHA-256 of every file by its name.
+        """
+        weights = [self.path] if checkpoint is None else checkpoint.weight_files
+        hashes = {path.name: sha256(path) for path in weights}
         if not self.is_gguf:
             for name in (CONFIG_FILE, *extra_files(self.path)):
                 hashes[name] = sha256(self.path / name)
@@ -61,17 +69,36 @@ class Source:
         }
 
     def open(self, scratch: Path) -> DenseCheckpoint:
-        """Opens the checkpoint; a GGUF file is first turned into one below `scratch`."""
+        """Read the config and the headers of the weight files.
+
+        Args:
+            scratch: Folder in which a GGUF file is dequantized first. A checkpoint in a folder does
+                not need it.
+
+        Returns:
+            The opened checkpoint.
+
+        Raises:
+            SourceError: If config or weights are missing, damaged or unsupported.
+        """
         if self.is_gguf:
             return Source(self.name, dequantized(self.path, scratch)).open(scratch)
         return open_dense(self.path, checked_shards(self.path))
 
 
 def locate(model: str, revision: str | None = None) -> Source:
-    """Finds a model by Hub id, folder or GGUF file; downloads it from the Hub into its cache.
+    """Find a model, and download it into the Hub cache if it is not on this machine.
 
-    Raises SourceError naming the model when there is no such thing, it has no safetensors weights,
-    or the Hub does not hand it out.
+    Args:
+        model: Folder, GGUF file or id on the Hub.
+        revision: Branch, tag or commit on the Hub. None: the default branch.
+
+    Returns:
+        The source.
+
+    Raises:
+        SourceError: If there is no such model, it has no safetensors weights, or the Hub refuses
+            access.
     """
     source = find_here(model, revision)
     if source is None:
@@ -81,12 +108,25 @@ def locate(model: str, revision: str | None = None) -> Source:
 
 
 def find_here(model: str, revision: str | None = None) -> Source | None:
-    """The model as a folder or GGUF file on this machine; None when it can only be a Hub id."""
+    """Find a model on this machine.
+
+    Args:
+        model: Folder, GGUF file or id on the Hub.
+        revision: Revision that the user named.
+
+    Returns:
+        The source; None if `model` can only be an id on the Hub.
+
+    Raises:
+        SourceError: If it is neither, or `revision` is given for a model on this machine.
+    """
     if not model:
         raise SourceError("no model is named: expected a folder, a .gguf file or a Hub id")
     path = user_path(model)
     if path.exists() and revision is not None:
-        raise SourceError(f"--revision is for models on the Hub, {path} is on this machine")
+        raise SourceError(
+            f"--revision is for models on the Hub, {path} is on this machine; remove the option"
+        )
     if path.suffix == ".gguf" and path.is_file():
         return Source(path.name, path.resolve())
     if path.is_dir():
@@ -94,24 +134,28 @@ def find_here(model: str, revision: str | None = None) -> Source | None:
     if path.exists():
         raise SourceError(f"{model} is a file, expected a folder, a .gguf file or a Hub id")
     if not _REPOSITORY.fullmatch(model) or path.suffix == ".gguf":
-        raise SourceError(f"no such folder or file: {model}")
+        raise SourceError(
+            f"no such folder or file: {model}; expected a folder, a .gguf file or a Hub id"
+        )
     return None
 
 
 def _local(path: Path) -> Source:
     if not (path / CONFIG_FILE).is_file():
-        raise SourceError(f"{path}: no {CONFIG_FILE} in it")
+        raise SourceError(
+            f"{path}: no {CONFIG_FILE} in it, expected the folder of a model for transformers"
+        )
     return Source(path.resolve().name, path.resolve())
 
 
 def _licence(path: Path) -> dict[str, str] | None:
-    """The licence that the source's model card declares, as its metadata says it."""
+    """Return the entries about the licence in the metadata of the model card, None without any."""
     card = path / "README.md"
     if not card.is_file():
         return None
     try:
         metadata = metadata_load(card) or {}
-    except (ValueError, yaml.YAMLError):  # a card that cannot be parsed declares nothing
+    except (ValueError, yaml.YAMLError):  # a card that cannot be parsed is ignored
         return None
     keys = ("license", "license_name", "license_link")
     return {key: metadata[key] for key in keys if key in metadata} or None

@@ -1,9 +1,9 @@
-"""The module tree of a model, without its weights: which tensors are weights of linear layers.
+"""Build the module tree of a model without its weights, to find the linear layers.
 
-The tree is built by transformers on the meta device from `config.json` alone. It decides what is
-sketched, because `load_sketched` puts sketched layers where this very tree has linear ones: a
-guess from tensor names would differ somewhere (embeddings are two-dimensional too, GPT-2's
-projections are transposed, MoE experts are fused).
+transformers builds the tree on the meta device from `config.json`. `load_sketched` replaces the
+linear layers of the same tree by sketched ones, so the tree decides what is sketched. Names and
+shapes of tensors would not be enough: embeddings are two-dimensional too, GPT-2's projections are
+transposed, and experts can be fused.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ _IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 
 @dataclass(frozen=True)
 class Skeleton:
-    """linears: (out_features, in_features) of all linear layers inside numbered blocks, by path.
+    """Describe the linear layers of a model.
 
-    base_prefix: name of the base model inside the model class, such as "model" in Llama's.
-    unfit: those among them that cannot be sketched, by path, each with the reason.
+    Attributes:
+        linears: (out_features, in_features) of every linear layer inside a numbered block, by path.
+        base_prefix: Name of the base model inside the model class, such as "model" for Llama.
+        unfit: The reason for each of these layers that cannot be sketched, by path.
     """
 
     linears: dict[str, tuple[int, int]]
@@ -37,14 +39,16 @@ class Skeleton:
     unfit: dict[str, str]
 
     def stored_name(self, module: str, tensors: Container[str]) -> str | None:
-        """The path under which the checkpoint stores a module, None when it has none such."""
+        """Return the name of a module in the checkpoint; None if its weight is not stored there."""
         names = aliases(module, self.base_prefix)
         return next((name for name in names if name + ".weight" in tensors), None)
 
 
 def aliases(name: str, base_prefix: str) -> tuple[str, str, str]:
-    """What a module may be called in a model or its checkpoint, most likely first: transformers
-    adds and drops the base model's prefix ("transformer.", "bert.") while loading."""
+    """Return the names that a module can have in a model and its checkpoint, likeliest first.
+
+    transformers adds and removes the base model's prefix ("transformer.", "bert.") while loading.
+    """
     prefix = base_prefix + "."
     return name, name.removeprefix(prefix), prefix + name
 
@@ -52,10 +56,18 @@ def aliases(name: str, base_prefix: str) -> tuple[str, str, str]:
 def by_model_name(
     model: PreTrainedModel, tensors: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Tensors of a checkpoint by what the model calls them, as transformers renames them.
+    """Return the tensors of a checkpoint by their names in the model.
 
-    GPT-NeoX's head is stored as "embed_out.weight" and called "lm_head.weight". Tensors that are
-    fused, split or transposed while loading are left out: the model has them otherwise.
+    transformers renames some tensors while loading: GPT-NeoX's head is stored as "embed_out.weight"
+    and called "lm_head.weight". Tensors that are fused, split or transposed while loading are left
+    out, because no parameter of the model has their values.
+
+    Args:
+        model: The model, whose weights may be on the meta device.
+        tensors: Tensors by their names in the checkpoint.
+
+    Returns:
+        Tensors by their names in the model.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -69,7 +81,7 @@ def by_model_name(
         new, converter = rename_source_key(
             name, renamings, converters, model.base_model_prefix, own
         )
-        if new not in own:  # then transformers adds or drops the base prefix alone
+        if new not in own:  # then transformers only adds or removes the base prefix
             new, converter = rename_source_key(name, [], [], model.base_model_prefix, own)
         if converter is None:
             found[new] = tensor
@@ -79,10 +91,19 @@ def by_model_name(
 def read_skeleton(
     folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False
 ) -> Skeleton:
-    """Builds the model of a folder's config on the meta device.
+    """Build the model of a folder's config on the meta device, and list its linear layers.
 
-    Raises SourceError when transformers does not know the architecture, or knows it only through
-    code in the repository and `trust_remote_code` is off.
+    Args:
+        folder: Folder of the model.
+        config: Its parsed `config.json`.
+        trust_remote_code: Whether Python code in the folder may be run.
+
+    Returns:
+        The skeleton.
+
+    Raises:
+        SourceError: If transformers does not know the architecture or cannot build the model, or if
+            the architecture is code in the folder and `trust_remote_code` is False.
     """
     import torch
 
@@ -102,7 +123,7 @@ def _unfit(model: PreTrainedModel, linears: Collection[str]) -> dict[str, str]:
         _read_as_floats(model) & set(linears),
         "the model's code needs its weight in floating point",
     )
-    pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", {})  # not of all remote code
+    pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", {})  # not in all remote code
     tied = {*pairs, *pairs.values()}
     return read | {
         name: "the model ties its weight to that of another layer"
@@ -112,10 +133,10 @@ def _unfit(model: PreTrainedModel, linears: Collection[str]) -> dict[str, str]:
 
 
 def _read_as_floats(model: PreTrainedModel) -> set[str]:
-    """Modules whose weight other code reads than their own.
+    """Return the modules whose weight is read by other code than their own.
 
-    Models look at the dtype of weights that transformers keeps in float32; mixers of state-space
-    models, which have A and D, give those of all layers from their scan on to one kernel.
+    Models compare the dtype of weights that transformers keeps in float32. Mixers of state-space
+    models (they have A and D) pass the weights of several layers to one kernel.
     """
     kept = (model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict)
     patterns = "|".join(re.escape(name) for names in kept for name in names or ())
@@ -130,12 +151,12 @@ def _read_as_floats(model: PreTrainedModel) -> set[str]:
 
 
 def is_in_block(name: str) -> bool:
-    """Whether a path leads through a numbered block."""
+    """Return whether a module lies inside a numbered block, given its path."""
     return _IN_BLOCK.search(name) is not None
 
 
 def numbers_starred(name: str) -> str:
-    """A path with a star for each of its numbers: the same for a layer of every block."""
+    """Replace each number in a path by a star, so that a layer has the same name in every block."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
@@ -150,7 +171,7 @@ def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
     if remote is None:
         raise SourceError(
             f"transformers {transformers.__version__} does not know the architecture "
-            f"{architecture!r}"
+            f"{architecture!r}; a newer version may: pip install --upgrade transformers"
         )
     if not trust_remote_code:
         raise SourceError(
@@ -163,9 +184,16 @@ def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) 
 
 
 def remote_class(auto_map: dict[str, Any] | None, architecture: str) -> tuple[str, str] | None:
-    """The Auto class that finds an architecture in the code of a model's repository, and where it
-    is there; None when it is not. auto_map: of the model's config."""
-    references = (auto_map or {}).items()  # names, and lists of them and null
+    """Find an architecture in the Python code of a model's repository.
+
+    Args:
+        auto_map: `auto_map` of the model's config.
+        architecture: Name of the model class.
+
+    Returns:
+        The Auto class that loads it, and its reference ("FILE.CLASS"). None if it is not there.
+    """
+    references = (auto_map or {}).items()  # values are names, or lists of names and null
     named = [(auto, name) for auto, name in references if isinstance(name, str)]
     return next((pair for pair in named if pair[1].endswith("." + architecture)), None)
 
@@ -173,9 +201,18 @@ def remote_class(auto_map: dict[str, Any] | None, architecture: str) -> tuple[st
 def build_empty(
     folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model of a folder's config with buffers, but with parameters on the meta device.
+    """Build the model of a folder's config with real buffers and parameters on the meta device.
 
-    Raises SourceError as `read_skeleton` does.
+    Args:
+        folder: Folder of the model.
+        config: Its parsed `config.json`.
+        trust_remote_code: Whether Python code in the folder may be run.
+
+    Returns:
+        The model.
+
+    Raises:
+        SourceError: As in `read_skeleton`.
     """
     from accelerate import init_empty_weights
 
@@ -191,9 +228,9 @@ def _build(model_class: Any, folder: Path, config: dict[str, Any], trust_remote_
 
     try:
         parsed = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.random.fork_rng(devices=[]):  # DiffLlama draws numbers as it is made
+        with torch.random.fork_rng(devices=[]):  # DiffLlama draws random numbers when built
             return model_class(parsed)
-    except Exception as error:  # whatever a model's code makes of a config that does not suit it
+    except Exception as error:  # a model's code may raise anything for a bad config
         reason = one_line(error)
         raise SourceError(
             f"transformers cannot build {config['architectures'][0]} from {folder / 'config.json'}"

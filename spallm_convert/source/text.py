@@ -1,12 +1,11 @@
-"""Text to calibrate or to measure with, read from where the user has it.
+"""Read text for calibration and evaluation.
 
-A source is `builtin`, a file (plain text, or JSON records), or a dataset on the Hub.
+A source of text is `builtin`, a file (plain text or JSON records), or a dataset on the Hub.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,16 +14,24 @@ from typing import Any
 from spallm_convert.errors import SourceError, SpallmError, one_line
 from spallm_convert.paths import user_path
 
+from .records import (
+    JSON_SUFFIXES,
+    LINES_SUFFIXES,
+    Record,
+    json_records,
+    kind_of,
+    numbered,
+    unsuitable,
+)
+
 BUILTIN = "builtin"
 ACCEPTED = f"{BUILTIN!r}, a text, .json or .jsonl file, or a dataset ORG/NAME[[:CONFIG]:SPLIT]"
 
-_LINES_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
-_JSON_SUFFIXES = (".json", *_LINES_SUFFIXES)
 _DATASET = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[^:/]+){0,2}")
 _RECORD_KEYS = "'text', 'messages' or 'instruction' (with 'input' and 'output')"
 
-#: Of records that come one by one this much is read: some 16 M tokens, sixty times a usual
-#: calibration set.
+#: Records are read one by one until there are this many characters: about 16 M tokens, 60 times
+#: a usual calibration set.
 _MOST_CHARACTERS = 1 << 26
 
 
@@ -55,7 +62,7 @@ def read_documents(source: str) -> list[str]:
         documents = _read_file(path)
     elif path.is_dir():
         raise SourceError(f"text {source!r}: a folder; accepted are {ACCEPTED}")
-    elif _DATASET.fullmatch(source) and path.suffix not in {".txt", *_JSON_SUFFIXES}:
+    elif _DATASET.fullmatch(source) and path.suffix not in {".txt", *JSON_SUFFIXES}:
         documents = _read_dataset(source)
     else:
         raise SourceError(f"text {source!r}: no such file; accepted are {ACCEPTED}")
@@ -66,7 +73,7 @@ def read_documents(source: str) -> list[str]:
 
 
 def english_text() -> str:
-    """English prose that every Python has: the topics of its documentation."""
+    """Return English prose that comes with every Python: the topics of its documentation."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
@@ -74,59 +81,41 @@ def english_text() -> str:
 
 def _read_file(path: Path) -> list[str]:
     suffix = path.suffix.lower()
-    if suffix in _LINES_SUFFIXES:
-        return _first_documents(_lines(path))
+    if suffix in LINES_SUFFIXES:
+        return _first_documents(json_records(path))
+    if suffix in JSON_SUFFIXES:
+        return [_document(record) for record in json_records(path)]
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return [path.read_text(encoding="utf-8-sig")]
     except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: not UTF-8 (byte {error.start})") from error
-    if suffix not in _JSON_SUFFIXES:
-        return [text]
-    records = _parse(text, str(path))
-    if not isinstance(records, list):
-        raise SourceError(f"{path}: holds {_kind(records)}, expected a list of records")
-    return [_document(record, f"{path}, record {i}") for i, record in enumerate(records)]
+        raise SourceError(
+            f"{path}: not UTF-8 (byte {error.start}); save the text in UTF-8"
+        ) from error
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The records of a file of lines, and where each is."""
-    with path.open("rb") as file:
-        for i, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path}, line {i}"
-                yield where, _parse(line, where)
-
-
-def _parse(text: str | bytes, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{where}: not JSON ({error})") from error
-
-
-def _document(record: Any, where: str) -> str:
-    """The text of a record."""
-    if not isinstance(record, dict):
-        raise SourceError(f"{where}: {_kind(record)}, expected an object with {_RECORD_KEYS}")
-    if "text" in record:
-        parts = [record["text"]]
-    elif "messages" in record:
-        parts = list(_contents(record["messages"], where))
-    elif "instruction" in record:
-        parts = [record.get(key) for key in ("instruction", "input", "output")]
+def _document(record: Record) -> str:
+    """Return the text of a record."""
+    where, value = record
+    if not isinstance(value, dict):
+        raise unsuitable(record, _RECORD_KEYS)
+    if "text" in value:
+        parts = [value["text"]]
+    elif "messages" in value:
+        parts = list(_contents(value["messages"], where))
+    elif "instruction" in value:
+        parts = [value.get(key) for key in ("instruction", "input", "output")]
     else:
-        found = ", ".join(map(repr, record)) or "none"
-        raise SourceError(f"{where}: found the keys {found}, expected {_RECORD_KEYS}")
+        raise unsuitable(record, _RECORD_KEYS)
     for part in parts:
         if not isinstance(part, str | None):
-            raise SourceError(f"{where}: {_kind(part)} where text is expected")
+            raise SourceError(f"{where}: found {kind_of(part)}, expected text")
     joined = "\n\n".join(part for part in parts if part)
-    # JSON can spell half a surrogate pair, which no tokenizer takes.
+    # JSON can spell half of a surrogate pair, which tokenizers refuse.
     return joined.encode("utf-8", "replace").decode()
 
 
 def _contents(messages: Any, where: str) -> Iterator[Any]:
-    """What is said in a chat: the contents of its messages, or the texts that they are lists of."""
+    """Yield the contents of the messages of a chat, or the texts if contents are lists."""
     for message in messages if isinstance(messages, list) else [messages]:
         if not isinstance(message, dict) or "content" not in message:
             raise SourceError(f"{where}: 'messages' must be a list of objects with 'content'")
@@ -137,12 +126,8 @@ def _contents(messages: Any, where: str) -> Iterator[Any]:
             yield content
 
 
-def _kind(value: Any) -> str:
-    return f"a value of type {type(value).__name__}"
-
-
 def _read_dataset(source: str) -> list[str]:
-    """The first documents of a split of a dataset on the Hub, streamed."""
+    """Stream the first documents of a split of a dataset on the Hub."""
     name, *parts = source.split(":")
     split = parts.pop() if parts else "train"
     try:
@@ -154,24 +139,22 @@ def _read_dataset(source: str) -> list[str]:
         ) from error
     try:
         records = datasets.load_dataset(name, *parts, split=split, streaming=True)
-        return _first_documents(
-            (f"{source}, record {i}", record) for i, record in enumerate(records)
-        )
+        return _first_documents(numbered(source, records))
     except SpallmError:
         raise
-    except Exception as error:  # its errors are many, from missing names to failed connections
+    except Exception as error:  # datasets raises many kinds, from wrong names to lost connections
         reason = one_line(error)
         raise SourceError(
-            f"text {source!r}: no such file, and no dataset either ({reason})"
+            f"text {source!r}: no such file, and no dataset either ({reason}); check the name"
         ) from error
 
 
-def _first_documents(records: Iterable[tuple[str, Any]]) -> list[str]:
-    """The texts of records, each with where it is, until there are characters enough."""
+def _first_documents(records: Iterable[Record]) -> list[str]:
+    """Return the texts of the first records, at least `_MOST_CHARACTERS` if there are as many."""
     documents: list[str] = []
     characters = 0
-    for where, record in records:
-        documents.append(_document(record, where))
+    for record in records:
+        documents.append(_document(record))
         characters += len(documents[-1])
         if characters >= _MOST_CHARACTERS:
             break

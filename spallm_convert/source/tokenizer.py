@@ -1,4 +1,4 @@
-"""The tokenizer of a model."""
+"""Load the tokenizer of a model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,25 @@ from spallm_convert.hub_errors import clear_errors
 
 from .locate import Source
 
-#: One of them is in any folder with a tokenizer that has a vocabulary.
+#: Every folder with a tokenizer that has a vocabulary has one of these files.
 _OF_TOKENIZERS = ("tokenizer.json", "*vocab*", "*.model", "*.spm", "*.tiktoken", "*.gguf")
 #: SentencePiece's mark before a word, which is in vocabularies that are otherwise empty.
 _WORD_START = "\u2581"
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model that is on this machine. Raises SourceError when there is none."""
+    """Load the tokenizer of a model on this machine.
+
+    Args:
+        source: The model.
+        trust_remote_code: Whether Python code in its folder may be run.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        SourceError: If there is none, or it cannot be loaded.
+    """
     if source.is_gguf:
         name = source.path.name
         return read_tokenizer(source.name, source.path.parent, gguf_file=name)
@@ -27,24 +38,40 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
 
 
 def read_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
-    """Load a tokenizer from a folder or an id on the Hub, with options of `from_pretrained`.
+    """Load a tokenizer from a folder or the Hub.
 
-    model: its name in the SourceError that is raised when there is no tokenizer.
+    Args:
+        model: Name of the model, for messages.
+        place: Folder, or id on the Hub.
+        **options: Options of `AutoTokenizer.from_pretrained`.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        SourceError: If there is none, or it cannot be loaded.
     """
     try:
         with clear_errors(model, SourceError):
             tokenizer: Any = AutoTokenizer.from_pretrained(place, **options)
     except SourceError:
         raise
-    except Exception as error:  # what it raises without files of a tokenizer differs by model
+    except Exception as error:  # without files of a tokenizer, models raise different errors
         folder = Path(place)
         lacks = folder.is_dir() and not any(any(folder.glob(p)) for p in _OF_TOKENIZERS)
-        why = f"no file of one is in {folder}" if lacks else one_line(error)
-        raise SourceError(f"{model}: its tokenizer cannot be loaded ({why})") from error
+        raise _no_tokenizer(
+            model, f"no tokenizer files in {folder}" if lacks else one_line(error)
+        ) from error
     if tokenizer.is_fast and not _has_vocabulary(tokenizer):
-        why = f"no vocabulary is in {place}"
-        raise SourceError(f"{model}: its tokenizer cannot be loaded ({why})")
+        raise _no_tokenizer(model, f"no vocabulary in {place}")
     return tokenizer
+
+
+def _no_tokenizer(model: str, why: str) -> SourceError:
+    return SourceError(
+        f"{model}: its tokenizer cannot be loaded ({why}); put the files of its tokenizer into the "
+        f"model's folder"
+    )
 
 
 def _has_vocabulary(tokenizer: Any) -> bool:

@@ -301,7 +301,7 @@ def test_reports_that_are_not_as_they_should_be(tiny_llama, tmp_path, capsys, ch
         with pytest.raises(SystemExit) as stopped:
             main(["inspect", str(tmp_path / "out")])
         assert (stopped.value.code or 0) == code
-    assert "conversion.json: is no report of a conversion" in capsys.readouterr().err
+    assert "conversion.json: not a report of a conversion" in capsys.readouterr().err
 
 
 def test_disk_too_small_is_known_beforehand(fails, source, tmp_path, monkeypatch):

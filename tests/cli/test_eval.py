@@ -126,7 +126,7 @@ def test_models_that_cannot_be_measured(run, evaluated, tiny_llama, tmp_path):
     text = ["--text", "builtin", "--tokens", "100"]
     assert "no such folder or file" in run("eval", tmp_path / "nowhere", *text, code=1)
     line = run("eval", tiny_llama.folder, *text, code=1)
-    assert f"tokenizer cannot be loaded (no file of one is in {tiny_llama.folder})" in line
+    assert f"tokenizer cannot be loaded (no tokenizer files in {tiny_llama.folder})" in line
     config = json.loads((evaluated["dense"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "found no weights at all" in run("eval", tmp_path, *text, code=1)

@@ -138,7 +138,7 @@ def test_weights_that_the_report_is_not_about_are_not_pushed(tiny_llama, tmp_pat
         if parameter.requires_grad:
             parameter.data *= 1.5
     model.save_pretrained(tmp_path / "out")
-    with pytest.raises(FormatError, match=r"conversion.json is of other weights than model.safe"):
+    with pytest.raises(FormatError, match=r"conversion.json describes other weights than model"):
         push_to_hub(tmp_path / "out", "org/model", token="hf_token")
 
 

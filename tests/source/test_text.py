@@ -52,22 +52,23 @@ def test_records(write, record, document, suffix):
         ("a.txt", b"caf\xe9", r"a.txt: not UTF-8 \(byte 3\)"),
         ("a.txt", " \n ", "there is no text in it"),
         ("a.json", "[]", "there is no text in it"),
-        ("a.json", "{", "a.json: not JSON"),
+        ("a.json", "{", "a.json: not JSON .*, expected a list of records"),
+        ("a.json", b'["caf\xe9"]', r"a.json: not UTF-8 \(byte 5\), expected a list of records"),
         ("a.json", "[" * 100_000, "a.json: not JSON"),
         ("a.json", '{"text": "x"}', "a value of type dict, expected a list of records"),
-        ("a.json", '["x"]', "record 0: a value of type str, expected an object with 'text'"),
+        ("a.json", '["x"]', "record 0: found a value of type str, expected an object with 'text'"),
         ("a.jsonl", '{"text": "x"}\n{"text"', "a.jsonl, line 2: not JSON"),
         (
             "a.jsonl",
             '{"content": "x", "id": 1}',
             "line 1: found the keys 'content', 'id', expected 'text', 'messages' or 'instruction'",
         ),
-        ("a.jsonl", b'{"text": "caf\xe9"}', "a.jsonl, line 1: not JSON .*can't decode byte 0xe9"),
+        ("a.jsonl", b'{"text": "caf\xe9"}', r"a.jsonl, line 1: not UTF-8 \(byte 13\)"),
         ("a.jsonl", "{}", "found the keys none, expected"),
-        ("a.jsonl", '{"text": ["x"]}', "line 1: a value of type list where text is expected"),
+        ("a.jsonl", '{"text": ["x"]}', "line 1: found a value of type list, expected text"),
         ("a.jsonl", '{"messages": "x"}', "'messages' must be a list of objects with 'content'"),
         ("a.jsonl", '{"messages": [{"role": "x"}]}', "must be a list of objects with 'content'"),
-        ("a.jsonl", '{"messages": [{"content": 3}]}', "a value of type int where text is expected"),
+        ("a.jsonl", '{"messages": [{"content": 3}]}', "found a value of type int, expected text"),
     ],
 )
 def test_unusable_files(write, name, content, message):
@@ -79,6 +80,13 @@ def test_a_file_of_lines_is_read_until_there_is_enough(write, monkeypatch):
     monkeypatch.setattr(text_module, "_MOST_CHARACTERS", 3)
     path = write("a.jsonl", "\ufeff" + lines({"text": "on"}, {"text": "e"}) + "\nno more of it")
     assert read_documents(path) == ["on", "e"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_record(write):
+    for suffix in ("json", "jsonl"):
+        record = '{"text": "x"}'
+        path = write(f"a.{suffix}", "\ufeff" + (f"[{record}]" if suffix == "json" else record))
+        assert read_documents(path) == ["x"]
 
 
 def test_what_is_no_source(tmp_path, monkeypatch):

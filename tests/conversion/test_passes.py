@@ -1,0 +1,71 @@
+"""How often a conversion reads its source: headers are parsed once, files are hashed once."""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from helpers.calibration import options
+from spallm_convert import Report, SketchConfig, convert
+from spallm_formats import reader
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Counts of whole passes over files, by kind and path."""
+    found = Counter()
+    read_header, file_digest, read_bytes = reader.read_header, hashlib.file_digest, Path.read_bytes
+
+    def count_header(path):
+        found["header", path] += 1
+        return read_header(path)
+
+    def count_digest(file, digest):
+        found["hash", Path(file.name)] += 1
+        return file_digest(file, digest)
+
+    def count_bytes(path):
+        found["read", path] += 1
+        return read_bytes(path)
+
+    monkeypatch.setattr(reader, "read_header", count_header)
+    monkeypatch.setattr(hashlib, "file_digest", count_digest)
+    monkeypatch.setattr(Path, "read_bytes", count_bytes)
+    return found
+
+
+def check_weights(passes, source):
+    weights = sorted(source.glob("*.safetensors"))
+    for kind in ("header", "hash"):
+        assert {path: passes[kind, path] for path in weights} == dict.fromkeys(weights, 1)
+
+
+def check(passes, source, output):
+    check_weights(passes, source)
+    small = [path for path in source.iterdir() if path.suffix in {".json", ".jinja"}]
+    assert all(passes["hash", path] <= 1 and passes["read", path] <= 1 for path in small)
+    assert passes["read", source / "config.json"] == 1
+    assert passes["read", output / "conversion.json"] == 0
+
+
+def test_a_conversion_reads_each_header_and_hashes_each_file_once(sharded_llama, tmp_path, passes):
+    report = convert(sharded_llama.folder, tmp_path / "out", SketchConfig(max_shard_size="40KB"))
+    check(passes, sharded_llama.folder.resolve(), tmp_path / "out")
+    assert passes["read", sharded_llama.folder.resolve() / "model.safetensors.index.json"] == 1
+    assert report.document == Report.read(tmp_path / "out").document
+
+
+def test_so_does_a_calibrated_conversion(source, text, tmp_path, passes):
+    report = convert(source, tmp_path / "out", options(text, heal=2))
+    check(passes, source.resolve(), tmp_path / "out")
+    assert report.document == Report.read(tmp_path / "out").document
+
+
+def test_so_does_resuming_what_is_finished(sharded_llama, tmp_path, passes):
+    first = convert(sharded_llama.folder, tmp_path / "out")
+    passes.clear()
+    again = convert(sharded_llama.folder, tmp_path / "out", resume=True)
+    check_weights(passes, sharded_llama.folder.resolve())
+    assert passes["read", tmp_path / "out/conversion.json"] == 1
+    assert again.document == first.document
