@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     interrupted.
 
     Args:
-        arguments: Words of the command line. None: those of the process.
+        arguments: Words of the command line. None: `sys.argv[1:]`.
     """
     given = sys.argv[1:] if arguments is None else arguments
     arguments = [word for word in given if word != "--debug"]

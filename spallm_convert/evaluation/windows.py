@@ -1,4 +1,4 @@
-"""The windows in which a text is measured: their default size and distance, and their limits.
+"""Define the windows in which a text is measured: default size and distance, and limits.
 
 This module does not import torch, so that `eval --help` answers at once.
 """
