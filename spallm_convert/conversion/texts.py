@@ -1,4 +1,4 @@
-"""Draw the texts of a conversion: to sketch for, and to heal on."""
+"""Draw the texts of a conversion: one to calibrate with, and one to heal on."""
 
 from __future__ import annotations
 
@@ -16,19 +16,31 @@ from spallm_convert.source.tokenizer import load_tokenizer
 
 
 class Texts(NamedTuple):
-    """What a model is shown, int64 [samples, seqlen] each: to be sketched for, and to be healed on
-    if it is."""
+    """The texts of a conversion, int64 [samples, seqlen] each.
+
+    Attributes:
+        calibration: The text that layers are fitted to.
+        healing: The text that healing trains on. None without healing.
+    """
 
     calibration: Tensor
     healing: Tensor | None
 
 
 def draw_texts(source: Source, config: SketchConfig, *, trust_remote_code: bool) -> Texts:
-    """Both texts of a conversion, from `config.calibration` by the source's tokenizer.
+    """Draw both texts of a conversion.
 
-    For healing it is as much as there is and its steps would use; of many samples as many as make
-    whole batches, since those that run at once divide their number. Raises SourceError for a text
-    that is too short.
+    Healing gets as many samples as its steps use, or as many as the text has. A large number of
+    samples is reduced to whole batches, because all batches must have the same size.
+
+    Args:
+        source: The source, whose tokenizer is used.
+        config: Options of the conversion, with calibration.
+        trust_remote_code: Whether to run tokenizer code from the source.
+
+    Raises:
+        OptionError: Samples are too few, or too short.
+        SourceError: The text cannot be read, or is too short.
     """
     calibration = config.calibration
     assert calibration is not None
@@ -43,7 +55,8 @@ def draw_texts(source: Source, config: SketchConfig, *, trust_remote_code: bool)
     if len(healing) < 2:
         raise SourceError(
             f"text {calibration.text!r} is too short: healing takes at least 2 samples of "
-            f"{seqlen} tokens, to train on and to leave out"
+            f"{seqlen} tokens, one to train on and one to hold out; use a longer text or a smaller "
+            f"--seqlen"
         )
     batch = samples_at_once(seqlen)
     if len(healing) >= HEALING_BATCHES * batch:
