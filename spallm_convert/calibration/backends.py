@@ -1,8 +1,8 @@
-"""What works out calibrated sketches: numba on the CPU, torch on any other device.
+"""Compute calibrated sketches with numba on the CPU and with torch on any other device.
 
-Both have the same functions. `spallm_kernels.cpu` takes NumPy arrays and a few rows at a time, so
-that they stay in the cache; `spallm_kernels.batched` takes tensors and all rows at once. Callers
-have tensors in either case: on the CPU they share their memory with the arrays.
+Both have the same functions. `spallm_kernels.cpu` takes NumPy arrays and works on a few rows at a
+time, so that they stay in the cache. `spallm_kernels.batched` takes tensors and works on all rows
+at once. Callers pass tensors in both cases: on the CPU, tensors share their memory with the arrays.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from spallm_kernels import (
 
 
 class Numerics(Protocol):
-    """Functions of tensors on one device, documented in `spallm_kernels.cpu`. A prepared Hessian
-    goes back to those that made it; its `full` is the damped matrix, float64 [n, n]."""
+    """Functions of tensors on one device, documented in `spallm_kernels.cpu`.
+
+    Pass a prepared Hessian only to the implementation that made it. Its `full` is the damped
+    matrix, float64 [n, n].
+    """
 
     def prepare_hessian(self, hessian: Tensor, damping: float) -> Any: ...
 
@@ -47,12 +50,12 @@ class Numerics(Protocol):
 
 
 def choose_numerics(device: torch.device) -> Numerics:
-    """Those that are fastest for tensors on a device."""
+    """Return the fastest implementation for tensors on a device."""
     return OnCpu() if device.type == "cpu" else cast(Numerics, batched)
 
 
 class OnCpu:
-    """`spallm_kernels.cpu` for tensors."""
+    """The functions of `spallm_kernels.cpu`, with tensors in place of arrays."""
 
     def prepare_hessian(self, hessian: Tensor, damping: float) -> Any:
         return prepare_hessian(hessian.numpy(), damping)

@@ -1,8 +1,8 @@
-"""Calibrated sketching of a whole model: block after block, each kept on disk when it is done.
+"""Sketch a whole model with calibration, block by block, and keep each finished block on disk.
 
-A later run finds the blocks that are there and lets the text through those before the last that is
-not, which costs two runs of each instead of the sketching. At any time one block, twice, is in
-memory, with the hidden states of the text and the sums over the inputs of one layer.
+A resumed run does not sketch finished blocks again. If a later block is missing, the text is run
+through the finished blocks before it, which takes two runs of each block. In memory there are two
+copies of one block, the hidden states of the text, and the sums over the inputs of one layer.
 """
 
 from __future__ import annotations
@@ -26,16 +26,27 @@ from .store import CalibratedModule, CalibratedModules
 def calibrate(
     blocks: Blocks, plan: Plan, config: SketchConfig, folder: Path, progress: Progress
 ) -> CalibratedModules:
-    """Sketches every module of a plan on a text; goes on with what `folder` holds.
+    """Sketch every module of a plan on the text that `blocks` were opened with.
 
-    Raises CalibrationError for activations that are not finite, or a layer that cannot be sketched.
+    Args:
+        blocks: The dense model. Its `inputs` are taken.
+        plan: The modules to sketch.
+        config: Options of the conversion, with calibration.
+        folder: Finished blocks are written here. Blocks that an earlier run left are reused.
+        progress: Is told about every module.
+
+    Returns:
+        The calibrated modules, in files below `folder`.
+
+    Raises:
+        CalibrationError: Activations are not finite, or a layer cannot be sketched.
     """
     assert config.calibration is not None
     without = config.calibration.without
     done = CalibratedModules(folder)
     layers_of = [plan.in_block(blocks.path_of(number)) for number in range(len(blocks))]
     missing = [number for number, layers in enumerate(layers_of) if not done.has(layers.values())]
-    if missing:  # tables were healed for all of the blocks, and would let another text through
+    if missing:  # healed tables belong to the blocks as they were; later blocks need the originals
         done.forget_healed()
     inputs = blocks.take_inputs()
     streams = Streams(inputs, list(inputs))
@@ -44,7 +55,7 @@ def calibrate(
             sketched = _sketch(blocks, number, layers, plan.metadata, without, streams, progress)
             done.write(number, sketched)
             continue
-        if missing and number < missing[-1]:  # a later block needs what comes out of this one
+        if missing and number < missing[-1]:  # a later block needs the outputs of this one
             _replay(blocks, number, layers, plan.metadata, done, streams)
         for layer in layers.values():
             progress.advance(layer.module.weights, layer.name)
@@ -80,7 +91,7 @@ def _replay(
     done: CalibratedModules,
     streams: Streams,
 ) -> None:
-    """Let the streams through a block that an earlier run has sketched."""
+    """Run the streams through a block that an earlier run has sketched."""
     weights = {}
     for inner, layer in layers.items():
         kept = done.read(layer.name)

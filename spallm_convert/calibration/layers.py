@@ -1,9 +1,9 @@
-"""One linear layer sketched for its inputs: the index map and tables that lose least on them.
+"""Sketch one linear layer: choose the index map and tables with the least error on its inputs.
 
-With X the inputs that the layer has in the sketched model and Z those in the dense one, a row q in
-the place of w loses ||X q - Z w||^2. Up to a constant that is (q - t) H (q - t)^T with H = X^T X
-and the target t = w + H^-1 (X^T Z - H) w, which is w itself where X and Z are the same. So a layer
-makes up for some of what the layers before it have lost (the aim of GPTAQ, arXiv 2504.02692, too).
+X are the inputs of the layer in the sketched model, Z those in the dense model. If a sketched row q
+replaces the row w, the loss is ||X q - Z w||^2. Up to a constant this is (q - t) H (q - t)^T, with
+H = X^T X and the target t = w + H^-1 (X^T Z - H) w. If X and Z are equal, t is w itself. So a layer
+corrects part of the error of earlier layers. GPTAQ (arXiv 2504.02692) has the same aim.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from spallm_kernels.cpu.calibrated import SWEEPS
 
 from .backends import Numerics, choose_numerics
 
-#: Of the mean of the Hessian's diagonal, added to it. GPTQ takes 0.01, LeanQuant 0.1.
+#: Damping that is added to the Hessian's diagonal, as a multiple of the diagonal's mean. GPTQ uses
+#: 0.01, LeanQuant 0.1.
 DAMPING = 0.03
 
 Singles = npt.NDArray[np.float32]
@@ -32,10 +33,15 @@ Singles = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class LayerInputs:
-    """What layers with the same inputs X and Z need of them, made once by `prepare_inputs`.
+    """Matrices that layers with the same inputs share, made once by `prepare_inputs`.
 
-    hessian: float64 [n, n], X^T X; damped: the same made ready for `numerics`; change: float64
-    [n, n], H^-1 (X^T Z - H), None without correction. All on one device.
+    All tensors are on one device.
+
+    Attributes:
+        hessian: X^T X, float64 [n, n].
+        damped: The damped Hessian, prepared for `numerics`.
+        change: H^-1 (X^T Z - H), float64 [n, n]. None without correction.
+        numerics: The functions that compute sketches on this device.
     """
 
     hessian: Tensor
@@ -45,7 +51,16 @@ class LayerInputs:
 
 
 def prepare_inputs(hessian: Tensor, cross: Tensor, without: Collection[str] = ()) -> LayerInputs:
-    """From X^T X and X^T Z, float64 [n, n] each. Raises ValueError when H cannot be factored."""
+    """Prepare the matrices that layers with the same inputs share.
+
+    Args:
+        hessian: X^T X, float64 [n, n].
+        cross: X^T Z, float64 [n, n].
+        without: Steps of `STEPS` to leave out.
+
+    Raises:
+        ValueError: The damped Hessian cannot be factored.
+    """
     numerics = choose_numerics(hessian.device)
     damped = numerics.prepare_hessian(hessian, DAMPING)
     change = None
@@ -55,7 +70,7 @@ def prepare_inputs(hessian: Tensor, cross: Tensor, without: Collection[str] = ()
 
 
 def fit_options(without: Collection[str]) -> dict[str, Any]:
-    """What `Numerics.fit` is asked for when some steps are left out."""
+    """Return the keyword arguments of `Numerics.fit` that leave out some steps of `STEPS`."""
     return {
         "compensation": "compensation" not in without,
         "refit": "least-squares" not in without,
@@ -65,8 +80,13 @@ def fit_options(without: Collection[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SketchedLayer:
-    """rows: what is stored; dense: float32 [out_features, in_features], the weights that it stands
-    for; output_sums: squared error of the outputs on the layer's inputs, and their squared norm."""
+    """A linear layer after sketching.
+
+    Attributes:
+        rows: Index map and tables, as they are stored.
+        dense: The weights that they stand for, float32 [out_features, in_features].
+        output_sums: Squared error of the outputs on the layer's inputs, and their squared norm.
+    """
 
     rows: SketchedRows
     dense: Tensor
@@ -80,10 +100,18 @@ def sketch_layer(
     metadata: SketchMetadata,
     without: Collection[str] = (),
 ) -> SketchedLayer:
-    """Sketches a whole layer: weights, float32 [out_features, in_features], where its inputs are.
+    """Sketch a whole layer.
 
-    without: of `SketchConfig.without`, the steps to leave out. Raises OverflowError for tables that
-    are not in their stored dtype, ValueError for weights that are not finite.
+    Args:
+        weights: The dense weights, float32 [out_features, in_features], on the device of `inputs`.
+        inputs: Matrices of the layer's inputs.
+        module: Shape, bits and groups.
+        metadata: Mapping, seed and table dtype.
+        without: Steps of `STEPS` to leave out.
+
+    Raises:
+        OverflowError: A value of a table is too large for the stored dtype.
+        ValueError: Weights are not finite.
     """
     numerics, target = inputs.numerics, weights
     if inputs.change is not None:
@@ -101,7 +129,7 @@ def sketch_layer(
 
     def choose(stored: Singles) -> npt.NDArray[np.uint8]:
         nonlocal codes
-        if sweeps:  # for the entries as they have been rounded
+        if sweeps:  # adapt codes to the rounded entries
             rounded = torch.from_numpy(stored).to(target.device)
             codes = numerics.descend(target, rounded, codes, inputs.damped, sweeps)
         return codes.cpu().numpy()
@@ -122,9 +150,9 @@ def _fit_hashed(
     seed: int,
     without: Collection[str],
 ) -> tuple[Tensor, Tensor]:
-    """Tables, float32, by least squares for codes, uint8, that are computed and stay."""
+    """Return tables (float32) by least squares for the codes (uint8) of the hash mapping."""
     if not bool(target.isfinite().all()):
-        raise ValueError("weights must be finite")
+        raise ValueError("weights must be finite, found NaN or infinite values")
     rows, columns = target.shape
     groups, bits = module.groups_per_row, module.bits
     means = hash_table(target.cpu().numpy(), groups, bits, seed)
@@ -133,7 +161,7 @@ def _fit_hashed(
     if "least-squares" in without:
         return table, codes
     solved, renamed = inputs.numerics.least_squares(target, table, codes, inputs.damped)
-    # Entries come back sorted, and codes with other names: each entry back to its own place.
+    # Entries come back sorted and codes renumbered, so put each entry back in its own place.
     names = torch.arange(module.entries, device=target.device).repeat(rows, groups, 1)
     own, new = (c.reshape(rows, groups, -1).long() for c in (codes, renamed))
     return solved.gather(2, names.scatter(2, own, new)), codes

@@ -1,7 +1,7 @@
-"""A block sketched on its own inputs: layer by layer, each fed by those before it as they are now.
+"""Sketch a block layer by layer, each on inputs that come from the layers sketched before it.
 
-Linear layers that read the same tensor (query, key and value; gate and up) share its sums. Two
-streams of hidden states go through the model side by side, one through the dense blocks and one
+Linear layers that read the same tensor (query, key and value; gate and up) share the sums over it.
+Two streams of hidden states go through the model side by side: one through the dense blocks and one
 through the sketched ones.
 """
 
@@ -42,17 +42,30 @@ def sketch_block(
     metadata: SketchMetadata,
     without: Collection[str] = (),
 ) -> Iterator[tuple[str, SketchedLayer]]:
-    """Sketches layers of a block in the order in which it runs them; updates `streams` at the end.
+    """Sketch the layers of a block in the order in which the block runs them.
 
-    layers: by their names in the block. Raises CalibrationError when weights or inputs are not
-    finite, or tables are not in their stored dtype.
+    At the end, `streams` are replaced by the hidden states after the block.
+
+    Args:
+        blocks: The dense model.
+        number: Number of the block.
+        layers: The layers to sketch, by their names in the block.
+        streams: Hidden states that enter the block.
+        metadata: Mapping, seed and table dtype.
+        without: Steps of `STEPS` to leave out.
+
+    Yields:
+        The name of each layer in the block, and the sketched layer.
+
+    Raises:
+        CalibrationError: Weights or inputs are not finite, or tables overflow their stored dtype.
     """
     block = blocks.load(number)
     dense = copy.deepcopy(block)
     stages = find_stages(blocks, number, block, layers, streams.sketched[0])
     for stage in stages:
         columns = layers[stage.names[0]].module.in_features
-        # Most of a block is run for its last stage: the dense one is let finish.
+        # The last stage runs most of the block anyway, so there the dense block runs to its end.
         finish = stage is stages[-1]
         sums = _sum_inputs(blocks, number, (dense, block), stage, columns, streams, finish=finish)
         inputs = prepare_inputs(*sums, without)
@@ -63,11 +76,10 @@ def sketch_block(
             try:
                 layer = sketch_layer(weights, inputs, layers[name].module, metadata, without)
             except OverflowError as error:
-                remedy = "use --table-dtype float32"
-                raise CalibrationError(f"{where} has {error}; {remedy}") from error
+                raise CalibrationError(f"{where} has {error}; use --table-dtype float32") from error
             except ValueError as error:
                 raise CalibrationError(
-                    f"{where} cannot be sketched: {error} (--ignore leaves the layer dense)"
+                    f"{where} cannot be sketched: {error} (--ignore {where} leaves the layer dense)"
                 ) from error
             linear.weight.copy_(layer.dense)
             yield name, layer
@@ -82,7 +94,14 @@ def sketch_block(
 def replay_block(
     blocks: Blocks, number: int, weights: dict[str, np.ndarray[Any, Any]], streams: Streams
 ) -> None:
-    """Lets the streams through a block that has been sketched before, float32 weights by name."""
+    """Run both streams through a block that an earlier run has sketched.
+
+    Args:
+        blocks: The dense model.
+        number: Number of the block.
+        weights: The weights that the sketches stand for, float32, by names in the block.
+        streams: Hidden states that enter the block. They are replaced by those that leave it.
+    """
     block = blocks.load(number)
     for index, hidden in enumerate(streams.dense):
         streams.dense[index] = blocks.run(number, block, hidden).cpu()
@@ -104,10 +123,14 @@ def _sum_inputs(
     *,
     finish: bool,
 ) -> tuple[Tensor, Tensor]:
-    """X^T X and X^T Z, float64 [columns, columns], over the inputs of a stage: X in the block that
-    is being sketched, Z in the dense one. Products of a batch are float32, their sum is float64.
+    """Return X^T X and X^T Z, float64 [columns, columns], over the inputs of a stage.
 
-    finish: whether the dense stream goes on to what leaves the block."""
+    X are the inputs in the block that is being sketched, Z those in the dense block. The product of
+    a batch is float32, the sum of products is float64.
+
+    modules: the dense block and the one being sketched; finish: whether to run the dense block to
+    its end and replace the dense stream by its outputs.
+    """
     hessian, cross = (
         torch.zeros(columns, columns, dtype=torch.float64, device=blocks.device) for _ in range(2)
     )
@@ -121,8 +144,9 @@ def _sum_inputs(
             streams.dense[index] = after.cpu()
         product = x.T @ x
         hessian += product
-        # Experts may get other tokens in the two models, as many or not: rows of x and z are of the
-        # same tokens for sure only where a layer gets all of them. Else nothing is made up for.
+        # An expert may get different tokens in the two models, even if their number is equal. Rows
+        # of x and z are surely of the same tokens only if the layer gets all tokens. Otherwise the
+        # batch adds no correction.
         cross += x.T @ z if len(x) == len(z) == everything else product
     check_sums(f"{blocks.path_of(number)}.{stage.names[0]}", hessian, cross)
     return hessian, cross
@@ -138,8 +162,10 @@ def _inputs(
     *,
     finish: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The inputs of a stage's layers for some hidden states, float32 [tokens, in_features]; and
-    what leaves the block, if it is run to its end, which `finish` asks for."""
+    """Return the inputs of a stage's layers, float32 [tokens, in_features], and the block's output.
+
+    Without `finish`, the run may stop after the stage. Then the output is None.
+    """
     seen = [torch.empty(0, columns, device=blocks.device)]
     after = None
 

@@ -1,8 +1,8 @@
-"""Calibrated modules on their way into the checkpoint: in files below the work folder.
+"""Keep calibrated modules in files below the work folder, until the checkpoint is written.
 
-A block is a file, written when all its modules are sketched; healed tables are one more. A killed
-conversion goes on from the files that there are. Each has a digest of its contents in its name: one
-that is damaged is taken for one that is not there.
+Each block is one file, which is written when all its modules are sketched. Healed tables are one
+more file. An interrupted conversion continues from these files. The name of a file contains a
+digest of its contents, and a damaged file counts as missing.
 """
 
 from __future__ import annotations
@@ -39,8 +39,14 @@ _BLOCK, _HEALED = "block", "healed"
 
 @dataclass(frozen=True)
 class CalibratedModule:
-    """A sketched module as it goes to disk, and its sums: squared error and norm of the weights,
-    then of the outputs on the calibration text, before any healing."""
+    """A sketched module, as it is stored.
+
+    Attributes:
+        index_map: Packed codes, uint8 [out_features, row_bytes].
+        table: Tables in their stored dtype, [out_features, groups, 2^bits].
+        sums: Squared error and squared norm of the weights, then of the outputs on the calibration
+            text, before any healing.
+    """
 
     index_map: np.ndarray[Any, np.dtype[np.uint8]]
     table: np.ndarray[Any, Any]
@@ -49,7 +55,7 @@ class CalibratedModule:
     def codes(
         self, module: SketchedModule, metadata: SketchMetadata
     ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """uint8 [out_features, in_features]."""
+        """Return the module's codes, uint8 [out_features, in_features]."""
         if metadata.mapping == "hash":
             shape = module.out_features, module.in_features
             return hash_codes(*shape, module.bits, metadata.hash_seed)
@@ -58,13 +64,13 @@ class CalibratedModule:
     def wide_table(
         self, module: SketchedModule, metadata: SketchMetadata
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """float32 [out_features, groups, 2^bits]."""
+        """Return the tables in float32, [out_features, groups, 2^bits]."""
         stored = TABLE_DTYPES[metadata.table_dtype]
         return to_float32(self.table.tobytes(), stored).reshape(module.table_shape)
 
 
 class _Kept(NamedTuple):
-    """Where a module is, [out_features, groups, 2^bits] of its table, and its sums."""
+    """The file of a module, the shape of its table and its sums."""
 
     path: Path
     table_shape: tuple[int, ...]
@@ -72,9 +78,14 @@ class _Kept(NamedTuple):
 
 
 class CalibratedModules:
-    """The sketched modules of a model, in files of one block each below a folder.
+    """The sketched modules of a model, in files below a folder, one file per block.
 
-    healing: the divergence from the dense model before and after, once tables have been healed.
+    Args:
+        folder: The folder. Sound files that an earlier run left are used, damaged ones are not.
+
+    Attributes:
+        healing: The divergence from the dense model before and after healing. None without healed
+            tables.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -92,7 +103,7 @@ class CalibratedModules:
             self.healing, self._healed_sums = metadata[_HEALING], metadata[_SUMS]
 
     def has(self, layers: Iterable[Layer]) -> bool:
-        """Return whether all layers are kept, with the bits and groups that they have."""
+        """Return whether all layers are stored with the bits and groups that they shall have."""
         return all(
             layer.name in self._kept
             and self._kept[layer.name].table_shape == layer.module.table_shape
@@ -100,7 +111,7 @@ class CalibratedModules:
         )
 
     def read(self, name: str) -> CalibratedModule:
-        """A module by its name in the checkpoint."""
+        """Return a module by its name in the checkpoint, with its healed table if there is one."""
         path, _, sums = self._kept[name]
         with safe_open(path, framework="numpy") as file:
             index_map = file.get_tensor(name + INDEX_MAP_SUFFIX)
@@ -112,7 +123,12 @@ class CalibratedModules:
         return CalibratedModule(index_map, table, sums)
 
     def write(self, number: int, modules: dict[str, CalibratedModule]) -> None:
-        """Keeps the modules of a block, all or none of them."""
+        """Write the modules of a block, all of them or none.
+
+        Args:
+            number: Number of the block.
+            modules: The modules, by their names in the checkpoint.
+        """
         tensors: dict[str, Any] = {}
         for name, module in modules.items():
             tensors[name + INDEX_MAP_SUFFIX] = module.index_map
@@ -124,7 +140,7 @@ class CalibratedModules:
             self._kept[name] = _Kept(path, module.table.shape, module.sums)
 
     def forget_healed(self) -> None:
-        """Brings back the tables of the blocks."""
+        """Delete the healed tables, so that `read` returns the tables from before healing."""
         if self._healed is not None:
             self._healed.unlink()
             self._healed = self.healing = None
@@ -132,7 +148,13 @@ class CalibratedModules:
     def write_healed(
         self, tables: dict[str, tuple[Any, Sequence[float]]], healing: dict[str, float]
     ) -> None:
-        """Keeps other tables for all modules, with their squared errors and norms."""
+        """Write healed tables for all modules, in place of the tables of the blocks.
+
+        Args:
+            tables: For each module, by its name in the checkpoint: its table in the stored dtype,
+                and the squared error and squared norm of its weights.
+            healing: The divergence from the dense model before and after healing.
+        """
         tensors = {name + TABLE_SUFFIX: table for name, (table, _) in tables.items()}
         sums = {name: sums for name, (_, sums) in tables.items()}
         metadata = {_SUMS: json.dumps(sums), _HEALING: json.dumps(healing)}
@@ -141,19 +163,29 @@ class CalibratedModules:
 
 
 def calibrated_bytes(metadata: SketchMetadata, *, healed: bool) -> int:
-    """About what all blocks will take, and healed tables if there are to be any."""
+    """Estimate the bytes of the files of all blocks, with healed tables if `healed`."""
     specs = metadata.tensors()
     tables = sum(spec.nbytes for name, spec in specs.items() if name.endswith(TABLE_SUFFIX))
     return sum(spec.nbytes for spec in specs.values()) + (tables if healed else 0)
 
 
 def kept_bytes(folder: Path) -> int:
-    """What the blocks below a folder take, and healed tables."""
+    """Return the bytes of the files of blocks and healed tables below a folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def write_sound(folder: Path, name: str, data: bytes, suffix: str = ".safetensors") -> Path:
-    """Writes a file with its digest in its name, in the place of others of that name."""
+    """Write a file with a digest of its contents in its name, and delete older ones.
+
+    Args:
+        folder: The folder to write into.
+        name: The name without digest and suffix. Older files of that name are deleted.
+        data: The contents.
+        suffix: The suffix of the name.
+
+    Returns:
+        Path of the file.
+    """
     path = folder / f"{name}-{hashlib.sha256(data).hexdigest()}{suffix}"
     write_atomic(path, data)
     for older in set(folder.glob(f"{name}-*{suffix}")) - {path}:
@@ -162,7 +194,13 @@ def write_sound(folder: Path, name: str, data: bytes, suffix: str = ".safetensor
 
 
 def sound_files(folder: Path, name: str, suffix: str = ".safetensors") -> Iterator[Path]:
-    """Files of `write_sound` whose names begin like that, and that hold what was written."""
+    """Yield the files of `write_sound` whose contents match the digest in their names.
+
+    Args:
+        folder: The folder of the files.
+        name: How the names start, before a hyphen.
+        suffix: The suffix of the names.
+    """
     for path in sorted(folder.glob(f"{name}-*{suffix}")):
         if path.stem.endswith(f"-{sha256(path)}"):
             yield path

@@ -1,7 +1,7 @@
-"""Windows of a text, in tokens, drawn at random to calibrate with.
+"""Draw random windows of tokens from a text, to calibrate with.
 
-Reading is cheap beside tokenising, so a source is read first, but only as much of it is tokenised
-as a fair draw needs.
+Reading is cheap compared with tokenising. So a source is read as a whole, but only as much of it is
+tokenised as a fair draw needs.
 """
 
 from __future__ import annotations
@@ -16,20 +16,26 @@ from torch import Tensor
 from spallm_convert.errors import OptionError, SourceError
 from spallm_convert.source.text import read_documents
 
-#: Long documents are tokenised in pieces of this many characters, some 16 k tokens, ...
+#: Long documents are tokenised in pieces of 64 Ki characters, about 16 k tokens.
 _PIECE = 1 << 16
-#: ... so many pieces at a time, ...
+#: Number of pieces that are tokenised at a time.
 _BATCH = 64
-#: ... until there are this many times the tokens that are drawn.
+#: Tokenising stops at 4 times the tokens that are drawn.
 _POOL = 4
 
 
 class CalibrationText:
-    """A source's text (`text.read_documents`), read once, however often windows are drawn.
+    """The text of a source, which is read once, however often windows are drawn.
 
-    Documents are tokenised without special tokens, in pieces of at most 64 Ki characters, and
-    joined, with the tokenizer's end-of-text token between them where it has one. Raises SourceError
-    for a text that cannot be read.
+    Documents are tokenised without special tokens, in pieces of at most 64 Ki characters, and then
+    joined. If the tokenizer has an end-of-text token, it stands between them.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        source: Source of the text, as `read_documents` takes it.
+
+    Raises:
+        SourceError: The text cannot be read.
     """
 
     def __init__(self, tokenizer: Any, source: str) -> None:
@@ -38,25 +44,35 @@ class CalibrationText:
         self._encoded: dict[int, list[int]] = {}  # by the piece's number
 
     def draw(self, *, samples: int, seqlen: int, seed: int, or_fewer: bool = False) -> Tensor:
-        """Windows of the text, int64 [samples, seqlen], on the CPU.
+        """Draw windows of the text at random.
 
-        or_fewer: of a text that is too short for so many, take as many as it has, but one at least.
+        Every placement of `samples` windows that do not overlap is equally likely. Windows come in
+        the order of the text. If the tokenizer starts texts with a beginning-of-text token, every
+        window starts with it and has seqlen - 1 tokens of text. This is how the model is used, and
+        models with such a token treat the first position of a sequence unlike all others.
 
-        Every placement of `samples` windows that do not overlap is equally likely; they come in the
-        order of the text. Where the tokenizer puts a beginning-of-text token before what it
-        encodes, every window starts with it (and has seqlen - 1 tokens of text), since that is what
-        the model sees in use: models that know such a token treat the first place of a sequence
-        unlike all others.
+        If the text is longer than four times the draw, pieces of it are chosen at random and put
+        back into their order. The same tokenizer, source, arguments and version of NumPy give the
+        same windows. No global random state is used.
 
-        Of more text than four times what is drawn, pieces are chosen at random and put back into
-        their order. Same tokenizer, source, numbers and version of NumPy give the same windows; the
-        generator is seeded with `seed`, no global one is touched. Raises OptionError for numbers
-        that cannot be used, SourceError for a text that is too short.
+        Args:
+            samples: Number of windows, at least 1.
+            seqlen: Tokens per window, at least 2.
+            seed: Seed of the draw, at least 0.
+            or_fewer: If the text is too short for `samples` windows, draw as many as it has, but
+                at least one.
+
+        Returns:
+            The windows, int64 [samples, seqlen], on the CPU.
+
+        Raises:
+            OptionError: An argument is out of range.
+            SourceError: The text is too short.
         """
         if samples < 1 or seqlen < 2 or seed < 0:
             raise OptionError(
-                f"calibration takes at least 1 sample of at least 2 tokens and a seed of at least "
-                f"0, found samples={samples}, seqlen={seqlen}, seed={seed}"
+                f"found samples={samples}, seqlen={seqlen}, seed={seed}; accepted are samples of "
+                f"at least 1, seqlen of at least 2 and seed of at least 0"
             )
         prefix = _beginning(self._tokenizer)
         length = seqlen - len(prefix)
@@ -68,10 +84,11 @@ class CalibrationText:
         if spare < 0:
             raise SourceError(
                 f"text {self._source!r} is too short: it has {len(tokens):,} tokens, "
-                f"{samples * length:,} are needed for {samples} samples of {length}"
+                f"{samples * length:,} are needed for {samples} samples of {length}; use a longer "
+                f"text, or a smaller --samples or --seqlen"
             )
-        # Choosing among spare + samples places, and widening each to a window, is choosing among
-        # all placements of windows that do not overlap.
+        # Draw one place per window out of spare + samples places, then widen each place to a
+        # window. This draws uniformly from all placements of windows that do not overlap.
         places = np.sort(generator.choice(spare + samples, samples, replace=False))
         starts = places + np.arange(samples) * (length - 1)
         windows = tokens[starts[:, None] + np.arange(length)]
@@ -81,7 +98,7 @@ class CalibrationText:
     def _pool(
         self, enough: int, generator: np.random.Generator
     ) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Tokens of pieces chosen at random until there are enough, int64 [n], in their order."""
+        """Choose pieces at random until they have enough tokens; return these in text order."""
         order = generator.permutation(len(self._pieces)).tolist()
         chosen: list[int] = []
         total = 0
@@ -105,28 +122,29 @@ class CalibrationText:
         return np.array(joined, np.int64)
 
     def _encode(self, pieces: list[int]) -> None:
+        """Tokenise the pieces that have not been tokenised yet."""
         missing = [i for i in pieces if i not in self._encoded]
         texts = [self._pieces[i][1] for i in missing]
         if texts:
-            # verbose=False: no remark that this is longer than the model's context.
+            # verbose=False: no warning that a piece is longer than the model's context.
             found = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
             self._encoded.update(zip(missing, found, strict=True))
 
 
 def _beginning(tokenizer: Any) -> list[int]:
-    """The beginning-of-text token, where the tokenizer puts one before what it encodes."""
+    """Return the token that the tokenizer puts before every text, in a list; empty if none."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def _pieces(documents: list[str]) -> Iterator[tuple[int, str]]:
-    """The documents cut into pieces at ends of lines or words: pairs of (document, piece)."""
+    """Cut the documents at ends of lines or words; yield pairs (number of the document, piece)."""
     for number, text in enumerate(documents):
         start = 0
         while start < len(text):
             end = start + _PIECE
             if end < len(text):
-                # Before white space, as most tokenizers join a space with the word after it.
+                # Cut before white space: most tokenizers join a space with the word after it.
                 cut = max(text.rfind(white, start + 1, end) for white in " \n")
                 end = cut if cut > start else end
             yield number, text[start:end]

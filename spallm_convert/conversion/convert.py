@@ -1,6 +1,6 @@
-"""`convert`: carries out a plan, shard by shard.
+"""Convert a model: make a plan and carry it out, shard by shard.
 
-A shard that is whole is never written twice, so a killed conversion goes on where it was.
+A complete shard is never written twice, so an interrupted conversion continues where it stopped.
 """
 
 from __future__ import annotations
@@ -74,21 +74,44 @@ def convert(
     device: str = AUTO_DEVICE,
     progress: Progress | None = None,
 ) -> Report:
-    """Sketches a model: Hub id, local folder or GGUF file -> the folder `output`.
+    """Sketch a model and write the sketched checkpoint to a folder.
 
-    device: where calibration computes, "cpu", "cuda", "cuda:1", ... or "auto" for a GPU if there is
-    one; without calibration everything is done on the CPU.
-    Same source, options, device and versions give the same bytes, whatever the number of threads
-    (with calibration: but for the last digits of matrix products). An output folder that holds
-    something is refused unless `resume` (go on with an interrupted conversion) or `overwrite`
-    (replace a checkpoint) is set.
-    Raises SpallmError, or OSError when the disk fails.
+    The same source, options, device and versions give the same bytes for any number of threads.
+    With calibration, the last digits of matrix products may differ between numbers of threads.
+
+    Args:
+        model: A model on the Hub ("ORG/NAME"), a local folder, or a GGUF file.
+        output: The folder to write. A folder that is not empty is refused, unless `resume` or
+            `overwrite` is set.
+        config: Options of the conversion. Default: `SketchConfig()`, 4 bits without calibration.
+        revision: Branch, tag or commit on the Hub. Default: the main branch.
+        resume: Continue an interrupted conversion in `output`. If the conversion is complete,
+            return its report. Default: False.
+        overwrite: Replace the checkpoint in `output`. Default: False.
+        trust_remote_code: Run Python code that comes with the model, if its architecture needs it.
+            Read the code first. Default: False.
+        threads: Number of CPU threads. Default: all for numba, and torch's own number for torch.
+        device: Where calibration computes: "cpu", "cuda", "cuda:1" and so on, or "auto", which
+            takes a GPU if there is one. Without calibration, everything is done on the CPU.
+            Default: "auto".
+        progress: Is told how far the work is. Default: nothing is reported.
+
+    Returns:
+        The report, as it stands in `conversion.json`.
+
+    Raises:
+        CalibrationError: The model cannot be run block by block, or values are not finite.
+        OptionError: An option, or a combination of options, cannot be used.
+        SourceError: The model or the text cannot be found or read, on this machine or on the Hub.
+        SpallmError: The output folder cannot be used or has not enough space, or memory runs out.
+            All errors above are subclasses.
+        OSError: The disk fails.
     """
     config = config or SketchConfig()
     place = _find_place(device, config)
     folder = user_path(output)
     if resume and overwrite:
-        raise OptionError("resume and overwrite contradict each other")
+        raise OptionError("resume and overwrite contradict each other: set only one of them")
     with cpu_threads(threads):
         is_whole = (folder / CONFIG_FILE).exists() and not is_unfinished(folder)
         if not (resume and is_whole):
@@ -97,7 +120,7 @@ def convert(
         if folder.exists() and folder.samefile(source.path):
             raise OptionError(f"output {folder} is the source itself: choose another folder")
         job = _Job(source, config, place, trust_remote_code, progress or Silent())
-        # A plan costs nothing beside hashing the source, so what cannot work is refused first.
+        # Planning is cheap compared with hashing the source, so errors of the plan come first.
         ready = None if source.is_gguf else job.planned(folder)
         texts = job.texts()
         about = source.identity(ready[0] if ready else None)
@@ -129,18 +152,34 @@ def plan_conversion(
     trust_remote_code: bool = False,
     device: str = AUTO_DEVICE,
 ) -> Plan:
-    """What `convert` would do, from headers alone: of weights on the Hub nothing else is fetched.
+    """Plan a conversion without carrying it out.
 
-    A GGUF file is the exception: transformers dequantizes it into a temporary folder. Raises
-    OptionError for `target_bits`: bits are chosen when the text has gone through the model; and for
-    a `device` that `convert` would not take.
+    Only headers of weights are read, and only headers are fetched from the Hub. GGUF files are the
+    exception: transformers dequantizes them into a temporary folder.
+
+    Args:
+        model: A model on the Hub ("ORG/NAME"), a local folder, or a GGUF file.
+        config: Options of the conversion, without `target_bits`. Default: `SketchConfig()`.
+        revision: Branch, tag or commit on the Hub. Default: the main branch.
+        trust_remote_code: Run Python code that comes with the model, if its architecture needs it.
+            Read the code first. Default: False.
+        device: The device that `convert` would get. It is only checked. Default: "auto".
+
+    Returns:
+        The plan that `convert` would carry out.
+
+    Raises:
+        OptionError: An option cannot be used. `target_bits` is refused, because bits are only
+            chosen when the text has been run through the model.
+        SourceError: The model cannot be found or read, on this machine or on the Hub, or it has no
+            layer to sketch.
     """
     config = config or SketchConfig()
     _find_place(device, config)
     if config.target_bits is not None:
         raise OptionError(
-            f"target_bits {config.target_bits:g} chooses bits by what the model makes of the text, "
-            f"so they are not known in advance; plan for bits of 2, 3 or 4 instead"
+            f"target_bits {config.target_bits:g}: bits are chosen by running the model on the text "
+            f"and are not known in advance; plan with bits 2, 3 or 4 instead"
         )
     source = find_here(os.fspath(model), revision)
     if source is None:
@@ -152,20 +191,21 @@ def plan_conversion(
 
 
 def _find_place(device: str, config: SketchConfig) -> torch.device:
-    """Where a conversion computes. Raises OptionError for a device that it cannot use."""
+    """Return the device to compute on. Raise OptionError if the conversion cannot use it."""
     if config.calibration is not None:
         return find_device(device)
     place = find_device(CPU if device == AUTO_DEVICE else device)
     if place.type != CPU:
         raise OptionError(
-            f"device {device}: only for a conversion with calibration; others are done on the CPU"
+            f"device {device}: only for a conversion with calibration, others are done on the CPU; "
+            f"leave out --device, or add --calibration"
         )
     return place
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be converted, and how; place: where calibration computes."""
+    """A source and how to convert it. place: the device that calibration computes on."""
 
     source: Source
     config: SketchConfig
@@ -204,7 +244,7 @@ def _carry_out(
     texts: Texts | None,
     same: dict[str, Any],
 ) -> tuple[Plan, Report]:
-    """Calibrates if there are texts, and writes the shards; the plan as it came to be."""
+    """Calibrate if there are texts, and write the shards. Return the final plan and the report."""
     job.progress.start(plan.sketched_weights)
     sketches: CalibratedModules | None = None
     notes: dict[str, Any] = {}
@@ -217,8 +257,11 @@ def _carry_out(
 def _calibrated(
     job: _Job, staging: Staging, checkpoint: DenseCheckpoint, plan: Plan, texts: Texts
 ) -> tuple[Plan, CalibratedModules | None, dict[str, Any]]:
-    """Every module sketched for the text; None for a model that is not fit, if that is fine. The
-    plan with the bits that were chosen, and notes for the report on that, or on why not."""
+    """Calibrate every module. With `fallback`, return None if the model cannot be calibrated.
+
+    Return the plan with the bits that were chosen, the calibrated modules, and notes for the report
+    (predicted losses, or the reason why the model is not calibrated).
+    """
     folder = staging.scratch(_CALIBRATED, worth_keeping=True)
     config, progress = job.config, job.progress
     assert config.calibration is not None
@@ -228,7 +271,10 @@ def _calibrated(
             blocks.check_predictions()
     except CalibrationError as error:
         if not config.calibration.fallback:
-            raise _with_remedy(error, config) from error
+            if config.calibration.heal or config.target_bits is not None:
+                raise  # these options do not allow --fallback
+            remedy = "--fallback sketches the weights without calibration"
+            raise CalibrationError(f"{error}; {remedy}") from error
         progress.remark(f"not calibrated: {error}")
         return plan, None, {"not_calibrated": str(error)}
     notes: dict[str, Any] = {}
@@ -245,14 +291,6 @@ def _calibrated(
     return plan, sketches, notes
 
 
-def _with_remedy(error: CalibrationError, config: SketchConfig) -> CalibrationError:
-    """Return an error that names --fallback, or the same error if that option is not possible."""
-    assert config.calibration is not None
-    if config.calibration.heal or config.target_bits is not None:
-        return error
-    return CalibrationError(f"{error}; --fallback sketches the weights without calibration")
-
-
 def _write_shards(
     staging: Staging,
     plan: Plan,
@@ -260,7 +298,7 @@ def _write_shards(
     sketches: CalibratedModules | None,
     progress: Progress,
 ) -> Report:
-    """Writes every shard that is not there yet; returns the report on all of them."""
+    """Write every shard that is missing, and return the report on all of them."""
     _check_space(staging, plan)
     records = {}
     for shard in plan.shards:
@@ -281,7 +319,7 @@ def _publish(
     report: Report,
     older: Report | None,
 ) -> None:
-    """Writes everything but the shards, and puts the checkpoint in place of the older one."""
+    """Write all files but the shards, and replace the older checkpoint by the new one."""
     config = checkpoint.config | {"quantization_config": plan.metadata.to_json()}
     documents = {
         CARD_FILE: model_card(report, checkpoint.config).encode(),
@@ -299,7 +337,7 @@ def _publish(
 
 
 def _older_report(folder: Path) -> Report | None:
-    """The report of the checkpoint that lies in the folder; None when it has none that is sound."""
+    """Return the report of the checkpoint in the folder, None if there is none or it is damaged."""
     try:
         return Report.read(folder)
     except FormatError:
@@ -307,21 +345,22 @@ def _older_report(folder: Path) -> Report | None:
 
 
 def _check_files(folder: Path, report: Report) -> None:
-    """Raises SpallmError unless every file of a conversion that was finished is still there."""
+    """Raise SpallmError if a file of a complete conversion is missing or has another size."""
     for name, about in report.files.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != about.get("bytes"):
             raise SpallmError(
-                f"{folder}: {name} is not the one that was converted; use --overwrite to convert "
-                f"again"
+                f"{folder}: {name} is missing or has changed since the conversion; use --overwrite "
+                f"to convert again"
             )
 
 
 def _check_space(staging: Staging, plan: Plan, more: int = 0) -> None:
+    """Raise SpallmError if the disk cannot hold the missing shards and `more` bytes."""
     needed = more + sum(shard.nbytes for shard in plan.shards if not staging.has(shard))
     free = shutil.disk_usage(staging.folder).free
     if free < needed:
         raise SpallmError(
             f"{staging.folder} needs {needed:,} more bytes for the sketched model, its disk has "
-            f"{free:,} free"
+            f"{free:,} free; free some space, or choose a folder on another disk"
         )

@@ -1,7 +1,7 @@
-"""What a conversion will do: a pure function of the source's headers and the options.
+"""Plan a conversion from the source's headers and the options.
 
-Nothing here reads a weight, so `--dry-run` is a plan that is not carried out, and a resumed
-conversion plans the same as the one that was killed.
+Nothing here reads a weight. So `--dry-run` only makes a plan and does not carry it out. A resumed
+conversion makes the same plan as the interrupted one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from spallm_convert.errors import OptionError, SourceError
 from spallm_convert.source.checkpoint import DenseCheckpoint
 from spallm_convert.source.skeleton import is_in_block, read_skeleton
 from spallm_formats import (
+    CONFIG_FILE,
     FLOAT_STORAGE,
     Shard,
     SketchedModule,
@@ -95,11 +96,20 @@ class Plan:
 def make_plan(
     checkpoint: DenseCheckpoint, config: SketchConfig, *, trust_remote_code: bool = False
 ) -> Plan:
-    """Plans the sketching of every linear layer in the model's blocks.
+    """Plan to sketch every linear layer in the model's blocks.
 
-    With `target_bits` it is what `reallocate` starts from. Raises OptionError when groups do not
-    divide a layer's columns or the target cannot be met, SourceError when no layer can be sketched
-    or a layer's weight has a dtype or shape that cannot be read.
+    With `target_bits`, all layers get the bits of `config` first, and `reallocate` changes them.
+
+    Args:
+        checkpoint: The dense checkpoint. Only its headers are read.
+        config: Options of the conversion.
+        trust_remote_code: Whether to run model code from the checkpoint.
+
+    Raises:
+        OptionError: Groups do not divide a layer's columns, a pattern to ignore matches nothing, or
+            the target cannot be met.
+        SourceError: No layer can be sketched, or a weight has an unsupported dtype or an unexpected
+            shape.
     """
     folder, tensors = checkpoint.folder, checkpoint.tensors
     skeleton = read_skeleton(folder, checkpoint.config, trust_remote_code=trust_remote_code)
@@ -138,7 +148,14 @@ def make_plan(
 def reallocate(
     plan: Plan, choices: Mapping[str, Choice], checkpoint: DenseCheckpoint, config: SketchConfig
 ) -> Plan:
-    """The same plan with other bits and groups, of every module by its name."""
+    """Return the same plan with other bits and groups.
+
+    Args:
+        plan: The plan to change.
+        choices: Bits and groups of every module, by its name in the checkpoint.
+        checkpoint: The dense checkpoint that the plan was made for.
+        config: Options of the conversion.
+    """
     layers = {
         name: replace(layer, module=with_choice(layer.module, choices[name]))
         for name, layer in plan.layers.items()
@@ -147,7 +164,7 @@ def reallocate(
 
 
 def _other_matrices(tensors: dict[str, StoredTensor], known: set[str]) -> dict[str, str]:
-    """Matrices inside blocks that belong to no linear layer, such as fused experts."""
+    """Return the matrices inside blocks that belong to no linear layer, such as fused experts."""
     return {
         name: "not the weight of a linear layer"
         for name, tensor in tensors.items()
@@ -158,14 +175,18 @@ def _other_matrices(tensors: dict[str, StoredTensor], known: set[str]) -> dict[s
 
 
 def _matches(pattern: str, *names: str) -> bool:
-    """Whether a pattern to ignore is one for a layer, by its path or its name in the checkpoint."""
+    """Return whether a pattern matches one of a layer's names (path, name in the checkpoint)."""
     return any(fnmatch.fnmatch(name, pattern) for name in names)
 
 
 def _check_patterns(patterns: tuple[str, ...], layers: list[tuple[str, str]]) -> None:
+    """Raise OptionError if a pattern to ignore matches no layer."""
     unused = [p for p in patterns if not any(_matches(p, *names) for names in layers)]
     if unused:
-        raise OptionError(f"ignore patterns {unused} match no linear layer of the model's blocks")
+        raise OptionError(
+            f"ignore patterns {unused} match no linear layer of the model's blocks; --dry-run "
+            f"without --ignore lists the layers"
+        )
 
 
 def _laid_out(
@@ -196,6 +217,7 @@ def _laid_out(
 
 
 def _sketched(shape: tuple[int, int], config: SketchConfig) -> SketchedModule:
+    """Return a module of this shape, with the bits and groups of `config`."""
     out_features, in_features = shape
     return SketchedModule(
         in_features=in_features,
@@ -208,24 +230,33 @@ def _sketched(shape: tuple[int, int], config: SketchConfig) -> SketchedModule:
 def _reason_to_keep(
     name: str, shape: tuple[int, int], weight: StoredTensor, config: SketchConfig
 ) -> str | None:
+    """Return the reason to keep a layer dense, None if it is to be sketched."""
     if config.groups_per_row == AUTO:
         specs = _sketched(shape, config).tensors(name, config.mapping, config.table_dtype)
         if sum(spec.nbytes for spec in specs) >= weight.nbytes:
-            return f"with {shape[1]} columns its tables would be larger than what they save"
+            return f"with {shape[1]} columns its tables would be larger than the space they save"
     return None
 
 
 def _tensor_problems(weight: StoredTensor, shape: tuple[int, int]) -> list[str]:
+    """Return what keeps a weight from being sketched: its dtype, or its shape."""
     where = f"{weight.file.name}: tensor {weight.name!r}"
     if weight.dtype not in FLOAT_STORAGE:
         accepted = ", ".join(FLOAT_STORAGE)
-        return [f"{where} has the dtype {weight.dtype}, only {accepted} can be sketched"]
+        return [
+            f"{where} has the dtype {weight.dtype}, only {accepted} can be sketched (--ignore "
+            f"{weight.name.removesuffix('.weight')} leaves the layer dense)"
+        ]
     if weight.shape != shape:
-        return [f"{where} is {list(weight.shape)}, the model expects {list(shape)}"]
+        return [
+            f"{where} is {list(weight.shape)}, the model expects {list(shape)}: use the "
+            f"{CONFIG_FILE} that belongs to these weights"
+        ]
     return []
 
 
 def _check_groups(modules: dict[str, SketchedModule]) -> None:
+    """Raise OptionError if the groups do not divide the columns of every module."""
     misfits = [
         f"{name} ({module.in_features} columns)"
         for name, module in modules.items()
@@ -234,12 +265,15 @@ def _check_groups(modules: dict[str, SketchedModule]) -> None:
     if misfits:
         groups = next(iter(modules.values())).groups_per_row
         more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        named = ", ".join(misfits[:3]) + more
         raise OptionError(
-            f"groups_per_row {groups} does not divide the columns of {', '.join(misfits[:3])}{more}"
+            f"groups_per_row {groups} does not divide the columns of {named}; use a divisor, or "
+            f"--groups-per-row auto"
         )
 
 
 def _why_none(left_dense: dict[str, str]) -> str:
+    """Return why there is no layer to sketch, in parentheses, with up to three reasons."""
     if not left_dense:
         return "(the model has none inside its blocks)"
     return "(" + "; ".join(f"{name}: {why}" for name, why in list(left_dense.items())[:3]) + ")"

@@ -57,7 +57,7 @@ def options(text, **changes):
 
 
 def logits_error(source, folder, *, seed=1):
-    """Of a sketched model, relative, on tokens that calibration has not seen."""
+    """Return the relative error of a sketched model's logits, on tokens outside the text."""
     tokens = torch.randint(2, 128, (8, 32), generator=torch.Generator().manual_seed(seed))
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     sketched = load_sketched(folder, dtype=torch.float32)
@@ -81,7 +81,7 @@ def test_calibrated_models_are_nearer_to_the_dense_one(source, text, tmp_path):
 
 
 def test_healed_models_are_nearer_still(text, tmp_path, monkeypatch):
-    # Predictions far from uniform; steps that are not too small for weights of that size.
+    # Make predictions far from uniform, and steps large enough for weights of that size.
     source = save_tiny_llama(
         tmp_path / "source", tie_word_embeddings=True, initializer_range=0.2
     ).folder
@@ -150,7 +150,7 @@ def test_steps_can_be_left_out(source, text, tmp_path, without, monkeypatch):
 
     def spied(target, *arguments, **how):
         fitted = fit(target, *arguments, **how)
-        targets.append(target.copy())  # its memory is the layer's
+        targets.append(target.copy())  # it shares its memory with the layer
         names.update(name for name, _ in fitted.losses)
         return fitted
 
@@ -267,7 +267,7 @@ def test_encoders_are_refused_unless_falling_back_is_allowed(text, tmp_path, cap
 
 
 def test_healing_and_bits_by_layer_need_predictions(source, text, tmp_path):
-    """And that is known before there is work to be lost."""
+    """Check that the error comes before any work that would be lost."""
     headless = Path(shutil.copytree(source, tmp_path / "headless"))
     config = json.loads((headless / "config.json").read_text())
     config["architectures"] = ["LlamaModel"]

@@ -1,4 +1,4 @@
-"""Calibrating on a device: the same sketches as on the CPU but for rounding, and clear refusals."""
+"""Calibration on a device: the sketches of the CPU up to rounding, and clear errors."""
 
 import contextlib
 
@@ -36,7 +36,7 @@ from spallm_kernels import batched
 
 @pytest.fixture
 def device(monkeypatch):
-    """A device to convert on, whatever is asked for."""
+    """Make every conversion use a pretend device, whatever device is asked for."""
     monkeypatch.setattr(conversion, "find_device", lambda name: DEVICE)
     return PretendDevice()
 
@@ -73,7 +73,7 @@ def test_a_device_gives_the_sketches_of_the_cpu(source, text, tmp_path, device, 
 
 
 def assert_same_sketch(name, ours, theirs):
-    """Codes but for few, and entries but for those whose codes differ."""
+    """Check that nearly all codes are equal, and tables are close."""
     maps = [tensors[f"{name}.weight"].numpy() for tensors in (ours, theirs)]
     if maps[0].size:
         columns = 48 if "down" in name else 32
@@ -84,7 +84,7 @@ def assert_same_sketch(name, ours, theirs):
 
 
 def test_a_device_predicts_what_the_cpu_does(source, text, tmp_path, device, monkeypatch):
-    """Bits by layer: nothing by numba, and no hidden states left on the device."""
+    """Allocate bits without numba, and check that no hidden states stay on the device."""
     choice = {"bits": 4, "groups_per_row": "auto", "table_dtype": "bfloat16", "target_bits": 8}
     config = options(text, ignore=("model.layers.1.*",), **choice)
     sets, given, ran = [], [], []
@@ -101,7 +101,7 @@ def test_a_device_predicts_what_the_cpu_does(source, text, tmp_path, device, mon
         with device:
             found = convert(source, tmp_path / "device", config)
     assert ran == []
-    assert set(given) == {("cpu", False), (DEVICE.type, True)}  # the latter for the way back
+    assert set(given) == {("cpu", False), (DEVICE.type, True)}  # the latter in the backward pass
     monkeypatch.setattr(conversion, "find_device", find_device)
     expected = convert(source, tmp_path / "cpu", config, device="cpu")
     ours, theirs = (
@@ -221,7 +221,7 @@ def test_a_devices_memory_that_is_not_enough(source, text, tmp_path, monkeypatch
 def test_main_memory_that_is_not_enough_is_not_laid_to_the_model(
     empty, source, text, tmp_path, monkeypatch
 ):
-    """Nor does the conversion fall back: the model would be less than it could be."""
+    """Check that the conversion does not fall back either: the result would be needlessly worse."""
 
     def fail(*arguments, **how):
         empty(1 << 50)
@@ -252,7 +252,7 @@ def test_products_are_in_full_float32_and_settings_come_back(precision):
 def test_settings_by_their_newer_names_come_back():
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"  # now torch refuses to tell by the older name
+    matmul.fp32_precision = "tf32"  # now torch refuses to read the setting by its older name
     try:
         with full_float32():
             assert matmul.fp32_precision == "ieee"

@@ -1,4 +1,4 @@
-"""Experts: layers that some tokens go through, other tokens in each stream, or none at all."""
+"""Experts: layers that get some tokens, different tokens in each stream, or no tokens."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def options(text, **changes):
 
 
 class Experts(nn.Module):
-    """In the place of Llama's MLP: linear experts for the tokens that choose them, two for none."""
+    """Five linear experts in place of Llama's MLP, of which the router never chooses two."""
 
     def __init__(self, config):
         super().__init__()
@@ -53,11 +53,11 @@ def test_experts_see_their_own_tokens(text, tmp_path, monkeypatch):
     errors = {m["name"]: m["relative_output_error"] for m in report.modules}
     experts = [f"model.layers.0.mlp.experts.{number}" for number in range(5)]
     assert all(0 < errors[name] < 0.5 for name in experts[:3])
-    assert errors[experts[3]] == errors[experts[4]] == 0  # they have no outputs
+    assert errors[experts[3]] == errors[experts[4]] == 0  # no token reaches them
 
 
 class HalfExpert(nn.Module):
-    """In the place of Llama's MLP: one expert, for the better half of the tokens, best first."""
+    """One expert in place of Llama's MLP, for the half of the tokens that score highest, sorted."""
 
     def __init__(self, config):
         super().__init__()
@@ -73,7 +73,7 @@ class HalfExpert(nn.Module):
 
 
 def test_experts_with_as_many_but_other_tokens_make_up_for_nothing(text, tmp_path, monkeypatch):
-    """Inputs in the dense and in the sketched model are as many, row by row of other tokens."""
+    """Give an expert equally many tokens in both models, but different ones row by row."""
     monkeypatch.setattr(modeling_llama, "LlamaMLP", HalfExpert)
     folder = save_tiny_llama(tmp_path / "model").folder
     word_tokenizer().save_pretrained(folder)
@@ -84,7 +84,7 @@ def test_experts_with_as_many_but_other_tokens_make_up_for_nothing(text, tmp_pat
 
 @pytest.mark.parametrize("which", ["all", "no"])
 def test_both_streams_leave_a_block_as_it_is_then(tmp_path, monkeypatch, which):
-    """With layers that see all tokens, some or none, and with no layers to sketch."""
+    """Sketch layers that get all tokens, some or none; or sketch no layer at all."""
     monkeypatch.setattr(modeling_llama, "LlamaMLP", Experts)
     folder = save_tiny_llama(tmp_path / "model").folder
     plan = make_plan(find_here(str(folder)).open(folder), SketchConfig(bits=2, groups_per_row=1))
@@ -101,7 +101,7 @@ def test_both_streams_leave_a_block_as_it_is_then(tmp_path, monkeypatch, which):
 
 
 class TwoOfThree(nn.Module):
-    """In the place of Llama's MLP: two linear experts for all tokens, a third for none."""
+    """Two linear experts in place of Llama's MLP that share all tokens, and a third for none."""
 
     def __init__(self, config):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Calibration of the mapping `hash`: codes as they are computed, tables that are best for them."""
+"""Calibration with the mapping `hash`: codes are computed, and tables are optimal for them."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from spallm_kernels import hash_codes, look_up
 
 
 def sketched(rows, columns, groups, bits, *, seed=3, without=(), weights=None):
-    """Weights, Hessian and sketch of a layer whose targets are its weights."""
+    """Return weights, Hessian and sketch of a layer whose targets are its weights."""
     weights = weight_rows(rows, columns, seed=1) if weights is None else weights
     hessian = torch.from_numpy(correlated_hessian(columns, 2))
     shape = {"out_features": rows, "in_features": columns}
@@ -29,7 +29,7 @@ def sketched(rows, columns, groups, bits, *, seed=3, without=(), weights=None):
 
 @pytest.mark.parametrize("shape", [(5, 24, 1, 2), (7, 60, 2, 3), (3, 40, 4, 4)])
 def test_tables_are_the_least_squares_optimum(shape):
-    """Beside numpy.linalg.lstsq, on a square root of the damped Hessian."""
+    """Compare with numpy.linalg.lstsq, on a square root of the damped Hessian."""
     rows, columns, groups, bits = shape
     weights, hessian, layer = sketched(*shape, without=("correction",))
     assert layer.rows.index_map.shape == (rows, 0)

@@ -1,4 +1,4 @@
-"""A calibrated conversion that was killed, or whose work was damaged, ends in the same bytes."""
+"""Resume calibrated conversions that were killed or damaged: the result has the same bytes."""
 
 import os
 import shutil
@@ -19,12 +19,12 @@ SCRIPT = Path(__file__).parents[1] / "helpers" / "killed_conversion.py"
 
 
 def options(text, **changes):
-    """Those of `killed_conversion.py`."""
+    """Return the options that `killed_conversion.py` uses."""
     return calibrated(text, **{"max_shard_size": "30KB", "samples": 16, "seqlen": 32} | changes)
 
 
 def stopped(source, output, config, count):
-    """Stops a conversion when so many modules are done; returns the blocks that it has kept."""
+    """Stop a conversion after `count` modules; return the files of the blocks that it kept."""
     with pytest.raises(KeyboardInterrupt):
         convert(source, output, config, device="cpu", progress=StopAt(count))
     return sorted(output.rglob("block-*.safetensors"))
@@ -38,7 +38,7 @@ def test_a_damaged_block_is_sketched_again(source, text, tmp_path, damage, mappi
     (block,) = stopped(source, tmp_path / "out", config, 10)
     data = bytearray(block.read_bytes())
     if damage == "changed":
-        data[-1] ^= 1  # in the last table: nothing else would notice
+        data[-1] ^= 1  # in the last table: only the digest shows this
     block.write_bytes({"shorter": data[:-100], "changed": data, "empty": b""}[damage])
     convert(source, tmp_path / "out", config, device="cpu", resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -64,7 +64,7 @@ def test_blocks_that_are_there_need_no_more_space(source, text, tmp_path, monkey
     whole = convert(source, tmp_path / "whole", options(text), device="cpu")
     (block,) = stopped(source, tmp_path / "out", options(text), 10)
     usage = shutil.disk_usage(tmp_path)
-    # For all shards and the other block, which is as large.
+    # Space for all shards and the other block, which has the same size.
     free = whole.totals["sketched_bytes"] + block.stat().st_size
     for less, outcome in (
         (20000, pytest.raises(SpallmError, match="more bytes")),
@@ -77,7 +77,7 @@ def test_blocks_that_are_there_need_no_more_space(source, text, tmp_path, monkey
 
 
 def test_healed_tables_need_space_too(source, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "LEARNING_RATE", 0.1)  # there is something to keep
+    monkeypatch.setattr(tuning, "LEARNING_RATE", 0.1)  # large enough to improve the tables
     config = options(text, heal=2)
     whole = convert(source, tmp_path / "whole", config, device="cpu")
     tables = 2 * 16 * sum(module["shape"][0] for module in whole.modules)
@@ -92,7 +92,7 @@ def test_healed_tables_need_space_too(source, text, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mapping", ["cluster", "hash"])
 def test_healed_tables_go_with_their_blocks(source, text, tmp_path, mapping, monkeypatch):
-    """Healed tables are used again, unless they or a block are damaged: then they are made anew."""
+    """Check that healed tables are reused, but made again if they or a block are damaged."""
     monkeypatch.setattr(tuning, "LEARNING_RATE", 0.1)
     config = options(text, heal=20, mapping=mapping, bits=2, table_dtype="float32")
     whole = convert(source, tmp_path / "whole", config, device="cpu")
@@ -126,7 +126,7 @@ def run(source, output, kill_at, text):
 
 @pytest.mark.slow
 def test_killed_and_resumed_is_byte_identical(source, text, tmp_path):
-    """Kills while blocks are sketched, while shards are written, and while files move up."""
+    """Kill while blocks are sketched, while shards are written, and while files are published."""
     whole = run(source, tmp_path / "whole", 0, text)
     assert whole.returncode == 0, whole.stderr
     moments = int(whole.stdout)

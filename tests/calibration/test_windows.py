@@ -1,4 +1,4 @@
-"""Windows of a text: a draw that is fair, repeatable and local."""
+"""Windows of a text: the draw is fair and repeatable, and tokenises only what it needs."""
 
 import json
 import random
@@ -47,7 +47,7 @@ def test_as_many_tokens_as_there_are(write):
 
 
 def test_every_placement_is_equally_likely(write):
-    """Two windows of 2 in 6 tokens: six placements."""
+    """Draw two windows of 2 from 6 tokens, which have six placements."""
     source, tokenizer = write("a.txt", "abcdef"), tiny_tokenizer()
     found = {}
     for seed in range(600):
@@ -93,7 +93,7 @@ def test_the_seed_decides_and_global_generators_are_left_alone(write):
 
 
 class Watched:
-    """The tiny tokenizer; lists what it tokenises."""
+    """The tiny tokenizer, which also lists the texts that it tokenises."""
 
     bos_token_id, eos_token_id = None, 1
 
@@ -106,7 +106,7 @@ class Watched:
 
 
 def test_of_a_large_text_a_random_part_is_tokenised(write, monkeypatch):
-    """Pieces of all of the text are chosen alike, and stay in its order."""
+    """Check that pieces come from all parts of the text alike, and stay in its order."""
     monkeypatch.setattr(windows, "_PIECE", 100)
     monkeypatch.setattr(windows, "_BATCH", 2)
     text = words(20_000)

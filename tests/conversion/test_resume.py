@@ -198,7 +198,7 @@ def test_resuming_what_is_finished_changes_nothing(tiny_llama, tmp_path):
 def test_what_is_not_whole_any_more_is_not_called_finished(tiny_llama, tmp_path, change):
     convert(tiny_llama.folder, tmp_path / "out")
     change(tmp_path / "out/model.safetensors")
-    with pytest.raises(SpallmError, match=r"model.safetensors is not the one that was converted"):
+    with pytest.raises(SpallmError, match=r"model.safetensors is missing or has changed"):
         convert(tiny_llama.folder, tmp_path / "out", resume=True)
 
 

@@ -185,6 +185,9 @@ def test_tiles_fit_the_layer(tokens, bits):
             assert tile.tokens >= tokens
             unit = ptx.UNIT_CODES[bits] * (4 if tile.quads else 1)
             assert tile.columns % (4 * unit) == 0
+            step_bytes = tile.columns * (2 * tile.tokens + tile.rows * bits // 8)
+            most = (224 if generation == 9 else 96) << 10
+            assert tile.slots == 1 or tile.slots * step_bytes * (tile.stages - 1) <= most
             assert span % unit == 0
 
 

@@ -90,8 +90,9 @@ _MEASURED = {
 _UNALIGNED = _Shape(8, 16, 256, 1, 128)
 #: Hashed codes need no loads that run ahead, so short steps cost nothing.
 _HASHED = {1: 16, 8: 16, 16: 32}  # rows by padded tokens
-#: Shared memory that a program may use, in bytes, by the major compute capability.
-_SHARED_BYTES = {8: 96 << 10, 9: 224 << 10}
+#: Shared memory that a program may use, in bytes. Every GPU since 8.0 has 99 KiB; some have more.
+_SHARED_BYTES = 96 << 10
+_MORE_SHARED_BYTES = {9: 224 << 10, 10: 224 << 10}  # by the major compute capability
 
 
 def decode_tile(
@@ -111,8 +112,8 @@ def decode_tile(
         tokens: Number of inputs.
         columns: Columns of the layer.
         width: Columns of a group.
-        generation: Major number of the compute capability. The next older one is used if it is not
-            listed.
+        generation: Major number of the compute capability, which says how much shared memory
+            there is.
         hashed: Whether codes are computed, not stored.
         aligned: Whether rows of packed codes are whole multiples of 16 bytes.
 
@@ -127,7 +128,7 @@ def decode_tile(
     elif shape.quads and not (aligned and _takes_quads(bits, columns, width, shape.slots)):
         shape = _UNALIGNED
     step_bytes = shape.columns * (2 * padded + shape.rows * bits // 8)  # of a warp
-    most = _SHARED_BYTES[min(max(_SHARED_BYTES), generation)]
+    most = _MORE_SHARED_BYTES.get(generation, _SHARED_BYTES)
     slots = shape.slots
     while slots > 1 and not (
         _shares_tables(columns, width, slots) and slots * step_bytes * (shape.stages - 1) <= most

@@ -1,8 +1,8 @@
-"""Distillation: the tables of a whole model tuned until it predicts what the dense model predicts.
+"""Distillation: tune the tables of a whole model towards the dense model's predictions.
 
 The loss is the divergence of next-token distributions, KL(dense || sketched). The dense model is
-not in memory: its hidden states after the last block are at hand, and norm and head are the same in
-both models.
+not in memory. Its predictions are computed from its hidden states after the last block, which are
+kept, and from the final norm and the head, which are the same in both models.
 """
 
 from __future__ import annotations
@@ -22,18 +22,23 @@ from spallm_convert.errors import CalibrationError
 
 from .tuning import TableTuner, shuffled_forever, split_batches
 
-#: Tokens of a step, one sample at least: their logits are in memory three times, in the precision
+#: Tokens of a step, one sample at least. Their logits are in memory three times, in the precision
 #: that the model computes in.
 STEP_TOKENS = 1024
-#: Times that the divergence is measured.
+#: Number of times that the divergence is measured during training.
 _CHECKS = 10
-#: Tokens whose distributions are in float32 at a time.
+#: Number of tokens whose distributions are in float32 at a time.
 _AT_ONCE = 128
 
 
 class Distilled(NamedTuple):
-    """tables: float32 [out_features, groups, 2^bits] by path in the model, as they are stored;
-    before, after: nats per token of KL(dense || sketched) on samples that were not trained on."""
+    """The result of a distillation.
+
+    Attributes:
+        tables: The best tables by path in the model, float32 [out_features, groups, 2^bits].
+        before: KL(dense || sketched) on held-out samples before training, in nats per token.
+        after: The same with the best tables.
+    """
 
     tables: dict[str, Tensor]
     before: float
@@ -52,13 +57,26 @@ def distill(
     seed: int,
     say: Callable[[str], None],
 ) -> Distilled:
-    """Tunes the tables of a whole model for some steps.
+    """Tune the tables of a whole model.
 
-    model: assembled by `blocks`, its sketched layers with float32 tables; better: tables to begin
-    with, by path, emptied; tokens: int64 [samples, seqlen], the text; final: hidden states of the
-    dense model after its last block, by batch; dtype: that tables are stored in. Deterministic for
-    a seed; no global random state is used. Raises CalibrationError for predictions that are not
-    finite.
+    The samples' order depends on the seed alone; no global random state is used.
+
+    Args:
+        blocks: The blocks that `model` was assembled from.
+        model: The assembled model, whose sketched layers have float32 tables.
+        better: Tables to begin with, by path in the model. The dict is emptied to save memory.
+        tokens: The text, int64 [samples, seqlen].
+        final: Hidden states of the dense model after its last block, by batch.
+        steps: Number of optimizer steps.
+        dtype: The dtype that tables are stored in.
+        seed: Seed of the order of samples.
+        say: Gets a line at every measurement.
+
+    Returns:
+        The tables with the smallest divergence on the held-out samples.
+
+    Raises:
+        CalibrationError: Predictions are not finite.
     """
     size = len(final[0])
     trained, held_out = (
@@ -77,11 +95,12 @@ def distill(
     before = measured()
     if not math.isfinite(before):
         raise CalibrationError(
-            f"{type(model).__name__}: its predictions on the text of healing are not all finite"
+            f"{type(model).__name__}: its predictions on the healing text are not all finite; "
+            f"check the model with spallm-convert eval MODEL --text SRC"
         )
     tuner = TableTuner(model, steps, before, dtype)
     tuner.put(better)
-    better.clear()  # a copy less in memory
+    better.clear()  # frees a copy of all tables
     tuner.offer(measured())
     samples, begin = shuffled_forever(trained, seed), time.monotonic()
     at_once = max(1, STEP_TOKENS // tokens.shape[1])
@@ -92,14 +111,16 @@ def distill(
                 now = measured()
                 tuner.offer(now)
             left = (time.monotonic() - begin) / step * (steps - step)
-            say(f"healing: step {step} of {steps}, {now:.4f} nats apart, {left:.0f} s left")
+            say(f"healing: step {step} of {steps}, KL {now:.4f} nats per token, {left:.0f} s left")
     return Distilled(tuner.put_best(), before, tuner.least)
 
 
 class Divergence(torch.autograd.Function):
-    """KL(expected || found) of next-token distributions, the sum over tokens in nats, from logits
-    [tokens, vocab]. Keeps their gradient alone, in their own dtype, where autograd would keep five
-    float32 tensors of that size."""
+    """KL(expected || found) of next-token distributions from logits [tokens, vocab].
+
+    The result is the sum over tokens in nats. For the backward pass only the gradient is kept, in
+    the logits' own dtype. Plain autograd would keep five float32 tensors of the logits' size.
+    """
 
     @staticmethod
     def forward(ctx: Any, found: Tensor, expected: Tensor) -> Tensor:
@@ -109,7 +130,7 @@ class Divergence(torch.autograd.Function):
             rows = slice(start, start + _AT_ONCE)
             q, p = (log_softmax(logits[rows].float(), -1) for logits in (found, expected))
             weights = p.exp()
-            # Where a model rules a token out both are -inf, and their difference is none.
+            # If both models rule a token out, p and q are -inf and their difference is NaN.
             total += torch.where(weights > 0, weights * (p - q), 0).sum()
             if gradient is not None:
                 gradient[rows] = q.exp() - weights
@@ -123,7 +144,7 @@ class Divergence(torch.autograd.Function):
 
 
 def _divergence(blocks: Blocks, model: Any, ids: Tensor, hidden: Tensor) -> Tensor:
-    """KL(dense || sketched), nats per token."""
+    """Return KL(dense || sketched) in nats per token."""
     with fast_products(blocks.device):
         with torch.no_grad():
             expected = blocks.logits(ids, hidden)

@@ -1,7 +1,8 @@
-"""Healing: the tables of a calibrated sketch tuned until the model does what the dense one does.
+"""Healing: tune the tables of a calibrated sketch towards the dense model.
 
-Index maps stay as they are; nothing but text is needed, and no labels. First block by block on the
-outputs of each (`reconstruction.py`), then all together on the predictions (`distillation.py`).
+Index maps stay as they are. Healing needs text, but no labels. First the tables of each block are
+tuned on the outputs of the block (`reconstruction.py`). Then all tables are tuned together on the
+model's predictions (`distillation.py`).
 """
 
 from __future__ import annotations
@@ -31,13 +32,18 @@ from .distillation import STEP_TOKENS, Distilled, distill
 from .reconstruction import reconstruct
 from .tuning import HELD_OUT
 
-#: Of the text at most so many tokens are used, again and again if there are more steps: two hidden
-#: states of each are in memory.
+#: Most tokens of the text that are used; with more steps they are used several times. Two hidden
+#: states of each token are in memory.
 MOST_TOKENS = 1 << 17
 
 
 def samples_for(steps: int, seqlen: int) -> int:
-    """Samples of the text that healing would use, if there are so many; at least two."""
+    """Return the number of samples that healing uses if the text has enough, at least two.
+
+    Args:
+        steps: Number of optimizer steps.
+        seqlen: Tokens per sample.
+    """
     trained = steps * max(1, STEP_TOKENS // seqlen)
     most = max(2, MOST_TOKENS // seqlen)
     return min(math.ceil(trained * HELD_OUT / (HELD_OUT - 1)), most)
@@ -51,11 +57,21 @@ def heal(
     done: CalibratedModules,
     progress: Progress,
 ) -> None:
-    """Tunes the tables of all modules and keeps them in `done`, as they will be stored.
+    """Tune the tables of all modules and write them to `done`, in their stored dtype.
 
-    blocks: opened with `tokens`, int64 [samples, seqlen], in two batches or more. Deterministic for
-    the seed of `config`, if the model's gradients are; no global random state is used. Raises
-    CalibrationError for a model whose outputs on the text are not finite.
+    The result depends on the seed of `config` alone, if the model's gradients are deterministic. No
+    global random state is used.
+
+    Args:
+        blocks: The dense model, opened with `tokens` in two batches or more.
+        plan: The modules that are sketched.
+        config: Options of the conversion, with calibration.
+        tokens: The text, int64 [samples, seqlen].
+        done: The calibrated modules. They get the healed tables.
+        progress: Gets lines on the work, and a remark with the result.
+
+    Raises:
+        CalibrationError: Outputs or predictions of the model are not finite.
     """
     begin = time.monotonic()
     distilled = _tuned(blocks, plan, config, tokens, done, progress.say)
@@ -81,6 +97,7 @@ def _tuned(
     done: CalibratedModules,
     say: Callable[[str], None],
 ) -> Distilled:
+    """Reconstruct all blocks, then distill the whole model."""
     assert config.calibration is not None
     layers = plan.by_path
     dtype: torch.dtype = getattr(torch, plan.metadata.table_dtype)
@@ -133,7 +150,7 @@ def _trainable(
 def _stored(
     layer: Layer, table: np.ndarray[Any, Any], metadata: SketchMetadata, done: CalibratedModules
 ) -> tuple[np.ndarray[Any, Any], Sequence[float]]:
-    """Return a layer's table as it goes to disk, and the layer's squared error and norm with it."""
+    """Return a layer's table in its stored dtype, and the layer's squared error and norm."""
     codes = done.read(layer.name).codes(layer.module, metadata)
     weight = layer.weight
     raw = read_bytes(weight, 0, weight.nbytes)

@@ -1,8 +1,8 @@
-"""Block-wise reconstruction: the tables of a block tuned until its outputs are the dense block's.
+"""Block-wise reconstruction: tune the tables of a block towards the outputs of the dense block.
 
-The sketched block gets what the sketched blocks before it make of the text, the dense one what the
-dense ones do. The error of a token's output is relative to the output: a few tokens have a thousand
-times the norm of the others, and the next block normalizes all of them alike.
+The sketched block gets the outputs of the sketched blocks before it. The dense block gets the
+outputs of the dense ones. The error of a token's output is relative to the output: a few tokens
+have a thousand times the norm of the others, and the next block normalizes all of them alike.
 """
 
 from __future__ import annotations
@@ -24,13 +24,19 @@ from spallm_convert.runtime.linear import SketchedLinear
 
 from .tuning import TableTuner, shuffled_forever, split_batches
 
-#: Gives the sketched layer for a path in the model and its dense layer; None to leave that.
+#: Takes a path in the model and the dense layer there. Returns the sketched layer to put in its
+#: place, or None to keep the dense one.
 Replace = Callable[[str, nn.Linear], SketchedLinear | None]
 
 
 class Reconstructed(NamedTuple):
-    """tables: float32 [out_features, groups, 2^bits] by path in the model, as they are stored;
-    before, after: mean relative squared error of outputs on batches that were not trained on."""
+    """The result of reconstructing a block.
+
+    Attributes:
+        tables: The best tables by path in the model, float32 [out_features, groups, 2^bits].
+        before: Mean relative squared error of outputs on held-out batches, before training.
+        after: The same with the best tables.
+    """
 
     tables: dict[str, Tensor]
     before: float
@@ -46,10 +52,23 @@ def reconstruct(
     dtype: torch.dtype,
     seed: int,
 ) -> Reconstructed:
-    """Tunes a block, going through the text once, a batch a step; lets the streams through it.
+    """Tune the tables of a block, then run the block on both streams.
 
-    replace: its layers have float32 tables; dtype: that these are stored in. Raises
-    CalibrationError for outputs that are not finite.
+    Training goes through the text once, one batch per step.
+
+    Args:
+        blocks: The dense model.
+        number: Number of the block.
+        replace: Returns the sketched layers, with float32 tables.
+        streams: Hidden states that enter the block. They are replaced by those that leave it.
+        dtype: The dtype that tables are stored in.
+        seed: Seed of the order of batches.
+
+    Returns:
+        The tables with the smallest error on the held-out batches.
+
+    Raises:
+        CalibrationError: Outputs are not finite.
     """
     block = blocks.load(number)
     sketched = copy.deepcopy(block)
@@ -70,7 +89,10 @@ def reconstruct(
 
     before = after = measured()
     if not math.isfinite(before):
-        raise CalibrationError(f"{path}: its outputs on the text of healing are not all finite")
+        raise CalibrationError(
+            f"{path}: its outputs on the healing text are not all finite; check the model with "
+            f"spallm-convert eval MODEL --text SRC"
+        )
     tables = {name: layer.weight_table.detach() for name, layer in layers.items()}
     if tables and before > 0:
         tuner = TableTuner(sketched, len(trained), before, dtype)
@@ -85,7 +107,7 @@ def reconstruct(
 
 
 def _replace_layers(block: nn.Module, path: str, replace: Replace) -> dict[str, SketchedLinear]:
-    """Puts sketched layers into a block, and gives them by their names in it."""
+    """Put sketched layers into a block and return them by their names in the block."""
     layers = {}
     for name, layer in list(block.named_modules()):
         if isinstance(layer, nn.Linear):
@@ -98,13 +120,14 @@ def _replace_layers(block: nn.Module, path: str, replace: Replace) -> dict[str, 
 
 @torch.no_grad()
 def _let_through(blocks: Blocks, number: int, block: nn.Module, stream: list[Tensor]) -> None:
-    """Hidden states, by batch, after a block in the place of those before it; in float32."""
+    """Replace the hidden states of a stream by the block's outputs, in float32."""
     for index, hidden in enumerate(stream):
         with fast_products(blocks.device):
             stream[index] = blocks.run(number, block, hidden).float().cpu()
 
 
 def _relative_error(found: Tensor, target: Tensor) -> Tensor:
+    """Return the squared error relative to the target's squared norm, averaged over tokens."""
     squares = target.square().sum(-1)
     tiny = torch.finfo(squares.dtype).tiny
     return ((found - target).square().sum(-1) / squares.clamp(min=tiny)).mean()

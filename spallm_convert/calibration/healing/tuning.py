@@ -1,4 +1,4 @@
-"""Sketch tables trained for a while: the optimizer, its schedule, and the best state so far."""
+"""Train sketch tables for some steps: the optimizer, its schedule, and the best state so far."""
 
 from __future__ import annotations
 
@@ -11,23 +11,32 @@ from torch import Tensor, nn
 
 from spallm_convert.runtime.linear import SketchedLinear, train_tables_only
 
-#: AdamW's, of the distance between a table's entries, root mean square / entries. What is to be
-#: gained is in proportion to that distance, and so may be what noisy steps lose: models with small
-#: and with large weights, 2 bits and 4 take steps of the same consequence. The rate falls linearly
-#: to zero after a tenth of the steps.
+#: AdamW's learning rate, as a multiple of the distance between a table's entries. The distance is
+#: estimated as root mean square / number of entries. The possible gain is in proportion to it, so
+#: the loss through noisy steps may be, too. With this unit, steps have the same effect for small
+#: and large weights, and for 2 and 4 bits. The rate rises for a tenth of the steps, then falls
+#: linearly to zero.
 LEARNING_RATE = 1.2e-2
-_BETAS = (0.9, 0.95)  # a few hundred steps: 0.999 would remember the first of them to the end
+_BETAS = (0.9, 0.95)  # 0.999 would average over all of the few hundred steps
 
-#: One of so many batches of the text is not trained on and tells what is gained.
+#: One of every 8 batches of the text is held out from training, to measure the gain.
 HELD_OUT = 8
 
 
 class TableTuner:
-    """Trains the tables of a module's sketched layers, which are to be in float32.
+    """Trains the tables of a module's sketched layers and remembers the best ones.
 
-    loss: on what is held out, as the tables are now. A short text is soon learned by heart, so the
-    state that is best on what is held out counts, be it the first one. dtype: that tables are
-    stored in.
+    Training soon overfits to a short text. So the best tables are those with the smallest loss on
+    held-out text, which may be the tables from before training.
+
+    Args:
+        module: The module, whose tables are float32.
+        steps: Number of steps in all, for the schedule.
+        loss: Held-out loss with the tables as they are now.
+        dtype: The dtype that tables are stored in.
+
+    Attributes:
+        least: The smallest held-out loss so far.
     """
 
     def __init__(self, module: nn.Module, steps: int, loss: float, dtype: torch.dtype) -> None:
@@ -47,8 +56,11 @@ class TableTuner:
         self.least, self._best = loss, self._copies()
 
     def step(self, loss: Tensor) -> None:
-        """One step down a loss; none if no table had to do with it, as of experts not chosen, or
-        its gradient is not finite, of which the optimizer would never recover."""
+        """Take one optimizer step.
+
+        Skip it if the loss does not depend on any table (an unused expert, for example) or if the
+        gradient is not finite: AdamW's moments would stay NaN.
+        """
         if not loss.requires_grad:
             return
         loss.backward()  # type: ignore[no-untyped-call]
@@ -59,25 +71,25 @@ class TableTuner:
 
     @contextlib.contextmanager
     def as_stored(self) -> Iterator[None]:
-        """Has tables rounded to their stored dtype in here, to be measured and offered."""
+        """Round the tables to their stored dtype during a `with` block, to measure the loss."""
         wide = self._copies()
         self.put({name: table.to(self._dtype).float() for name, table in wide.items()})
         yield
         self.put(wide)
 
     def offer(self, loss: float) -> None:
-        """The loss as the tables are now; keeps them if it is the least so far."""
+        """Take the held-out loss of the current tables; keep them if it is the smallest so far."""
         if loss < self.least:
             self.least, self._best = loss, self._copies()
 
     @torch.no_grad()
     def put(self, tables: dict[str, Tensor]) -> None:
-        """Gives the layers other tables, by their names in the module."""
+        """Replace tables, by the names of their layers in the module."""
         for name, table in tables.items():
             self._tables[name].copy_(table)
 
     def put_best(self) -> dict[str, Tensor]:
-        """Puts the best tables back and gives them: float32 [out_features, groups, 2^bits]."""
+        """Put the best tables back and return them: float32 [out_features, groups, 2^bits]."""
         self.put(self._best)
         return self._best
 
@@ -86,24 +98,27 @@ class TableTuner:
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Share of the learning rate in a step: up over a tenth of the steps, then down to zero."""
+    """Return the factor of the learning rate in a step.
+
+    It rises over a tenth of the steps, then falls to zero.
+    """
     warm_up = max(1, steps // 10)
     return min((step + 1) / warm_up, max(0.0, (steps - step) / max(1, steps - warm_up)))
 
 
 def split_batches(batches: int) -> tuple[list[int], list[int]]:
-    """Which of at least two batches are trained on, and which are held out."""
+    """Return the numbers of the batches to train on and of those to hold out, of at least two."""
     assert batches > 1
     return [n for n in range(batches) if n % HELD_OUT], list(range(0, batches, HELD_OUT))
 
 
 def shuffled_forever(pieces: list[int], seed: int) -> Iterator[int]:
-    """Pieces in random order, each once before any comes again."""
+    """Yield pieces in random order without end; each comes once before any comes again."""
     generator = np.random.default_rng(seed)
     while True:
         yield from (pieces[n] for n in generator.permutation(len(pieces)).tolist())
 
 
 def _distance(table: Tensor) -> float:
-    """About that between entries."""
+    """Return the estimated distance between the entries of a table."""
     return table.detach().square().mean().sqrt().item() / table.shape[-1]

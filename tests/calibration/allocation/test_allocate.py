@@ -1,4 +1,4 @@
-"""Bits by layer: the best allocation within the budget, and conversions that use it."""
+"""Bits by layer: the allocation with the least loss in a budget, and conversions that use it."""
 
 import ctypes
 import itertools
@@ -37,7 +37,7 @@ from spallm_formats import SketchedCheckpoint, SketchedModule
 
 
 def cases(count):
-    """Sizes and losses of a few sets with a few choices each, and a budget that can be met."""
+    """Yield sizes and losses of a few sets with a few options each, and a budget that fits."""
     rng = np.random.default_rng(0)
     for _ in range(count):
         sets = rng.integers(1, 6)
@@ -86,13 +86,13 @@ def test_what_the_solver_leaves_over_the_budget_is_taken_back():
         assert fit_into(budget, chosen, sizes, losses) == chosen
         least = sum(map(min, sizes))
         assert total(sizes, fit_into(least, largest, sizes, losses)) == least
-    # 4 bits too much: those that cost least, however many they save beyond that.
+    # 4 bits over the budget: the set with the least added loss gives way, however much it saves.
     sizes, losses = [[2, 6], [2, 10], [2, 6]], [[5, 1], [4, 1], [6, 1]]
     assert fit_into(18, [1, 1, 1], sizes, losses) == [1, 0, 1]
 
 
 def test_the_least_size_is_a_target_that_can_be_met():
-    """As it is divided, and as it is named when it is refused."""
+    """Check the least size per weight, and the range that the error message names."""
     rng = np.random.default_rng(1)
     for sizes, losses, _ in cases(100):
         weights = int(rng.integers(1, 10**6))
@@ -113,7 +113,7 @@ def test_the_least_size_is_a_target_that_can_be_met():
 
 
 def llama_like(sets, seed):
-    """Sizes and losses as models have them."""
+    """Return sizes and losses like those of a Llama model."""
     rng = np.random.default_rng(seed)
     shapes = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
     sizes, losses = [], []
@@ -206,7 +206,7 @@ def test_bits_are_given_within_the_target_and_fused_layers_share(converted):
 
 
 def test_less_is_lost_than_at_the_uniform_size_next_below(converted, source, text, tmp_path):
-    """At 4.25 bits a weight, not much over the 4.2 or so of three bits."""
+    """Use 4.25 bits per weight, a little more than the about 4.2 that three bits take here."""
     folder, report = converted
     plain = convert(source, tmp_path / "out", options(text, target_bits=None, bits=3))
     assert plain.totals["bits_per_weight"] == pytest.approx(4, abs=0.3)
@@ -305,7 +305,7 @@ def test_an_allocation_is_kept_as_it_is_or_not_at_all(tmp_path):
 
 
 def test_a_damaged_allocation_is_made_anew(converted, source, text, tmp_path):
-    """Blocks of bits that it did not choose are taken for missing."""
+    """Check that blocks count as missing if their bits or groups differ from the allocation."""
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, options(text), progress=StopAt(modules=8))

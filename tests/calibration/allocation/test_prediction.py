@@ -1,4 +1,4 @@
-"""Predicted losses: near what is lost, and on other text than was sketched for."""
+"""Predicted losses: close to the losses of sketching, and measured on held-out text."""
 
 import numpy as np
 import pytest
@@ -70,15 +70,18 @@ def test_drawn_rows_stand_for_all():
 
 
 def random_sensitivity(rows):
-    """Of a layer with so many outputs, to the first of four batches of `TOKENS`."""
+    """Return a sensitivity for N outputs and the tokens of the first of four batches."""
     rng = np.random.default_rng(0)
     tokens = torch.from_numpy(rng.lognormal(size=64)).float()
     return Sensitivity(rng.lognormal(size=rows), tokens)
 
 
 def predicted(source, text, *, ignore=(), **changes):
-    """Losses of all modules for random sensitivities, with other constants in `prediction`; those
-    of the first of four batches are measured on the text they are, the others sketched for."""
+    """Predict the losses of all modules for random sensitivities.
+
+    changes: constants of `prediction` to replace. Losses are measured on the first of four batches,
+    and rows are sketched for the other three.
+    """
     checkpoint = find_here(str(source)).open(source)
     config = options(text, ignore=ignore)
     plan = make_plan(checkpoint, config)
@@ -97,7 +100,7 @@ def predicted(source, text, *, ignore=(), **changes):
 
 
 def test_predictions_are_near_what_sketching_loses(source, text):
-    """A sample of rows against all of them, and choices that take more lose less."""
+    """Compare a sample of rows with all rows; check that more bits lose less."""
     some, every = predicted(source, text), predicted(source, text, SAMPLE_ROWS=10**6)
     assert len(some) == 14
     for name, values in every.items():
@@ -107,7 +110,7 @@ def test_predictions_are_near_what_sketching_loses(source, text):
 
 
 def test_losses_are_of_other_text_than_was_sketched_for(source, text):
-    """Damping is for the fit alone."""
+    """Compute the losses by hand, with damping in the fit but not in the loss."""
     name = "model.layers.0.self_attn.v_proj"
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     layer, inputs = model.get_submodule(name), []

@@ -1,4 +1,4 @@
-"""Sensitivities: those of plain autograd, and what they say about the divergence."""
+"""Sensitivities: equal to those of plain autograd, and good predictors of the divergence."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ TOKENS = torch.randint(2, 128, (6, 24), generator=torch.Generator().manual_seed(
 
 @pytest.fixture(scope="module", params=[False, True], ids=["own head", "tied head"])
 def folder(tmp_path_factory, request):
-    """Of a model that predicts something, with a head of its own or not."""
+    """Save a model whose predictions are not uniform, with its own or a tied head."""
     return save_tiny_llama(
         tmp_path_factory.mktemp("model"),
         tie_word_embeddings=request.param,
@@ -62,7 +62,7 @@ def test_they_are_those_of_the_whole_model(folder, monkeypatch):
 
 
 def test_a_layer_that_is_called_again_keeps_its_order(tmp_path, monkeypatch):
-    """Gradients come from the last call to the first."""
+    """Check the order of tokens: gradients arrive from the last call to the first."""
 
     class Twice(nn.Module):
         def __init__(self, config):
@@ -119,8 +119,11 @@ def test_labels_are_drawn_as_they_are_predicted_from_a_seed(folder):
 
 
 def test_they_predict_the_divergence_of_a_model_with_small_errors(folder):
-    """Within a third of it; less of what attention sums over positions, as they are taken to be
-    independent and here are not."""
+    """Check that predictions are within a third of the divergence.
+
+    For v_proj the bound is lower: attention sums its outputs over positions, which are treated as
+    independent but are not.
+    """
     tokens = torch.randint(2, 128, (64, 24), generator=torch.Generator().manual_seed(5))
     costs = found(folder, tokens, batch=16)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

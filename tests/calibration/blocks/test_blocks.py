@@ -1,4 +1,4 @@
-"""Going through models block by block: the same as running them, whatever the architecture."""
+"""Running models block by block gives the same as running them whole, for many architectures."""
 
 import shutil
 
@@ -22,7 +22,8 @@ SIZES = {
     "num_key_value_heads": 2,
     "vocab_size": 128,
 }
-#: Blocks that differ in what they are called with, give tuples, have biases, or run side by side.
+#: Architectures whose blocks differ in their arguments, return tuples, have biases, or run
+#: attention and MLP in parallel.
 ARCHITECTURES = {
     "llama": SIZES,
     "qwen3": SIZES | {"head_dim": 16},
@@ -133,7 +134,7 @@ def test_models_that_do_other_than_pass_through_their_blocks_are_refused(kind, m
 
 
 def test_embeddings_that_are_no_numbers_are_passed_on(tiny_llama, tmp_path):
-    """What is wrong with them is told where they are used."""
+    """Check that opening raises no error: the layers that read the values report them."""
     folder = shutil.copytree(tiny_llama.folder, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"][:] = torch.nan
@@ -153,7 +154,7 @@ def test_what_else_a_config_asks_for_is_not_asked_of_blocks(tmp_path):
 
 
 def test_buffers_that_are_stored_are_read(tmp_path):
-    """Gemma 4 has a trained scalar per block that is no parameter."""
+    """Use Gemma 4, which has a trained scalar per block that is a buffer, not a parameter."""
     folder = save_model(tmp_path / "model", "gemma4_text")
     tensors = load_file(folder / "model.safetensors")
     scalars = [name for name in tensors if name.endswith("layer_scalar")]
@@ -169,7 +170,7 @@ def test_buffers_that_are_stored_are_read(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 def test_the_assembled_model_is_the_dense_one(architecture, tied, tmp_path):
-    """GPT-NeoX's head is stored as embed_out and is lm_head in the model."""
+    """Include GPT-NeoX, whose head is stored as embed_out and called lm_head in the model."""
     folder = save_model(tmp_path / "model", architecture, tie_word_embeddings=tied)
     if architecture == "gpt_neox" and not tied:
         assert "embed_out.weight" in load_file(folder / "model.safetensors")
@@ -184,7 +185,7 @@ def test_the_assembled_model_is_the_dense_one(architecture, tied, tmp_path):
 
 
 def test_tensors_get_the_names_and_only_those_that_the_model_has_them_by(tmp_path):
-    """Mixtral's experts lie apart and are fused while loading; other names change alone."""
+    """Use Mixtral, whose experts are stored apart and fused on loading; others are renamed."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 2, "vocab_size": 128}

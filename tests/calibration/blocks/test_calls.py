@@ -1,4 +1,4 @@
-"""Calls of a block: taken apart, repeated, and told from others."""
+"""Calls of a block: split into arguments and hidden states, repeated, and compared."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint in modules that were built without any."""
+"""Read weights of a checkpoint into modules that were built without weights, and free them."""
 
 import torch
 from safetensors.torch import save_file

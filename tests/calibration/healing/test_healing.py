@@ -1,6 +1,6 @@
-"""What healing is made of: blocks and predictions to be met, and how tables are trained for it.
+"""The parts of healing: reconstruction of blocks, distillation, and the training of tables.
 
-What it gains for a whole model: calibration/test_calibrate.py.
+The gain for a whole model is tested in calibration/test_calibrate.py.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from spallm_kernels import assign, kmeans
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    # Gradients of bfloat16 logits are rounded to its eight bits, twice.
+    # Gradients of bfloat16 logits are rounded twice to the eight bits of that dtype.
     [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)],
 )
 def test_divergence_and_its_gradient_are_those_of_torch(dtype, tolerance):
     generator = torch.Generator().manual_seed(0)
-    # More tokens than are in float32 at a time, and not a multiple of them.
+    # More tokens than are in float32 at a time, and not a multiple of that number.
     found, expected = (torch.randn(300, 50, generator=generator).to(dtype) for _ in range(2))
     found.requires_grad_()
     total = Divergence.apply(found, expected)
@@ -63,7 +63,7 @@ def blocks(tmp_path, tokens):
 
 
 def sketched(linear, bits=2):
-    """A layer of a block, sketched for its weights alone."""
+    """Sketch a layer of a block without calibration."""
     rows, columns = linear.weight.shape
     weights = linear.weight.detach().float().numpy()
     table, _ = kmeans(weights, np.ones((1, columns), np.float32), 1, 1 << bits)
@@ -85,7 +85,7 @@ def all_sketched(blocks, number):
 
 
 def relative_error(blocks, number, tables, layers, streams):
-    """Of a block's outputs, squared, with weights looked up in tables: all by hand."""
+    """Compute the squared relative error of a block's outputs with these tables, by hand."""
     dense = blocks.load(number)
     expected = torch.cat([blocks.run(number, dense, hidden) for hidden in streams.dense])
     for path, layer in layers.items():
@@ -107,13 +107,13 @@ def test_reconstruction_brings_outputs_of_a_block_nearer(blocks, fast, monkeypat
     monkeypatch.setattr(devices, "has_fast_bfloat16", lambda device: fast)
     monkeypatch.setattr(tuning, "LEARNING_RATE", 4e-2)
     streams = Streams(blocks.inputs, list(blocks.inputs))
-    for number in range(len(blocks)):  # the second block's streams are those out of the first
+    for number in range(len(blocks)):  # the second block gets the outputs of the first
         layers = all_sketched(blocks, number)
         tables = {path: layer.weight_table.detach().clone() for path, layer in layers.items()}
         entered = Streams(list(streams.dense), list(streams.sketched))
         first = relative_error(blocks, number, tables, layers, entered)
         found, before, after = reconstructed(blocks, number, layers, streams)
-        assert before == pytest.approx(first, rel=0.2)  # of an eighth of the text
+        assert before == pytest.approx(first, rel=0.2)  # measured on an eighth of the text
         assert after < 0.95 * before
         assert found.keys() == layers.keys()
         assert all(torch.equal(table, table.bfloat16().float()) for table in found.values())
@@ -138,7 +138,7 @@ def test_a_block_without_sketched_layers_lets_errors_through(blocks):
 
 
 def test_layers_that_nothing_reaches_keep_their_tables(blocks):
-    """As experts that no token chose: here the layer's own block leaves it out."""
+    """Use a layer that its block never calls, like an expert that no token chose."""
     layers = {"model.layers.0.unused": sketched(blocks.load(0).self_attn.k_proj)}
     blocks.load(0).unused = torch.nn.Linear(64, 32)
     kept = layers["model.layers.0.unused"].weight_table.detach().clone()
@@ -151,7 +151,7 @@ def test_layers_that_nothing_reaches_keep_their_tables(blocks):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_outputs_that_are_no_numbers_are_named(blocks, bad):
     streams = Streams(blocks.inputs, [hidden * bad for hidden in blocks.inputs])
-    with pytest.raises(CalibrationError, match=r"model.layers.0: its outputs on the text"):
+    with pytest.raises(CalibrationError, match=r"model.layers.0: its outputs on the healing text"):
         reconstructed(blocks, 0, {}, streams)
 
 
@@ -214,7 +214,7 @@ def test_distillation_brings_predictions_nearer_or_leaves_tables(
 
 
 def test_rates_are_in_proportion_to_the_tables(blocks):
-    """Tables times a thousand, inputs divided by it: the same model, the same steps."""
+    """Multiply tables by a thousand and divide inputs by it: the steps stay the same."""
     moved = []
     for scale in (1, 1000):
         layer = sketched(blocks.load(0).self_attn.k_proj)
@@ -252,7 +252,7 @@ def test_pieces_come_shuffled_forever_each_once_before_any_again():
 
 
 def test_as_much_text_as_the_steps_use():
-    # 70 steps train on 140 samples of 512 tokens, and an eighth of all is left out.
+    # 70 steps train on 140 samples of 512 tokens, and an eighth of all samples is held out.
     assert samples_for(70, 512) == 160
     assert samples_for(10**6, 512) == MOST_TOKENS // 512
     assert samples_for(1, 10**6) == 2
@@ -285,5 +285,5 @@ def test_products_are_in_bfloat16_where_that_is_fast(fast, monkeypatch):
 
 
 def test_peak_memory_is_in_bytes():
-    # torch alone takes a hundred megabytes; no machine for tests has a terabyte.
+    # torch alone takes a hundred megabytes; no test machine has a terabyte.
     assert 10**8 < devices.peak_memory(torch.device("cpu")) < 10**12
