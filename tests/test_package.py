@@ -100,7 +100,9 @@ def test_triton_is_only_in_an_extra():
 
 def test_the_oldest_environment_has_the_lowest_versions_allowed():
     lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
-    pins = dict(line.lower().split("==") for line in lines if line and line[0] != "#")
+    pins = dict(
+        line.lower().replace("_", "-").split("==") for line in lines if line and line[0] != "#"
+    )
     extras = PROJECT["optional-dependencies"]
     for requirement in [*PROJECT["dependencies"], *extras["datasets"], *extras["gguf"]]:
         name, least = requirement.split(">=")
