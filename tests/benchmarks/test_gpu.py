@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.triton import NO_TRITON
+from helpers.triton_needed import NO_TRITON
 from spallm_kernels import lut_linear
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import torch
 import spallm_kernels
 from helpers.exact_layers import exact_layer
 from helpers.hessians import correlated_hessian, sorted_tables, weight_rows
-from helpers.triton import needs_triton
+from helpers.triton_needed import needs_triton
 from spallm_kernels import batched
 from spallm_kernels.dispatch import choose_column_backend
 

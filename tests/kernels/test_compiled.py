@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.triton import needs_triton
+from helpers.triton_needed import needs_triton
 
 pytestmark = [pytest.mark.slow, needs_triton]
 HELPERS = Path(__file__).parents[1] / "helpers"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.sketches import TOLERANCE, passes, random, random_sketch, relative_error
-from helpers.triton import NO_TRITON
+from helpers.triton_needed import NO_TRITON
 from spallm_kernels import dequantize, dispatch, lut_linear, operators
 
 triton = pytest.importorskip("triton", reason=NO_TRITON)

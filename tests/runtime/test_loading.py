@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -221,6 +222,10 @@ def test_the_default_dtype_of_torch_is_left_out_of_it(sketched_folder):
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.skipif(
+    version("transformers").startswith("5.0."),
+    reason="Llama of transformers 5.0 asks torch for autocast on the meta device, which has none",
+)
 def test_shapes_on_the_meta_device(sketched_folder):
     model = load_sketched(sketched_folder).to("meta")
     assert model(TOKENS.to("meta")).logits.shape == (2, 19, 128)
