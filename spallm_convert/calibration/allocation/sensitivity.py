@@ -39,7 +39,7 @@ Doubles = npt.NDArray[np.float64]
 
 
 class Sensitivity(NamedTuple):
-    """How much the predictions depend on a layer's outputs. Zeros if they do not depend on them.
+    """Sensitivity of the predictions to a layer's outputs; zeros if they do not depend on them.
 
     Attributes:
         rows: G, the squared gradient of each output, averaged over tokens: float64 [out_features].
