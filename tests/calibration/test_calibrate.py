@@ -132,7 +132,7 @@ def test_healing_goes_through_blocks_that_are_left_dense(source, text, tmp_path,
 def test_a_text_too_short_to_heal_on(source, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("word1 " * 50)
-    with pytest.raises(SourceError, match="healing takes at least 2 samples of 32 tokens"):
+    with pytest.raises(SourceError, match="found 1 sample of 32 tokens, healing needs at least 2"):
         convert(source, tmp_path / "out", options(text, samples=1, heal=2))
     assert not (tmp_path / "out").exists()
 

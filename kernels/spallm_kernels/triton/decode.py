@@ -56,6 +56,11 @@ def decode_kernel(
     safe_row = tl.minimum(row, rows - 1)
     token = tl.arange(0, TOKENS)
     read_token = tl.arange(0, 1 if ONE else TOKENS)[None, :, None]
+    # Reading one token in the place of missing ones keeps a cache line busy: two tokens would take
+    # longer than eight. With many tokens few are missing, and masks would cost registers.
+    MASKED: tl.constexpr = not ONE and TOKENS <= 16
+    if not MASKED:
+        read_token = tl.minimum(read_token, tokens - 1)
     unit = tl.arange(0, UNITS)[None, None, :]
     column = tl.arange(0, STEP)[None, None, :]
     slot = tl.arange(0, SLOTS)
@@ -84,7 +89,7 @@ def decode_kernel(
                 word = start_word + (step * UNITS + unit) * WORDS
                 packed = stored_unit(words + row_word + word, inside, WORDS)
             inside = None if EVEN else done + column < span
-            if not ONE:  # mask: reading another token in place keeps a cache line busy
+            if MASKED:
                 there = read_token < tokens
                 inside = there if EVEN else there & inside
             x_at = x + read_token * columns + (start + done + column)

@@ -73,7 +73,7 @@ _MEASURED = {
     },
     3: {
         1: _Shape(4, 16, 512, 2, 128, quads=True),
-        8: _Shape(4, 32, 512, 3, 128, quads=True),
+        8: _Shape(4, 32, 512, 3, 192, quads=True),
         16: _Shape(4, 32, 512, 2, 168, quads=True),
         32: _Shape(4, 32, 128, 3, 168),
         64: _Shape(4, 32, 128, 3, 255),
