@@ -10,10 +10,18 @@ import pytest
 import torch
 
 from helpers.documented import ROOT, commands, examples, lay_out, pages, run_command, run_python
+from spallm_convert.cli.convert import command as convert_command
 
 SOURCES = ("spallm_convert", "formats/spallm_formats", "kernels/spallm_kernels")
 #: Fewest characters that a message must share with one in the code, names and numbers left out.
 _LEAST_SHARED = 12
+
+
+@pytest.fixture
+def few_samples(monkeypatch):
+    """Calibrate with 8 samples unless a page says otherwise: the usual 128 take a minute in all."""
+    (samples,) = (p for p in convert_command.params if p.name == "samples")
+    monkeypatch.setattr(samples, "default", 8)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +35,7 @@ def laid_out(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 @pytest.mark.parametrize("page", pages())
-def test_examples_run(page, laid_out, tmp_path, monkeypatch):
+def test_examples_run(page, laid_out, tmp_path, monkeypatch, few_samples):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     folder = tmp_path / "folder"
     shutil.copytree(laid_out, folder)
