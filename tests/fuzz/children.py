@@ -24,6 +24,7 @@ _ONE_THREAD = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
     "PYTHONHASHSEED": "0",
 }
 

@@ -212,14 +212,11 @@ def main() -> None:
     """Read cases from standard input, run them and report."""
     root, results = Path(sys.argv[1]), int(sys.argv[2])
     warnings.simplefilter("ignore")
-    from transformers.utils.logging import disable_progress_bar
-
     from . import catalogue
     from .bases import make_bases
 
     cases = [catalogue.Case.parse(line.strip()) for line in sys.stdin if line.strip()]
     bases = make_bases(root, {case.family for case in cases})
-    disable_progress_bar()
     os.fsync = lambda fd: None  # no case is about the disk, and it is slow
     gc.collect()
     gc.freeze()  # so that children share the memory of all objects
