@@ -14,7 +14,7 @@ import torch
 from helpers.tiny_models import save_tiny_llama
 from helpers.training import word_tokenizer
 from spallm_convert import CalibrationConfig, SketchConfig, convert, load_sketched, save_tables
-from spallm_formats import Staging
+from spallm_formats import Staging, publishing
 
 #: A name that sources keep in every copy: the report holds it.
 MODEL = "model"
@@ -143,18 +143,17 @@ def _make_work(bases: Bases) -> None:
 
 def _interrupted(source: Path, out: Path, config: SketchConfig, stop: _Stop, name: str) -> None:
     """Interrupt a conversion; if `stop` does not, do it when blocks or files are complete."""
-    targets = {"published": "finish_publishing", "calibrated": "write_shard"}
-    patched = targets.get(name)
-    original = getattr(Staging, patched) if patched else None
-    if patched:
-        setattr(Staging, patched, _interrupt)
+    owner: Any = publishing if name == "published" else Staging
+    patched = "finish_publishing" if name == "published" else "write_shard"
+    original = getattr(owner, patched)
+    if name != "shards":
+        setattr(owner, patched, _interrupt)
     try:
         convert(source, out, config, device="cpu", progress=stop)
     except KeyboardInterrupt:
         return
     finally:
-        if patched:
-            setattr(Staging, patched, original)
+        setattr(owner, patched, original)
     raise AssertionError(f"{name}: the conversion was not interrupted")
 
 

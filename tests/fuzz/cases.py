@@ -17,6 +17,9 @@ Mutation = Callable[[Path, random.Random], None]
 #: Families whose cases take long, and the share of seeds that they get.
 SHARES = {"checkpoint": 1.0, "tables": 0.7, "source": 0.7, "work": 0.5, "gguf": 0.3}
 
+#: Kinds that write large files, by the end of their names. They get fewer seeds still.
+_LARGE, _LARGE_SHARE = ("fat", "deep", "many tensors", "sparse"), 0.2
+
 #: Every kind of every family, in the order of definition.
 KINDS: dict[str, dict[str, Mutation]] = {family: {} for family in SHARES}
 
@@ -82,11 +85,16 @@ def cases(total: int, first_seed: int = 0) -> list[Case]:
         first_seed: The first seed of each kind. The others follow.
     """
     kinds = all_kinds()
-    share = sum(SHARES[family] for family, _ in kinds)
+    every = sum(map(_share, kinds))
     turns = [
-        (turn / SHARES[family], family, name, turn)
+        (turn / _share((family, name)), family, name, turn)
         for family, name in kinds
-        for turn in range(2 + int(total * SHARES[family] / share))
+        for turn in range(2 + int(total * _share((family, name)) / every))
     ]
     chosen = sorted(turns)[: max(total, len(kinds))]
     return [Case(family, name, first_seed + turn) for _, family, name, turn in chosen]
+
+
+def _share(kind: tuple[str, str]) -> float:
+    family, name = kind
+    return SHARES[family] * (_LARGE_SHARE if name.endswith(_LARGE) else 1.0)

@@ -37,7 +37,7 @@ class Result:
         case: The case.
         outcome: "accepted", "excused", "refused", "hung", "died" or "not run".
         broken: Pairs of a rule and what happened.
-        seconds: How long it took.
+        seconds: How long it computed.
     """
 
     case: Case

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from spallm_convert import SketchConfig, convert, load_sketched, load_tables, verify
+from spallm_convert import SketchConfig, convert, load_sketched, load_tables, set_tables, verify
 from spallm_convert.conversion.report import REPORT_FILE
 from spallm_formats import FormatError, SketchedCheckpoint, TABLES_FILE, sha256
 
@@ -37,6 +37,21 @@ def excused(problem: str) -> bool:
     return any(reason in problem for reason in reasons)
 
 
+def transformers_can_read(folder: Path) -> bool:
+    """Return whether the Auto classes may be tried: they read the config before our code is asked.
+
+    They open pipes and devices, parse JSON of any size, and build any number of layers.
+    """
+    path = folder / "config.json"
+    if not path.is_file() or path.stat().st_size > 1 << 20:
+        return False
+    try:
+        layers = json.loads(path.read_bytes()).get("num_hidden_layers")
+    except (AttributeError, RecursionError, ValueError):
+        return True
+    return not isinstance(layers, int | float) or layers < 100
+
+
 def check_checkpoint(spoiled: Path, rng: random.Random, bases: Bases) -> Findings:
     """Check that what `verify` accepts loads, as the files say, and that the rest does not load."""
     findings = Findings()
@@ -47,7 +62,7 @@ def check_checkpoint(spoiled: Path, rng: random.Random, bases: Bases) -> Finding
         findings.check_message("verify", problem)
     unexcused = [problem for problem in problems if not excused(problem)]
     loads: dict[str, Callable[[], Any]] = {"load_sketched": lambda: load_sketched(spoiled)}
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 and transformers_can_read(spoiled):
         loads["AutoModel"] = lambda: AutoModelForCausalLM.from_pretrained(spoiled)
     for name, load in loads.items():
         allowed = (Exception,) if name == "AutoModel" else ()  # it has errors of its own
@@ -118,6 +133,7 @@ def check_tables(spoiled: Path, rng: random.Random, bases: Bases) -> Findings:
         findings.add("load_tables: tensors are ignored", ascii(expected.keys() - after.keys()))
     with torch.no_grad():
         findings.attempt("forward after load_tables", lambda: model(bases.tokens))
+    set_tables(model)  # as the next case expects it
     findings.outcome = "accepted" if error is None else "refused"
     return findings
 
@@ -228,7 +244,10 @@ def check_work(spoiled: Path, rng: random.Random, bases: Bases) -> Findings:
     found = {path.removeprefix(str(out)): about for path, about in after.items()}
     if wrong := differences(expected, found):
         after_what = "overwriting" if error is not None or "overwrite" in how else "resuming"
-        findings.add(f"{after_what} gives other files", ascii(wrong[:4]))
+        # Files that are complete are moved up without being hashed again: verify does that.
+        moved = after_what == "resuming" and name == "published" and "/.spallm-partial" not in wrong
+        if not moved or (wrong != ["/conversion.json"] and not verify(out)):
+            findings.add(f"{after_what} gives other files", ascii(wrong[:4]))
     findings.outcome = "accepted" if error is None else "refused"
     return findings
 

@@ -145,8 +145,7 @@ def deep(text: bytes, rng: random.Random) -> bytes:
 
 def fat(text: bytes, rng: random.Random) -> bytes:
     """Write JSON whose objects need far more memory than its text."""
-    piece = rng.choice((b"[],", b"{},", b"1.5,"))
-    wide = b"[" + piece * rng.choice((500_000, 6_000_000)) + b"0]"
+    wide = b"[" + rng.choice((b"[],", b"{},")) * rng.choice((20_000, 5_000_000)) + b"0]"
     return wide if rng.random() < 0.3 else b'{"a": ' + wide + b", " + text.strip()[1:]
 
 
