@@ -59,15 +59,13 @@ class Findings:
         except Exception as error:
             if not isinstance(error, allowed):
                 text = " ".join(str(error).split())[:200]
-                self.add(
-                    f"{name} raises {type(error).__name__}", f"{ascii(text)} at {place(error)}"
-                )
+                self.add(f"{name} raises {type(error).__name__}", f"{text!a} at {place(error)}")
             return None, error
 
     def check_message(self, name: str, text: str) -> None:
         """Check the message of an error of ours."""
         if len(text) >= LONGEST_MESSAGE:
-            self.add(f"{name}: long message", f"{len(text):,} characters: {ascii(text[:200])}")
+            self.add(f"{name}: long message", f"{len(text):,} characters: {text[:200]!a}")
         if len(text.splitlines()) > 1:
             self.add(f"{name}: message of several lines", ascii(text[:300]))
 
@@ -80,9 +78,9 @@ class Findings:
             return 1
         for line in [*printed.split("\n"), *said.split("\n")]:
             if len(line) >= LONGEST_MESSAGE:
-                self.add(f"{name}: long line", f"{len(line):,} characters: {ascii(line[:200])}")
+                self.add(f"{name}: long line", f"{len(line):,} characters: {line[:200]!a}")
             if controls := [letter for letter in line if is_control(letter)]:
-                self.add(f"{name}: control characters", f"{ascii(controls[0])} in {line[:200]!a}")
+                self.add(f"{name}: control characters", f"{controls[0]!a} in {line[:200]!a}")
         for line in said.split("\n"):
             if line.strip() and not line.startswith("spallm-convert: "):
                 self.add(f"{name}: message of several lines", ascii(line[:200]))
@@ -102,9 +100,7 @@ def run_command(words: list[str]) -> tuple[int | None, str, str]:
         name, and where.
     """
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n")
-    err = io.TextIOWrapper(
-        io.BytesIO(), encoding="utf-8", errors="backslashreplace", newline="\n"
-    )
+    err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", newline="\n")
     code: int | None = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -145,7 +141,7 @@ def _described(root: Path, without: str) -> Iterator[tuple[str, tuple[Any, ...]]
             yield entry.path, (kind,)
             yield from _described(Path(entry.path), without)
         elif stat.S_ISLNK(about.st_mode):
-            yield entry.path, (kind, os.readlink(entry.path))
+            yield entry.path, (kind, Path(entry.path).readlink())
         elif stat.S_ISREG(about.st_mode) and about.st_size < _LARGE:
             data = Path(entry.path).read_bytes()
             yield entry.path, (kind, hashlib.sha256(data).hexdigest())

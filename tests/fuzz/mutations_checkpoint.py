@@ -11,6 +11,7 @@ from .cases import kind
 from .registering import documents_of, headers_of, shard, texts_of
 from .spoiling import extra, join, odd_value, read, split, write
 
+
 @kind("checkpoint", "header: length")
 def header_length(folder: Path, rng: random.Random) -> None:
     """Change the length of the header."""
@@ -24,7 +25,7 @@ def header_length(folder: Path, rng: random.Random) -> None:
 def data_flipped(folder: Path, rng: random.Random) -> None:
     """Flip bits of the data alone: codes, tables, padding, dense tensors."""
     path = shard(folder, rng)
-    header, body = split(path.read_bytes())
+    _, body = split(path.read_bytes())
     spoiled = bytearray(body)
     for _ in range(rng.choice((1, 3, 30))):
         spoiled[rng.randrange(len(spoiled))] ^= 1 << rng.randrange(8)
@@ -38,10 +39,10 @@ def data_not_finite(folder: Path, rng: random.Random) -> None:
     data = bytearray(path.read_bytes())
     header, body = split(bytes(data))
     names = [n for n, e in header.items() if n != "__metadata__" and e["dtype"] != "U8"]
-    begin, end = header[rng.choice(names)]["data_offsets"]
+    begin, _ = header[rng.choice(names)]["data_offsets"]
     at = len(data) - len(body) + begin
-    data[at : at + 4] = rng.choice((b"\xff", b"\x7f\x80"[::-1] * 2)) * 4
-    path.write_bytes(bytes(data[: len(path.read_bytes())]))
+    data[at : at + 4] = rng.choice((b"\xff\xff\xff\xff", b"\x80\x7f\x80\x7f"))
+    path.write_bytes(bytes(data))
 
 
 @kind("checkpoint", "module: another shape")
@@ -153,7 +154,12 @@ def both_kinds(folder: Path, rng: random.Random) -> None:
 def extra_files(folder: Path, rng: random.Random) -> None:
     """Add files that transformers reads if it finds them."""
     name = rng.choice(
-        ("generation_config.json", "adapter_config.json", "processor_config.json", "config.json.bak")
+        (
+            "generation_config.json",
+            "adapter_config.json",
+            "processor_config.json",
+            "config.json.bak",
+        )
     )
     write(folder / name, extra({}, rng) if rng.random() < 0.5 else odd_value(rng))
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spallm_formats import sha256
+
 from .cases import add_kind, kind
 from .mutations_files import KINDS_OF_FILES, outside
 from .registering import documents_of
@@ -23,7 +25,7 @@ PLAN, MARKER = "plan.json", "complete.json"
 def marker(folder: Path, rng: random.Random) -> dict[str, Any]:
     """Return the marker of files that are moved up, made up if the run did not get there."""
     path = folder / MARKER
-    return read(path) if path.is_file() else {"names": ["config.json"], "obsolete": []}
+    return read(path) if path.is_file() else {"names": ["config.json"], "obsolete": {}}
 
 
 def _marker_kinds() -> None:
@@ -69,7 +71,11 @@ def names_that_lead_out(folder: Path, rng: random.Random) -> None:
     document = marker(folder, rng)
     theirs = f"../{outside(folder).name}/thesis.txt"
     name = rng.choice((theirs, str(outside(folder) / "thesis.txt"), "../../x", *STRINGS))
-    document[rng.choice(("names", "obsolete"))].append(name)
+    if rng.random() < 0.5:
+        document["names"].append(name)
+    else:  # with the hash that lets it be removed
+        digest = sha256(outside(folder) / "thesis.txt")
+        document["obsolete"][name] = digest
     write(folder / MARKER, document)
 
 
@@ -121,15 +127,13 @@ def lock(folder: Path, rng: random.Random) -> None:
 @kind("work", "shard: of another plan")
 def another_shard(folder: Path, rng: random.Random) -> None:
     """Change a finished shard and make its record fit."""
-    from spallm_formats import sha256
-
     shards = sorted((folder / "files").glob("*.safetensors"))
     if not shards:
         (folder / "files").mkdir(exist_ok=True)
         (folder / "files" / "model.safetensors").write_bytes(join({}, b""))
         return
     path = rng.choice(shards)
-    header, body = split(path.read_bytes())
+    _, body = split(path.read_bytes())
     spoiled = bytearray(body)
     spoiled[rng.randrange(len(spoiled))] ^= 1
     path.write_bytes(path.read_bytes()[: -len(body)] + bytes(spoiled))
@@ -141,8 +145,6 @@ def another_shard(folder: Path, rng: random.Random) -> None:
 @kind("work", "blocks: spoiled")
 def blocks(folder: Path, rng: random.Random) -> None:
     """Change a calibrated block, and give it the name that its digest asks for."""
-    from spallm_formats import sha256
-
     found = sorted(folder.rglob("block-*.safetensors"))
     if not found:
         lost_files(folder, rng)

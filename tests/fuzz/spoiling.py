@@ -18,7 +18,14 @@ STRINGS: list[str] = [
     *("", " ", ".", "..", "/", "~", "-", "*", "null", "config.json", "float32", "bfloat16", "F32"),
     *("../outside.txt", "/etc/passwd", "a/../../b", "C:\\x", "a\\..\\b", "model.safetensors"),
     *("a\x1b[31mred", "two\nlines", "a\rb", "nul\x00", "\x9b2J", "\x7f", "\u202eabc", "\u2028"),
-    *("\ud800", "é" * 40, "𝔘𝔫𝔦", "x" * 300, "y" * 20_000, "model.layers.0.mlp.up_proj.weight"),
+    *(
+        "\ud800",
+        "é" * 40,
+        "\U0001d518",
+        "x" * 300,
+        "y" * 20_000,
+        "model.layers.0.mlp.up_proj.weight",
+    ),
 ]
 OTHERS: list[Any] = [None, True, False, [], {}, [[]], [1, 2], [None], {"a": 1}, [{}], ["a", 1]]
 

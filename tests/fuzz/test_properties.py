@@ -106,6 +106,17 @@ def _places(document, above):
             yield from _places(value, (*above, key))
 
 
+def parsed_or_refused(parse):
+    """Return what is parsed; None if it is refused in one line that can be printed."""
+    try:
+        return parse()
+    except FormatError as error:
+        lines = str(error).splitlines()
+        refused = error.problems and len(lines) == 1 and len(lines[0]) < 2_000
+    assert refused, lines
+    return None
+
+
 @st.composite
 def codes(draw):
     bits = draw(st.integers(1, 8))
@@ -245,29 +256,19 @@ def test_the_safetensors_library_reads_every_header_that_is_accepted(path, data)
 def test_any_json_is_metadata_or_an_error_of_the_format(parse, sound, data):
     assert parse(sound).to_json() == sound
     document = data.draw(changed(sound))
-    try:
-        parsed = parse(document)
-    except FormatError as error:
-        assert error.problems
-        assert len(str(error)) < 2_000
-        assert len(str(error).splitlines()) == 1
-    else:
-        assert parse(parsed.to_json()) == parsed
+    parsed = parsed_or_refused(lambda: parse(document))
+    assert parsed is None or parse(parsed.to_json()) == parsed
 
 
 @settings(SAME_EVERY_TIME, max_examples=200)
 @given(changed(REPORT))
 def test_any_json_is_a_report_or_an_error_of_the_format(path, document):
     (path.parent / "conversion.json").write_text(json.dumps(document))
-    try:
-        found = Report.read(path.parent)
-    except FormatError as error:
-        assert len(str(error).splitlines()) == 1
-    else:
-        assert found is not None
-        assert set(found.widths) <= set(range(1, 9))
+    found = parsed_or_refused(lambda: Report.read(path.parent))
+    if found is not None:
         assert all(is_inside(name) for name in found.files)
-        assert found.source["model"]
+        assert isinstance(found.source["model"], str)
+        assert found.totals["sketched_weights"] > 0
 
 
 PARTS = st.sampled_from(["a", "b.json", "..", ".", "", "...", "..a", " ", "C:", "~", "é"])
