@@ -8,6 +8,8 @@ from .header import (
     TensorSpec,
     build_header,
     header_length,
+    header_metadata,
+    header_text,
     parse_header,
     read_header,
 )
@@ -32,6 +34,7 @@ from .staging import (
     remove_leftovers,
 )
 from .tables import (
+    TABLES_DTYPES,
     TABLES_FILE,
     TABLES_METADATA_FILE,
     TablesMetadata,
@@ -51,6 +54,7 @@ __all__ = [
     "QUANT_METHOD",
     "SHARDS_GLOB",
     "SINGLE_SHARD",
+    "TABLES_DTYPES",
     "TABLES_FILE",
     "TABLES_METADATA_FILE",
     "TABLE_DTYPES",
@@ -71,6 +75,8 @@ __all__ = [
     "fingerprint",
     "from_float32",
     "header_length",
+    "header_metadata",
+    "header_text",
     "index_json",
     "is_unfinished",
     "load_json",
