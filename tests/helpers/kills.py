@@ -70,7 +70,7 @@ def _watched(work: Callable[[], object], folder: Path, kill_at: int) -> int:
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES
         # A path that is not absolute belongs to a folder that shutil has opened.
         if (writes or event in _CHANGES) and any(
-            path.startswith(root) or not os.path.isabs(path) for path in _paths(arguments)
+            path.startswith(root) or not Path(path).is_absolute() for path in _paths(arguments)
         ):
             change()
 

@@ -79,8 +79,8 @@ def test_every_problem_of_a_tables_file_is_listed(model, tmp_path):
         "'model.extra': the model has no such parameter",
     ]
     assert len(caught.value.problems) == len(expected)
-    for problem, text in zip(expected, caught.value.problems, strict=True):
-        assert problem in text
+    for problem in expected:
+        assert any(problem in text for text in caught.value.problems)
     assert table_sets(model) == ["base"]
 
 
@@ -254,7 +254,7 @@ def test_folders_without_tables_are_refused(model, sketched_llama, tmp_path):
     (saved / TABLES_FILE).write_bytes(b"short")
     with pytest.raises(FormatError, match="5 bytes are too few for a safetensors file"):
         load_tables(model, saved)
-    with pytest.raises(SourceError, match="no such folder: 'x+"):
+    with pytest.raises(SourceError, match=r"no such folder: 'x+"):
         load_tables(model, "x" * 300)
     with pytest.raises(OptionError, match="is a file, expected a folder"):
         save_tables(model, saved / TABLES_FILE)
