@@ -94,9 +94,7 @@ class TablesMetadata:
         ]
         for key in ("base_model", "base_revision"):
             if not isinstance(values.get(key, ""), str | None):
-                problems.append(
-                    f"{where}: {key} is {shown(values[key])}, expected text or null"
-                )
+                problems.append(f"{where}: {key} is {shown(values[key])}, expected text or null")
         fingerprint = values.get("fingerprint")
         if not isinstance(fingerprint, str) or not _is_digest(fingerprint):
             problems.append(

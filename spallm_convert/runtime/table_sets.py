@@ -152,7 +152,8 @@ def _watch(sets: TableSets) -> None:
 def _watch_optimizers() -> None:
     # Hooks of parameters or modules would be lost: FSDP2 replaces parameters, copies of a model
     # have no hooks, and a compiled model would be compiled in pieces.
-    register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
+    before_step = torch.compiler.disable(_before_step)  # type: ignore[no-untyped-call]
+    register_optimizer_step_pre_hook(before_step)
 
 
 def _before_step(optimizer: Any, arguments: Any, options: Any) -> None:

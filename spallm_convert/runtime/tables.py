@@ -77,11 +77,11 @@ def load_tables(
 ) -> None:
     """Load a tables-only checkpoint as a set of tables of the model.
 
-    All sets of a model have one table dtype, the widest of the model's and those loaded, so no value
-    is rounded and optimizers find the dtype that they know. If the loaded tables are wider than the
-    model's, all tables of the model are cast: make optimizers after that. Norms and other
-    parameters are cast to the dtype of the model. All tensors go to the device of the parameters
-    that they replace. If an error is raised, the model is unchanged.
+    All sets of a model have tables of one dtype, so that one optimizer can train any set. If the
+    loaded tables are narrower than the model's, they are cast. If they are wider, the tables of all
+    sets are cast and lose their gradients: make optimizers after that. No value is rounded. Norms
+    and other parameters are cast to the dtype of the model. All tensors go to the device of the
+    parameters that they replace. If an error is raised, the model is unchanged.
 
     Args:
         model: A model from `load_sketched`, also inside DDP, FSDP2 or torch.compile.

@@ -12,8 +12,8 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from spallm_formats import (
 )
 from spallm_formats.durable import flush_folder, replacing, write_atomic
 
+#: Dtypes of the tensors in a file, by the names that safetensors gives them.
 DTYPES = dict(
     zip(TABLES_DTYPES, (torch.bfloat16, torch.float16, torch.float32, torch.float64), strict=True)
 )
@@ -59,7 +60,7 @@ class StoredTables:
 
     metadata: TablesMetadata
     tensors: dict[str, StoredTensor]
-    _file: BinaryIO
+    _file: BufferedReader
 
     def read(self, name: str) -> Tensor:
         """Return a tensor, which has one of the dtypes in `DTYPES`.
@@ -89,7 +90,8 @@ def find_tables(source: str | os.PathLike[str], revision: str | None) -> Path:
     try:
         is_folder, exists = folder.is_dir(), folder.exists()
     except OSError as error:  # the name is longer than any file's, for example
-        raise SourceError(f"no such folder: {shown(os.fspath(source))} ({one_line(error)})") from error
+        name = shown(os.fspath(source))
+        raise SourceError(f"no such folder: {name} ({one_line(error)})") from error
     if not is_folder:
         if exists or str(source).startswith((".", "/", "~")):
             raise SourceError(f"no such folder: {source}")

@@ -90,9 +90,9 @@ def set_trainable(
             the dtype of the activations follows from it. To train them, load the model in float32
             and compute in bfloat16 with autocast (`bf16=True` in Trainer).
         dtype: Dtype to cast the tables of all sets to if any table is trained; a checkpoint stores
-            all tables in one dtype. None: keep the dtype. In bfloat16, an update smaller than 1/256 of a value
-            is lost. Float32 tables cost little memory, and products are still computed in the dtype
-            of the activations.
+            all tables in one dtype. None: keep the dtype. In bfloat16, an update smaller than 1/256
+            of a value is lost. Float32 tables cost little memory, and products are still computed
+            in the dtype of the activations.
 
     Returns:
         The number of trainable parameters and the memory that training takes.
