@@ -83,10 +83,11 @@ def command(
     check_windows(window, stride)
     if names:
         load_harness()
-    documents = None if text is None else read_documents(text)
+    progress = EvaluationProgress(hidden=quiet or as_json)
+    documents = None if text is None else read_documents(text, progress)
     quiet_libraries()
     document: dict[str, Any] = {"model": model}
-    with EvaluationProgress(hidden=quiet or as_json) as progress:
+    with progress:
         loaded, tokenizer = load_any(
             model,
             revision=revision,
