@@ -10,10 +10,13 @@ from transformers import AutoTokenizer
 from spallm_convert.errors import SourceError, one_line
 from spallm_convert.hub_errors import clear_errors
 
+from .extra_files import is_lfs_pointer, shown_names
 from .locate import Source
 
 #: Every folder with a tokenizer that has a vocabulary has one of these files.
-_OF_TOKENIZERS = ("tokenizer.json", "*vocab*", "*.model", "*.spm", "*.tiktoken", "*.gguf")
+_OF_TOKENIZERS = (
+    *("tokenizer.json", "*vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.gguf"),
+)
 #: SentencePiece's mark before a word, which is in vocabularies that are otherwise empty.
 _WORD_START = "\u2581"
 
@@ -49,8 +52,10 @@ def read_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
         The tokenizer.
 
     Raises:
-        SourceError: If there is none, or it cannot be loaded.
+        SourceError: If there is none, it cannot be loaded, or git-lfs has not fetched it.
     """
+    if "gguf_file" not in options:
+        _refuse_pointers(model, Path(place))
     try:
         with clear_errors(model, SourceError):
             tokenizer: Any = AutoTokenizer.from_pretrained(place, **options)
@@ -65,6 +70,17 @@ def read_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
     if tokenizer.is_fast and not _has_vocabulary(tokenizer):
         raise _no_tokenizer(model, f"no vocabulary in {place}")
     return tokenizer
+
+
+def _refuse_pointers(model: str, folder: Path) -> None:
+    """Raise SourceError if git-lfs has not fetched a vocabulary: it could be read as one."""
+    found = (path for pattern in _OF_TOKENIZERS for path in folder.glob(pattern))
+    pointers = sorted(path.name for path in found if path.is_file() and is_lfs_pointer(path))
+    if pointers:
+        raise SourceError(
+            f"{model}: found git-lfs pointers in place of {shown_names(pointers)}, expected the "
+            f"files of its tokenizer; fetch them: git -C {folder} lfs pull"
+        )
 
 
 def _no_tokenizer(model: str, why: str) -> SourceError:
