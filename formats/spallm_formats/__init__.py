@@ -2,7 +2,15 @@
 
 from .dtypes import FLOAT_STORAGE, ITEM_BYTES, TABLE_DTYPES, from_float32, to_float32
 from .errors import FormatError, SpallmError
-from .header import StoredTensor, TensorSpec, build_header, load_json, read_header, to_json
+from .files import load_json, open_regular, read_json, read_small, refuse_pointer, sha256, to_json
+from .header import (
+    StoredTensor,
+    TensorSpec,
+    build_header,
+    header_length,
+    parse_header,
+    read_header,
+)
 from .layout import INDEX_FILE, SHARDS_GLOB, SINGLE_SHARD, Shard, index_json, plan_shards
 from .metadata import (
     FORMAT_VERSION,
@@ -14,16 +22,10 @@ from .metadata import (
     SketchMetadata,
 )
 from .packing import pack, pack_reference, row_bytes, unpack, unpack_reference
+from .publishing import CONFIG_FILE, check_replaceable
 from .reader import SketchedCheckpoint, open_shards, read_bytes, read_index
 from .shard_file import ShardFile
-from .staging import (
-    CONFIG_FILE,
-    Staging,
-    check_output_folder,
-    is_unfinished,
-    remove_leftovers,
-    sha256,
-)
+from .staging import Staging
 from .tables import (
     TABLES_FILE,
     TABLES_METADATA_FILE,
@@ -31,6 +33,8 @@ from .tables import (
     fingerprint,
     map_digest,
 )
+from .text import printable, shown, summary
+from .work_folder import check_output_folder, is_inside, is_unfinished, remove_leftovers
 
 __all__ = [
     "CONFIG_FILE",
@@ -60,22 +64,33 @@ __all__ = [
     "TensorSpec",
     "build_header",
     "check_output_folder",
+    "check_replaceable",
     "fingerprint",
     "from_float32",
+    "header_length",
     "index_json",
+    "is_inside",
     "is_unfinished",
     "load_json",
     "map_digest",
+    "open_regular",
     "open_shards",
     "pack",
     "pack_reference",
+    "parse_header",
     "plan_shards",
+    "printable",
     "read_bytes",
     "read_header",
     "read_index",
+    "read_json",
+    "read_small",
+    "refuse_pointer",
     "remove_leftovers",
     "row_bytes",
     "sha256",
+    "shown",
+    "summary",
     "to_float32",
     "to_json",
     "unpack",
