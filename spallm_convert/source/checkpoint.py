@@ -15,11 +15,10 @@ from spallm_formats import (
     SINGLE_SHARD,
     FormatError,
     StoredTensor,
-    load_json,
     open_shards,
+    read_json,
+    summary,
 )
-
-from .extra_files import shown_names
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -79,7 +78,7 @@ def read_config(path: Path) -> dict[str, Any]:
         SourceError: If it is not valid JSON, names no model class, or describes a quantized model.
     """
     try:
-        config = load_json(path.read_bytes(), CONFIG_FILE)
+        config = read_json(path)
     except FormatError as error:
         raise SourceError(f"{path.parent}: {error}") from error
     if not isinstance(config, dict) or not _are_names(config.get("architectures")):
@@ -155,7 +154,7 @@ def no_weights(names: Iterable[str], where: str) -> SourceError:
     found.sort(key=lambda name: ([name.endswith(s) for s in _WEIGHT_SUFFIXES].index(True), name))
     problem = (
         f"{where}: no {SINGLE_SHARD} and no {INDEX_FILE} in it "
-        f"(found {shown_names(found) or 'no weights'})"
+        f"(found {summary(found, ', ') or 'no weights'})"
     )
     if any(re.search(r"(^|/)model-\d+-of-\d+\.safetensors$", name) for name in found):
         return SourceError(f"{problem}; get the index of the shards, {INDEX_FILE}, too")

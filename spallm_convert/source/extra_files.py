@@ -7,12 +7,12 @@ is known to read: by name, or because the model's own code names them.
 from __future__ import annotations
 
 import fnmatch
-import stat
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from spallm_convert.errors import SourceError
-from spallm_formats import CONFIG_FILE
+from spallm_formats import CONFIG_FILE, FormatError, open_regular, refuse_pointer
 
 from .model_code import code_files
 
@@ -92,8 +92,7 @@ _SILENT = (
     *("*.h5", "*.msgpack", "*.ot", "*.tflite", "*.npz"),
 )
 _MOST_BYTES = 1 << 28
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_SHOWN = 3
+_POINTER_BYTES = 64
 
 
 def extra_files(folder: Path) -> list[str]:
@@ -114,9 +113,7 @@ def extra_files(folder: Path) -> list[str]:
     of_code = own_code | {name for name in quoted if _may_be_of_code(name)}
     chosen = sorted(name for name in names if _is_known(name) or name in of_code)
     for name in (CONFIG_FILE, *chosen):
-        problem = file_problem(folder, name)
-        if problem is not None:
-            raise SourceError(f"{folder}: {shown_names([name])} {problem}")
+        _check_file(folder, name)
     return chosen
 
 
@@ -145,39 +142,7 @@ def left_behind(folder: Path) -> list[str]:
     return sorted(name for name in names if name not in taken and not _matches(name, _SILENT))
 
 
-def file_problem(folder: Path, name: str) -> str | None:
-    """Return why a file of a model cannot be copied, and the remedy; None if it can.
-
-    Args:
-        folder: Folder of the model.
-        name: Path of the file, relative to the folder.
-
-    Returns:
-        A clause that follows the file's name in a message.
-    """
-    path = folder / name
-    if not is_inside(folder, path):
-        return (
-            "is a link out of the folder, which is not followed; put a copy of the file in its "
-            "place (cp -L), or remove it"
-        )
-    try:
-        name.encode()
-        about = path.stat()
-    except UnicodeEncodeError:
-        return "has a name that is not UTF-8; rename it, or remove it"
-    except OSError as error:
-        return f"cannot be read ({error.strerror}); put the file in its place, or remove it"
-    if not stat.S_ISREG(about.st_mode):
-        return "is a pipe or a device, expected a regular file; remove it"
-    if about.st_size > _MOST_BYTES:
-        return f"has {about.st_size:,} bytes, expected {_MOST_BYTES:,} at most; remove it"
-    if is_lfs_pointer(path):
-        return "is only a git-lfs pointer; get the file itself: git lfs pull"
-    return None
-
-
-def is_inside(folder: Path, path: Path) -> bool:
+def leads_inside(folder: Path, path: Path) -> bool:
     """Return whether a path leads to a place in the folder of its model.
 
     Links are followed. Snapshots in the Hub's cache are made of links to its own blobs: these count
@@ -188,17 +153,29 @@ def is_inside(folder: Path, path: Path) -> bool:
     return in_blobs or real.is_relative_to(root)
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    """Return whether a regular file is what git leaves in place of a file that git-lfs keeps."""
-    with path.open("rb") as file:
-        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
-
-
-def shown_names(names: Sequence[str]) -> str:
-    """List names of files in a message: the first three, and the number of the others."""
-    shown = [name if name.isprintable() else repr(name) for name in names[:_SHOWN]]
-    more = [f"{len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
-    return ", ".join(shown) + "".join(f" and {text}" for text in more)
+def _check_file(folder: Path, name: str) -> None:
+    """Raise SourceError if a file of a model must not or cannot be copied."""
+    if not leads_inside(folder, folder / name):
+        raise SourceError(
+            f"{folder}: {name} is a link out of the folder, which is not followed; replace it by a "
+            f"copy of the file (cp -L), or remove it"
+        )
+    try:
+        name.encode()
+        with open_regular(folder / name) as file:
+            refuse_pointer(file.read(_POINTER_BYTES), name)
+            size = os.fstat(file.fileno()).st_size
+    except UnicodeEncodeError as error:
+        raise SourceError(f"{folder}: the name {name} is not UTF-8; rename the file") from error
+    except FormatError as error:
+        raise SourceError(f"{folder}: {error}") from error
+    except OSError as error:
+        raise SourceError(f"{folder}: {name} cannot be read ({error.strerror})") from error
+    if size > _MOST_BYTES:
+        raise SourceError(
+            f"{folder}: {name} has {size:,} bytes, expected at most {_MOST_BYTES:,} besides the "
+            f"weights; remove it"
+        )
 
 
 def _candidates(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from .extra_files import is_inside
+from .extra_files import leads_inside
 
 #: Metadata with results of benchmarks can be this long.
 _CARD_BYTES = 1 << 20
@@ -41,7 +41,7 @@ def read_licence(folder: Path) -> Licence | None:
         None if there are none. An entry that cannot be read is left out.
     """
     card = folder / "README.md"
-    if not card.is_file() or not is_inside(folder, card):
+    if not card.is_file() or not leads_inside(folder, card):
         return None
     with card.open("rb") as file:
         start = file.read(_CARD_BYTES).decode("utf-8-sig", "replace").replace("\r\n", "\n")

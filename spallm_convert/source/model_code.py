@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spallm_formats import CONFIG_FILE, FormatError, load_json
+from spallm_formats import CONFIG_FILE, FormatError, open_regular, read_json
 
 #: Configs in which transformers looks for `auto_map`.
 _CONFIGS = (
@@ -21,7 +21,6 @@ _CONFIGS = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
-_CONFIG_BYTES = 1 << 24
 _CODE_BYTES = 1 << 22
 _MOST_FILES = 256
 
@@ -37,17 +36,18 @@ def code_files(folder: Path) -> tuple[set[str], set[str]]:
         folder: Folder of the model.
 
     Returns:
-        Names of the Python files, and everything between quotes in them that may be a file's name.
+        Names of the Python files, whether or not they exist, and everything between quotes in them
+        that may be a file's name.
     """
     found: set[str] = set()
     quoted: set[str] = set()
     waiting = sorted(_mapped(folder))
     while waiting and len(found) < _MOST_FILES:
         name = waiting.pop()
-        text = _start_of(folder / name, _CODE_BYTES) if name not in found else None
-        if text is None:
+        if name in found:
             continue
         found.add(name)
+        text = _code(folder / name)
         quoted.update(_QUOTED.findall(text))
         waiting += {f"{module}.py" for module in _IMPORT.findall(text)}
     return found, quoted
@@ -71,17 +71,17 @@ def _texts(auto_map: Any) -> Iterator[str]:
 
 def _json_object(path: Path) -> dict[str, Any]:
     """Return a JSON object in a file, empty if there is none: whoever uses the file says so."""
-    text = _start_of(path, _CONFIG_BYTES)
     try:
-        document = load_json(text.encode(), path.name) if text else None
-    except FormatError:
+        document = read_json(path)
+    except (FormatError, OSError):
         return {}
     return document if isinstance(document, dict) else {}
 
 
-def _start_of(path: Path, most: int) -> str | None:
-    """Return the text of a file, at most its first `most` bytes; None if it is not a file."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return file.read(most).decode("utf-8", "replace")
+def _code(path: Path) -> str:
+    """Return the text of a Python file, at most its first 4 MiB; empty if it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return file.read(_CODE_BYTES).decode("utf-8", "replace")
+    except (FormatError, OSError):
+        return ""

@@ -9,14 +9,15 @@ from transformers import AutoTokenizer
 
 from spallm_convert.errors import SourceError, one_line
 from spallm_convert.hub_errors import clear_errors
+from spallm_formats import FormatError, refuse_pointer
 
-from .extra_files import is_lfs_pointer, shown_names
 from .locate import Source
 
 #: Every folder with a tokenizer that has a vocabulary has one of these files.
 _OF_TOKENIZERS = (
     *("tokenizer.json", "*vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.gguf"),
 )
+_POINTER_BYTES = 64
 #: SentencePiece's mark before a word, which is in vocabularies that are otherwise empty.
 _WORD_START = "\u2581"
 
@@ -74,13 +75,14 @@ def read_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
 
 def _refuse_pointers(model: str, folder: Path) -> None:
     """Raise SourceError if git-lfs has not fetched a vocabulary: it could be read as one."""
-    found = (path for pattern in _OF_TOKENIZERS for path in folder.glob(pattern))
-    pointers = sorted(path.name for path in found if path.is_file() and is_lfs_pointer(path))
-    if pointers:
-        raise SourceError(
-            f"{model}: found git-lfs pointers in place of {shown_names(pointers)}, expected the "
-            f"files of its tokenizer; fetch them: git -C {folder} lfs pull"
-        )
+    for path in (path for pattern in _OF_TOKENIZERS for path in folder.glob(pattern)):
+        if path.is_file():
+            with path.open("rb") as file:
+                start = file.read(_POINTER_BYTES)
+            try:
+                refuse_pointer(start, str(path))
+            except FormatError as error:
+                raise SourceError(f"{model}: {error}") from error
 
 
 def _no_tokenizer(model: str, why: str) -> SourceError:
