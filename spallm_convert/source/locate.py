@@ -6,14 +6,13 @@ its weight files.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spallm_convert.errors import SourceError
-from spallm_convert.paths import user_path
+from spallm_convert.paths import name_as_text, user_path
 from spallm_formats import CONFIG_FILE, sha256
 
 from .checkpoint import DenseCheckpoint, checked_shards, open_dense, refuse_adapter
@@ -136,7 +135,7 @@ def find_here(model: str, revision: str | None = None) -> Source | None:
             f"--revision is for models on the Hub, {path} is on this machine; remove the option"
         )
     if path.suffix == ".gguf" and path.is_file():
-        return Source(_text(path.name), path.resolve())
+        return Source(name_as_text(path.name), path.resolve())
     if path.is_dir():
         return _local(path)
     if path.exists():
@@ -154,9 +153,4 @@ def _local(path: Path) -> Source:
         raise SourceError(
             f"{path}: no {CONFIG_FILE} in it, expected the folder of a model for transformers"
         )
-    return Source(_text(path.resolve().name), path.resolve())
-
-
-def _text(name: str) -> str:
-    """Return the name of a folder as text: bytes that are not UTF-8 are written as `\\xff`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return Source(name_as_text(path.resolve().name), path.resolve())

@@ -62,6 +62,10 @@ def read_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
             tokenizer: Any = AutoTokenizer.from_pretrained(place, **options)
     except SourceError:
         raise
+    except UnicodeEncodeError as error:  # tokenizers takes no other paths
+        raise SourceError(
+            f"{model}: the path of its folder is not UTF-8, which tokenizers cannot open; rename it"
+        ) from error
     except Exception as error:  # without files of a tokenizer, models raise different errors
         folder = Path(place)
         lacks = folder.is_dir() and not any(any(folder.glob(p)) for p in _OF_TOKENIZERS)
