@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import transformers
 
+from helpers.remarks import Remarks
 from spallm_convert import SourceError, convert
 from spallm_convert.source import extra_files as module
 from spallm_convert.source.extra_files import extra_files, is_extra_file, left_behind
@@ -16,23 +17,6 @@ from spallm_convert.source.locate import locate
 from spallm_convert.source.model_code import code_files
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
-
-
-class Remarks:
-    def __init__(self):
-        self.lines = []
-
-    def start(self, total):
-        pass
-
-    def advance(self, amount, name=""):
-        pass
-
-    def say(self, line):
-        pass
-
-    def remark(self, line):
-        self.lines.append(line)
 
 
 @pytest.fixture

@@ -9,20 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from helpers.remarks import Remarks
 from spallm_convert import SourceError
 from spallm_convert.source import records as records_module
 from spallm_convert.source import text as text_module
 from spallm_convert.source import text_blocks as blocks_module
 from spallm_convert.source.records import json_records
 from spallm_convert.source.text import read_documents
-
-
-class Remarks:
-    def __init__(self):
-        self.lines = []
-
-    def remark(self, line):
-        self.lines.append(line)
 
 
 @pytest.fixture
