@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from spallm_convert.errors import SourceError
+from spallm_convert.errors import FormatError, SourceError
+from spallm_formats import refuse_costly_json
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 #: A value that is cut off fails to parse at most this far from the cut, except in a string.
@@ -38,7 +39,8 @@ class JsonStream:
             The values in their order.
 
         Raises:
-            SourceError: If the text is not JSON or a value is too long; it names the value.
+            SourceError: If the text is not JSON, or a value is too long or would take much more
+                memory than its size; it names the value.
         """
         is_list = self._next_character() == "["
         if not is_list:
@@ -68,7 +70,11 @@ class JsonStream:
             self._read(1)
 
     def _value(self) -> Any:
-        """Parse the value that begins after white space, with as much text as that takes."""
+        """Parse the value that begins after white space, with as much text as that takes.
+
+        The memory that it may need is only looked at when it does not end in the block that it
+        begins in, because looking takes as long as parsing.
+        """
         self._next_character()
         while True:
             try:
@@ -90,6 +96,12 @@ class JsonStream:
                     f"expected a list of records; split the record"
                 )
             self._read(min(length, self._most + 1 - length))
+            try:
+                refuse_costly_json(
+                    self._text.encode("utf-8"), f"{self._name}, record {self._count}"
+                )
+            except FormatError as error:
+                raise SourceError(str(error)) from error
 
     def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
         """Return whether the error may only show that the value's end has not been read yet."""

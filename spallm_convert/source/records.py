@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spallm_convert.errors import SourceError
+from spallm_convert.errors import FormatError, SourceError
+from spallm_formats import refuse_costly_json
 
 from .json_stream import JsonStream
 from .text_blocks import text_blocks
@@ -20,7 +21,7 @@ LINES_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
 JSON_SUFFIXES = (".json", *LINES_SUFFIXES)
 
 #: A longer record is refused: it is a whole collection on one line.
-_MOST_RECORD_BYTES = 1 << 26
+_MOST_RECORD_BYTES = 1 << 25
 
 
 class Record(NamedTuple):
@@ -49,7 +50,7 @@ def json_records(path: Path) -> Iterator[Record]:
 
     Raises:
         SourceError: If there is no such file, it holds something else, or a record is longer than
-            64 MiB; it names the line or the record.
+            32 MiB; it names the line or the record.
     """
     if path.is_dir() or not path.exists():  # a pipe is fine
         raise SourceError(f"no such file: {path}")
@@ -128,10 +129,13 @@ def _records_of_lines(path: Path) -> Iterator[Record]:
 def _parsed(line: bytes, where: str) -> Any:
     accepted = "one record per line"
     try:
+        refuse_costly_json(line, where)
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{where}: not UTF-8 (byte {error.start}), expected {accepted} in UTF-8"
         ) from error
+    except FormatError as error:
+        raise SourceError(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{where}: not JSON ({error}), expected {accepted}") from error

@@ -108,6 +108,20 @@ def test_a_record_that_is_too_long_is_refused(write, most, name, content, messag
     assert memory_of(fail) < 3_000_000
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_record_that_takes_far_more_memory_than_its_size_is_refused(write, monkeypatch, name):
+    monkeypatch.setattr("spallm_formats.files._MEMORY_CONSTANT", 0)
+    costly = f'{{"text": "", "more": [{"[], " * 1_000_000}0]}}'
+    path = write(name, f"[{costly}]" if name == "a.json" else costly)
+
+    def fail():
+        where = "record 0" if name == "a.json" else "line 1"
+        with pytest.raises(SourceError, match=rf"{where}: \S+ bytes of JSON would take about"):
+            read_documents(path)
+
+    assert memory_of(fail) < 30_000_000
+
+
 @pytest.mark.parametrize("block", [1, 2, 3, 50])
 def test_a_list_is_parsed_alike_in_blocks_of_any_size(write, most, block):
     most(1000, block=block)
