@@ -20,7 +20,7 @@ from .lines import hide_bars, say
     "--text",
     metavar="SRC",
     help="Text to measure perplexity on: builtin, a text, .json or .jsonl file, or a dataset "
-    "ORG/NAME[[:CONFIG]:SPLIT].",
+    "ORG/NAME[[:CONFIG]:SPLIT].  The first 64 Mi characters are read.",
 )
 @click.option("--window", type=int, default=WINDOW, help="Tokens that the model sees at once.")
 @click.option(
