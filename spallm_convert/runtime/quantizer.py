@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spallm_convert.errors import FormatError
-from spallm_convert.source.skeleton import aliases
+from spallm_convert.source.skeleton import resolve_modules
 from spallm_formats import QUANT_METHOD, SketchMetadata
 
 from .linear import SketchedLinear, train_tables_only
@@ -54,23 +54,18 @@ class SpallmQuantizer(HfQuantizer):
         linears = {
             name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
         }
-        problems = []
-        for stored, shape in metadata.modules.items():
-            names = aliases(stored, model.base_model_prefix)
-            path = next((name for name in names if name in linears), None)
-            if path is None:
-                name = type(model).__name__
-                problems.append(f"module {stored!r} is not a linear layer of {name}")
-                continue
+        paths, problems = resolve_modules(
+            metadata,
+            {name: (dense.out_features, dense.in_features) for name, dense in linears.items()},
+            base_prefix=model.base_model_prefix,
+            model_name=type(model).__name__,
+        )
+        if problems:
+            raise FormatError(problems)
+        for stored, path in paths.items():
             dense = linears[path]
-            if (dense.out_features, dense.in_features) != (shape.out_features, shape.in_features):
-                problems.append(
-                    f"module {stored!r} is sketched as [{shape.out_features}, {shape.in_features}],"
-                    f" the model has [{dense.out_features}, {dense.in_features}]"
-                )
-                continue
             sketched = SketchedLinear(
-                shape,
+                metadata.modules[stored],
                 bias=dense.bias,
                 table_dtype=table_dtype or dense.weight.dtype,
                 hash_seed=seed,
@@ -78,8 +73,6 @@ class SpallmQuantizer(HfQuantizer):
                 stored_name=stored,
             )
             model.set_submodule(path, sketched)
-        if problems:
-            raise FormatError(problems)
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
