@@ -12,8 +12,11 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
+
+from spallm_convert.errors import one_line
 
 _REGISTRY = "transformers.quantizers.auto"
 
@@ -27,7 +30,16 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("spallm_convert.runtime.quantizer")
+    """Import the quantizer; if that fails, warn, because transformers works without it."""
+    try:
+        importlib.import_module("spallm_convert.runtime.quantizer")
+    except Exception as error:  # a missing or unsuitable package may raise anything
+        warnings.warn(
+            f"transformers cannot load sketched checkpoints in this process: "
+            f"{type(error).__name__}: {one_line(error)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 class _WaitForRegistry(importlib.abc.MetaPathFinder):
