@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -17,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spallm_convert.errors import FormatError
 from spallm_convert.source.skeleton import resolve_modules
-from spallm_formats import QUANT_METHOD, SketchMetadata
+from spallm_formats import QUANT_METHOD, TABLE_SUFFIX, SketchMetadata
 
 from .linear import SketchedLinear, train_tables_only
 from .tables import attach_set_tables
@@ -79,25 +82,39 @@ class SpallmQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         train_tables_only(model)
         attach_set_tables(model)
-        self._describe_tables(model)
+        self._describe_tables(_table_dtypes(model))
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
         """Return the state dict that `save_pretrained`, the caller, saves, and its metadata.
 
-        It is the state dict that `save_pretrained` was given, read from the caller's frame. Trainer
-        has gathered it from all shards, and transformers would otherwise drop it.
+        The format has one dtype for all tables, so tables of several dtypes are cast to the widest.
         """
-        # Update the config before it is saved: FSDP2's mixed precision makes the tables float32.
-        self._describe_tables(model)
-        return sys._getframe(1).f_locals.get("state_dict"), {}
+        given = _given_state_dict(sys._getframe(1))
+        tables = [value for name, value in (given or {}).items() if name.endswith(TABLE_SUFFIX)]
+        # Without tables, as in all processes of FSDP but the first, the config is not saved either.
+        kinds = {table.dtype for table in tables} or _table_dtypes(model)
+        self._describe_tables(kinds)  # the config is saved after this
+        kind = _widest(kinds)
+        if kinds <= {kind}:
+            return given, {}
+        if torch.float64 in kinds:
+            warnings.warn("float64 sketch tables are saved rounded to float32", stacklevel=3)
+        state_dict = model.state_dict() if given is None else given
+        return {
+            name: value.to(kind) if name.endswith(TABLE_SUFFIX) else value
+            for name, value in state_dict.items()
+        }, {}
 
-    def _describe_tables(self, model: PreTrainedModel) -> None:
-        """Write the present dtype of the tables to the config; the stored dtype may differ."""
-        kinds = {m.weight_table.dtype for m in model.modules() if isinstance(m, SketchedLinear)}
-        for kind in kinds:
+    def _describe_tables(self, kinds: set[torch.dtype]) -> None:
+        """Write the dtype that tables of these dtypes are saved in to the config.
+
+        The dtype of the checkpoint that was loaded may be another one.
+        """
+        if kinds:
             self.quantization_config.metadata = dataclasses.replace(
-                self.quantization_config.metadata, table_dtype=str(kind).removeprefix("torch.")
+                self.quantization_config.metadata,
+                table_dtype=str(_widest(kinds)).removeprefix("torch."),
             )
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -127,3 +144,30 @@ class SpallmQuantizer(HfQuantizer):
             dense.bias = module.bias
             model.set_submodule(name, dense)
         return model
+
+
+def _table_dtypes(model: nn.Module) -> set[torch.dtype]:
+    return {m.weight_table.dtype for m in model.modules() if isinstance(m, SketchedLinear)}
+
+
+def _widest(kinds: set[torch.dtype]) -> torch.dtype:
+    """Return the dtype of the format to save tables of these dtypes in; float32 is the widest."""
+    kind = next(iter(kinds), torch.float32)
+    for other in kinds:
+        kind = torch.promote_types(kind, other)
+    return kind if kind in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def _given_state_dict(caller: FrameType) -> dict[str, torch.Tensor] | None:
+    """Return the state dict that `save_pretrained` was given.
+
+    transformers replaces it by what the quantizer returns, without showing it to the quantizer.
+    Trainer has gathered it from all shards, so it must not be lost.
+    """
+    if caller.f_code.co_name != "save_pretrained" or "state_dict" not in caller.f_locals:
+        raise RuntimeError(
+            f"transformers {transformers.__version__} saves models in a way that spallm-convert "
+            f"does not know, and would lose trained tables: save them with save_tables"
+        )
+    found: dict[str, torch.Tensor] | None = caller.f_locals["state_dict"]
+    return found

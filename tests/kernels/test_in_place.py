@@ -34,10 +34,11 @@ def layers(sketch, *, bias=True):
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_changed_outputs_have_the_gradients_of_the_dense_layer(sketch, change, shape, bias):
     inputs = (random(*shape), sketch.table, random(9, seed=1), random(*shape[:-1], 9, seed=2))
-    ours, theirs = (
-        passes(lambda *tensors: change(layer(*tensors)) + 0 * tensors[2], *inputs)
-        for layer in layers(sketch, bias=bias)
-    )
+
+    def changed(layer):
+        return passes(lambda *tensors: change(layer(*tensors)) + 0 * tensors[2], *inputs)
+
+    ours, theirs = map(changed, layers(sketch, bias=bias))
     for found, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
@@ -47,9 +48,7 @@ def test_changed_outputs_have_the_gradients_of_the_dense_layer(sketch, change, s
 def test_outputs_are_no_views(sketch, shape, path):
     """Of either path, each of which makes the output in another way."""
     x = torch.randn(shape, requires_grad=True)
-    y = lut_linear(
-        x, sketch.index_map, sketch.table.float(), hash_seed=sketch.hash_seed, path=path
-    )
+    y = lut_linear(x, sketch.index_map, sketch.table.float(), hash_seed=sketch.hash_seed, path=path)
     assert not y._is_view()
     assert y.shape == (*shape[:-1], 9)
     assert y.is_contiguous()
