@@ -54,7 +54,10 @@ def cases() -> dict[str, tuple[str, dict[str, bytes | str | None]]]:
     utf16 = json.dumps(header).encode("utf-16")
     return {
         "empty-file": ("0 bytes are too few", {in_file: b""}),
-        "header-beyond-file": ("the header claims", {in_file: struct.pack("<Q", 2**62) + data[8:]}),
+        "header-beyond-file": (
+            "its header would have",
+            {in_file: struct.pack("<Q", 2**62) + data[8:]},
+        ),
         "header-not-json": ("not valid JSON", {in_file: join("{" + " " * 40, body)}),
         "header-not-utf8": (
             "not valid JSON",
@@ -151,7 +154,7 @@ def cases() -> dict[str, tuple[str, dict[str, bytes | str | None]]]:
         ),
         "no-config": ("no config.json", {"config.json": None}),
         "index-leaves-folder": (
-            "not a plain safetensors file name",
+            "expected plain names of safetensors files",
             {
                 in_file: None,
                 "model.safetensors.index.json": index({WEIGHT: "../model.safetensors"}),

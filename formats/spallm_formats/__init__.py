@@ -2,7 +2,15 @@
 
 from .dtypes import FLOAT_STORAGE, ITEM_BYTES, TABLE_DTYPES, from_float32, to_float32
 from .errors import FormatError, SpallmError
-from .header import StoredTensor, TensorSpec, build_header, load_json, read_header, to_json
+from .files import load_json, open_regular, read_json, read_small, refuse_pointer, sha256, to_json
+from .header import (
+    StoredTensor,
+    TensorSpec,
+    build_header,
+    header_length,
+    parse_header,
+    read_header,
+)
 from .layout import INDEX_FILE, SHARDS_GLOB, SINGLE_SHARD, Shard, index_json, plan_shards
 from .metadata import (
     FORMAT_VERSION,
@@ -22,7 +30,6 @@ from .staging import (
     check_output_folder,
     is_unfinished,
     remove_leftovers,
-    sha256,
 )
 from .tables import (
     TABLES_FILE,
@@ -31,6 +38,7 @@ from .tables import (
     fingerprint,
     map_digest,
 )
+from .text import printable, shown, summary
 
 __all__ = [
     "CONFIG_FILE",
@@ -62,20 +70,29 @@ __all__ = [
     "check_output_folder",
     "fingerprint",
     "from_float32",
+    "header_length",
     "index_json",
     "is_unfinished",
     "load_json",
     "map_digest",
+    "open_regular",
     "open_shards",
     "pack",
     "pack_reference",
+    "parse_header",
     "plan_shards",
+    "printable",
     "read_bytes",
     "read_header",
     "read_index",
+    "read_json",
+    "read_small",
+    "refuse_pointer",
     "remove_leftovers",
     "row_bytes",
     "sha256",
+    "shown",
+    "summary",
     "to_float32",
     "to_json",
     "unpack",

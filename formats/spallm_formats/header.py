@@ -9,18 +9,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
 from .dtypes import ITEM_BYTES
 from .errors import FormatError
+from .files import load_json, open_regular, refuse_pointer
+from .text import shown
 
-MAX_HEADER_BYTES = 100_000_000
+#: Fewer than the 100 MB that the safetensors library allows: parsed, a header takes ten times its
+#: size in memory. 300,000 tensors in one file fit.
+MAX_HEADER_BYTES = 1 << 25
+#: Most dimensions of a tensor, as in torch.
+MAX_DIMENSIONS = 64
 _METADATA = "__metadata__"
+#: Elements of a tensor stay below this number, and so do the products of its first dimensions.
+_MOST = 1 << 63
+#: Enough for the header of a small file, so that it is read at once.
+_FIRST_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -76,18 +88,55 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             dtype, a shape that disagrees with its byte range, and data that overlaps, has holes or
             is not exactly as long as the file.
     """
-    file_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise FormatError(f"{path.name}: {file_bytes} bytes are too few for a safetensors file")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > min(MAX_HEADER_BYTES, file_bytes - 8):
-            raise FormatError(
-                f"{path.name}: the header claims {length} bytes, the file has {file_bytes - 8} "
-                f"after the length (and {MAX_HEADER_BYTES} are the most allowed)"
-            )
-        text = file.read(length)
+    with open_regular(path) as file:
+        file_bytes = os.fstat(file.fileno()).st_size
+        start = file.read(_FIRST_BYTES)
+        length = header_length(start, path.name, file_bytes)
+        text = start[8 : 8 + length] + file.read(max(0, 8 + length - len(start)))
+    return parse_header(text, path, file_bytes)
+
+
+def header_length(start: bytes, name: str, file_bytes: int) -> int:
+    """Return the length of the header of a safetensors file.
+
+    Args:
+        start: The first bytes of the file, at least 40 if it has as many.
+        name: Name of the file, for messages.
+        file_bytes: Size of the file.
+
+    Returns:
+        Bytes of the JSON text after the first 8 bytes of the file.
+
+    Raises:
+        FormatError: If the file cannot have a header of this length.
+    """
+    refuse_pointer(start, name)
+    if file_bytes < 8 or len(start) < 8:
+        raise FormatError(f"{name}: {file_bytes} bytes are too few for a safetensors file")
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > min(MAX_HEADER_BYTES, file_bytes - 8):
+        raise FormatError(
+            f"{name}: not a safetensors file, or damaged: its header would have {length:,} bytes, "
+            f"the file has {file_bytes - 8:,} after the length (and {MAX_HEADER_BYTES:,} are the "
+            f"most allowed); get it again"
+        )
+    return int(length)
+
+
+def parse_header(text: bytes, path: Path, file_bytes: int) -> dict[str, StoredTensor]:
+    """Parse and check the header of a safetensors file, which may be on another machine.
+
+    Args:
+        text: The JSON text, as long as `header_length` says.
+        path: The file that the tensors are in. It is not read.
+        file_bytes: Size of the file.
+
+    Returns:
+        Tensors by name, in the order of their data.
+
+    Raises:
+        FormatError: As in `read_header`.
+    """
     entries = load_json(text, path.name)
     if not isinstance(entries, dict):
         raise FormatError(f"{path.name}: the header must be a JSON object, found another value")
@@ -95,7 +144,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(f"{path.name}: {_METADATA} must map names to strings")
     return _checked_tensors(
-        path, entries, data_start=8 + length, data_bytes=file_bytes - 8 - length
+        path, entries, data_start=8 + len(text), data_bytes=file_bytes - 8 - len(text)
     )
 
 
@@ -128,46 +177,6 @@ def build_header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
     return header, offsets
 
 
-def load_json(text: bytes, name: str) -> Any:
-    """Parse JSON, refusing repeated keys.
-
-    Args:
-        text: UTF-8 text.
-        name: Name for error messages.
-
-    Returns:
-        The parsed document.
-
-    Raises:
-        FormatError: If it is not valid JSON or repeats a key.
-    """
-
-    def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        document = dict(pairs)
-        if len(document) != len(pairs):
-            counts = Counter(key for key, _ in pairs)
-            repeated = sorted(key for key, count in counts.items() if count > 1)
-            raise FormatError(f"{name}: repeated keys in JSON: {', '.join(repeated[:5])}")
-        return document
-
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=no_repeats)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{name}: not valid JSON ({error})") from error
-
-
-def to_json(document: Any) -> bytes:
-    """Write JSON as all of this project does: two spaces, UTF-8, keys in the given order.
-
-    Args:
-        document: Any JSON document.
-
-    Returns:
-        The text, ending in a line feed.
-    """
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 def _checked_tensors(
     path: Path, entries: dict[str, Any], *, data_start: int, data_bytes: int
 ) -> dict[str, StoredTensor]:
@@ -185,7 +194,7 @@ def _checked_tensors(
     for begin, end, tensor in ranges:
         if not problems and begin != position:
             problems.append(
-                f"{path.name}: tensor {tensor.name!r} begins at byte {begin} of the data, "
+                f"{path.name}: tensor {shown(tensor.name)} begins at byte {begin} of the data, "
                 f"expected {position} (no holes, no overlaps)"
             )
         position = end
@@ -202,23 +211,27 @@ def _checked_tensors(
 def _checked_entry(
     path: Path, name: str, entry: Any, data_start: int
 ) -> tuple[int, int, StoredTensor]:
-    where = f"{path.name}: tensor {name!r}"
+    where = f"{path.name}: tensor {shown(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{where} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise FormatError(f"{where} has dtype {dtype!r}, expected one of {', '.join(ITEM_BYTES)}")
+        raise FormatError(
+            f"{where} has dtype {shown(dtype)}, expected one of {', '.join(ITEM_BYTES)}"
+        )
     if not _is_sizes(shape):
-        raise FormatError(f"{where} has shape {shape!r}, expected a list of sizes")
+        raise FormatError(f"{where} has shape {shown(shape)}, expected a list of sizes")
     if not (_is_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
-        raise FormatError(f"{where} has data_offsets {offsets!r}, expected [begin, end]")
-    if math.prod(shape) >= 1 << 63:  # printing it could fail too
+        raise FormatError(f"{where} has data_offsets {shown(offsets)}, expected [begin, end]")
+    if len(shape) > MAX_DIMENSIONS:
+        raise FormatError(f"{where} has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are read")
+    if not all(product < _MOST for product in accumulate(shape, mul)):
         raise FormatError(f"{where} has a shape of 2^63 elements or more")
     begin, end = offsets
     tensor = StoredTensor(name, dtype, tuple(shape), path, data_start + begin)
     if tensor.nbytes != end - begin:
         raise FormatError(
-            f"{where} of dtype {dtype} and shape {shape} needs {tensor.nbytes} bytes, "
+            f"{where} of dtype {dtype} and shape {shown(shape)} needs {tensor.nbytes} bytes, "
             f"its data_offsets span {end - begin}"
         )
     return begin, end, tensor

@@ -15,6 +15,7 @@ from .dtypes import TABLE_DTYPES
 from .errors import FormatError
 from .header import TensorSpec
 from .packing import MAX_BITS, row_bytes
+from .text import shown
 
 QUANT_METHOD = "spallm"
 FORMAT_VERSION = 1
@@ -134,14 +135,14 @@ class SketchMetadata:
             FormatError: If there are problems; it lists all of them.
         """
         if not isinstance(document, dict):
-            raise FormatError(f"quantization_config must be an object, found {document!r}")
+            raise FormatError(f"quantization_config must be an object, found {shown(document)}")
         if document.get("quant_method") != QUANT_METHOD:
             raise FormatError(
-                f"quant_method is {document.get('quant_method')!r}, expected {QUANT_METHOD!r}"
+                f"quant_method is {shown(document.get('quant_method'))}, expected {QUANT_METHOD!r}"
             )
         if document.get("format_version") != FORMAT_VERSION:
             raise FormatError(
-                f"format_version is {document.get('format_version')!r}, this version of "
+                f"format_version is {shown(document.get('format_version'))}, this version of "
                 f"spallm-convert reads {FORMAT_VERSION}: try a newer version"
             )
         problems = _key_problems("quantization_config", document, _TOP_LEVEL)
@@ -194,17 +195,17 @@ _MODULE: dict[str, _Check] = {
 
 
 def _key_problems(where: str, document: dict[str, Any], checks: dict[str, _Check]) -> list[str]:
-    problems = [f"{where}: unknown key {key!r}" for key in document if key not in checks]
+    problems = [f"{where}: unknown key {shown(key)}" for key in document if key not in checks]
     for key, (accepts, accepted) in checks.items():
         if key not in document:
             problems.append(f"{where}: {key} is missing")
         elif not accepts(document[key]):
-            problems.append(f"{where}: {key} is {document[key]!r}, expected {accepted}")
+            problems.append(f"{where}: {key} is {shown(document[key])}, expected {accepted}")
     return problems
 
 
 def _module_problems(name: str, module: Any) -> list[str]:
-    where = f"module {name!r}"
+    where = f"module {shown(name)}"
     if not name or not isinstance(module, dict):
         return [f"{where}: expected a module path and an object"]
     problems = _key_problems(where, module, _MODULE)

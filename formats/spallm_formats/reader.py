@@ -18,14 +18,17 @@ import numpy.typing as npt
 
 from .dtypes import TABLE_DTYPES, to_float32
 from .errors import FormatError
-from .header import StoredTensor, TensorSpec, load_json, read_header
+from .files import open_regular, read_json
+from .header import StoredTensor, TensorSpec, read_header
 from .layout import INDEX_FILE, SINGLE_SHARD
 from .metadata import INDEX_MAP_SUFFIX, TABLE_SUFFIX, SketchMetadata
 from .packing import padding_is_zero
 from .staging import CONFIG_FILE
+from .text import shown, summary
 
 _BLOCK_BYTES = 1 << 26
-_SAFE_FILENAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+#: File names of shards: 255 bytes are the most that file systems take.
+_SAFE_FILENAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,242}\.safetensors")
 
 
 def open_shards(folder: Path) -> dict[str, StoredTensor]:
@@ -50,9 +53,7 @@ def open_shards(folder: Path) -> dict[str, StoredTensor]:
     problems: list[str] = []
     tensors: dict[str, StoredTensor] = {}
     for filename in sorted(set(weight_map.values())):
-        if not _SAFE_FILENAME.fullmatch(filename):
-            problems.append(f"{INDEX_FILE}: {filename!r} is not a plain safetensors file name")
-        elif not (folder / filename).exists():
+        if not (folder / filename).exists():
             problems.append(f"{INDEX_FILE}: shard {filename} is missing")
         else:
             try:
@@ -78,14 +79,25 @@ def read_index(index: Path) -> dict[str, str]:
         File names by tensor name.
 
     Raises:
-        FormatError: If it is not valid JSON or has no such map.
+        FormatError: If it is not valid JSON, has no such map, or names anything but plain file
+            names of safetensors files.
     """
-    document = load_json(index.read_bytes(), index.name)
+    document = read_json(index)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not all(
         isinstance(filename, str) for filename in weight_map.values()
     ):
         raise FormatError(f"{index.name}: expected a weight_map of tensor names to file names")
+    if not isinstance(document.get("metadata"), dict):  # transformers cannot read it either
+        raise FormatError(f"{index.name}: no metadata, expected an object such as {{}}")
+    unsafe = [
+        name for name in sorted(set(weight_map.values())) if not _SAFE_FILENAME.fullmatch(name)
+    ]
+    if unsafe:
+        raise FormatError(
+            f"{index.name}: expected plain names of safetensors files, found "
+            f"{summary([shown(name) for name in unsafe], ', ')}"
+        )
     return weight_map
 
 
@@ -103,13 +115,13 @@ def read_bytes(tensor: StoredTensor, start: int, stop: int) -> bytearray:
     Raises:
         FormatError: If the file ends earlier.
     """
-    buffer = bytearray(stop - start)
-    with tensor.file.open("rb") as file:
+    buffer = bytearray(stop - start)  # headers have been checked against the size of the file
+    with open_regular(tensor.file) as file:
         file.seek(tensor.offset + start)
         count = file.readinto(buffer)
     if count != len(buffer):
         raise FormatError(
-            f"{tensor.file.name}: tensor {tensor.name!r} ends after {start + count} bytes, "
+            f"{tensor.file.name}: tensor {shown(tensor.name)} ends after {start + count} bytes, "
             f"expected {tensor.nbytes}: the file is truncated, get it again"
         )
     return buffer
@@ -147,7 +159,7 @@ class SketchedCheckpoint:
         path = folder / CONFIG_FILE
         if not path.is_file():
             raise FormatError(f"{folder}: no {CONFIG_FILE}, so the checkpoint is not complete")
-        config = load_json(path.read_bytes(), CONFIG_FILE)
+        config = read_json(path)
         if not isinstance(config, dict) or "quantization_config" not in config:
             raise FormatError(
                 f"{folder}: {CONFIG_FILE} has no quantization_config, so this is not a sketched "
@@ -197,11 +209,11 @@ class SketchedCheckpoint:
                     -1, self.tensors[name + INDEX_MAP_SUFFIX].shape[1]
                 )
                 if not padding_is_zero(packed, module.bits, module.in_features):
-                    yield f"module {name!r}: padding bits of the index map are not zero"
+                    yield f"module {shown(name)}: padding bits of the index map are not zero"
                     break
             for rows in _row_blocks(self.tensors[name + TABLE_SUFFIX]):
                 if not np.isfinite(to_float32(rows, dtype)).all():
-                    yield f"module {name!r}: the sketch table holds NaN or infinite values"
+                    yield f"module {shown(name)}: the sketch table holds NaN or infinite values"
                     break
 
 
@@ -217,9 +229,9 @@ def _row_blocks(tensor: StoredTensor) -> Iterator[bytearray]:
 
 def _set_problems(filename: str, found: set[str], listed: set[str]) -> list[str]:
     return [
-        f"{filename}: tensor {name!r} is in the index, but not in the file"
+        f"{filename}: tensor {shown(name)} is in the index, but not in the file"
         for name in sorted(listed - found)
-    ] + [f"{filename}: tensor {name!r} is not in the index" for name in sorted(found - listed)]
+    ] + [f"{filename}: tensor {shown(name)} is not in the index" for name in sorted(found - listed)]
 
 
 def _sketch_problems(metadata: SketchMetadata, tensors: dict[str, StoredTensor]) -> list[str]:
@@ -228,14 +240,14 @@ def _sketch_problems(metadata: SketchMetadata, tensors: dict[str, StoredTensor])
     for name, spec in expected.items():
         stored = tensors.get(name)
         if stored is None:
-            problems.append(f"tensor {name!r} of a sketched module is missing")
+            problems.append(f"tensor {shown(name)} of a sketched module is missing")
         elif (stored.dtype, stored.shape) != (spec.dtype, spec.shape):
             problems.append(
-                f"{stored.file.name}: tensor {name!r} is {_described(stored)}, "
+                f"{stored.file.name}: tensor {shown(name)} is {_described(stored)}, "
                 f"expected {_described(spec)}"
             )
     problems += [
-        f"{tensor.file.name}: {name!r} is a sketch table, but config.json lists no such module"
+        f"{tensor.file.name}: {shown(name)} is a sketch table, but config.json lists no such module"
         for name, tensor in tensors.items()
         if name.endswith(TABLE_SUFFIX) and name not in expected
     ]

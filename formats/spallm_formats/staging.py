@@ -28,7 +28,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from .durable import flush_folder, write_atomic
 from .errors import FormatError, SpallmError
-from .header import load_json, to_json
+from .files import load_json, sha256, to_json
 from .layout import INDEX_FILE, SHARD_NAME, Shard
 from .shard_file import ShardFile
 
@@ -324,12 +324,6 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what a run killed in its very last step left beside a complete checkpoint."""
     if not is_unfinished(folder):
         shutil.rmtree(folder / PARTIAL_FOLDER, ignore_errors=True)
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(data: bytes) -> str:
