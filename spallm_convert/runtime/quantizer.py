@@ -22,6 +22,7 @@ from spallm_convert.errors import FormatError
 from spallm_convert.source.skeleton import resolve_modules
 from spallm_formats import QUANT_METHOD, TABLE_SUFFIX, SketchMetadata
 
+from .checking import check_dtype, check_files
 from .linear import SketchedLinear, train_tables_only
 from .tables import attach_set_tables
 
@@ -49,8 +50,15 @@ class SpallmQuantizer(HfQuantizer):
     serialized_names = {"weight": ["weight", "weight_table"]}  # noqa: RUF012
     quantization_config: SpallmConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        check_dtype(dtype)
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         metadata = self.quantization_config.metadata
+        check_files(checkpoint_files, metadata)
         seed = metadata.hash_seed if metadata.mapping == "hash" else None
         # Tables stored in float32 stay in float32 for training, whatever the dtype of the model.
         table_dtype = torch.float32 if metadata.table_dtype == "float32" else None
