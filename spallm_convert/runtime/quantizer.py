@@ -49,6 +49,7 @@ class SpallmQuantizer(HfQuantizer):
     requires_calibration = True
     serialized_names = {"weight": ["weight", "weight_table"]}  # noqa: RUF012
     quantization_config: SpallmConfig
+    _shapes: dict[str, torch.Size]
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         check_dtype(dtype)
@@ -84,10 +85,20 @@ class SpallmQuantizer(HfQuantizer):
                 stored_name=stored,
             )
             model.set_submodule(path, sketched)
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
+        # transformers 5.0 sets parameters of any shape if a model has a quantizer.
+        problems = [
+            f"tensor {name!r} has the shape {list(parameter.shape)}, the model expects "
+            f"{list(self._shapes[name])}"
+            for name, parameter in model.named_parameters()
+            if parameter.shape != self._shapes.get(name, parameter.shape)
+        ]
+        if problems:
+            raise FormatError(problems)
         train_tables_only(model)
         attach_set_tables(model)
         self._describe_tables(_table_dtypes(model))
