@@ -2,7 +2,16 @@
 
 from .dtypes import FLOAT_STORAGE, ITEM_BYTES, TABLE_DTYPES, from_float32, to_float32
 from .errors import FormatError, SpallmError
-from .files import load_json, open_regular, read_json, read_small, refuse_pointer, sha256, to_json
+from .files import (
+    load_json,
+    open_regular,
+    read_json,
+    read_small,
+    refuse_costly_json,
+    refuse_pointer,
+    sha256,
+    to_json,
+)
 from .header import (
     StoredTensor,
     TensorSpec,
@@ -22,15 +31,10 @@ from .metadata import (
     SketchMetadata,
 )
 from .packing import pack, pack_reference, row_bytes, unpack, unpack_reference
+from .publishing import CONFIG_FILE, check_replaceable
 from .reader import SketchedCheckpoint, open_shards, read_bytes, read_index
 from .shard_file import ShardFile
-from .staging import (
-    CONFIG_FILE,
-    Staging,
-    check_output_folder,
-    is_unfinished,
-    remove_leftovers,
-)
+from .staging import Staging
 from .tables import (
     TABLES_FILE,
     TABLES_METADATA_FILE,
@@ -39,6 +43,7 @@ from .tables import (
     map_digest,
 )
 from .text import printable, shown, summary
+from .work_folder import check_output_folder, is_inside, is_unfinished, remove_leftovers
 
 __all__ = [
     "CONFIG_FILE",
@@ -68,10 +73,12 @@ __all__ = [
     "TensorSpec",
     "build_header",
     "check_output_folder",
+    "check_replaceable",
     "fingerprint",
     "from_float32",
     "header_length",
     "index_json",
+    "is_inside",
     "is_unfinished",
     "load_json",
     "map_digest",
@@ -87,6 +94,7 @@ __all__ = [
     "read_index",
     "read_json",
     "read_small",
+    "refuse_costly_json",
     "refuse_pointer",
     "remove_leftovers",
     "row_bytes",

@@ -12,8 +12,9 @@ import os
 import re
 import stat
 from collections import Counter
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .errors import FormatError
 from .text import shown, summary
@@ -36,7 +37,7 @@ _KINDS = {
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading. A link to a regular file is followed.
 
     Args:
@@ -121,6 +122,20 @@ def refuse_pointer(start: bytes, name: str) -> None:
         )
 
 
+def refuse_costly_json(text: bytes, name: str) -> None:
+    """Raise FormatError if a JSON text would take much more memory than its size when parsed.
+
+    Args:
+        text: UTF-8 text.
+        name: Name for error messages.
+    """
+    needed = sum(cost * text.count(mark) for mark, cost in _COSTS.items())
+    if needed > _MEMORY_FACTOR * len(text) + _MEMORY_CONSTANT:
+        raise FormatError(
+            f"{name}: {len(text):,} bytes of JSON would take about {needed:,} bytes of memory"
+        )
+
+
 def load_json(text: bytes, name: str) -> Any:
     """Parse JSON within bounds of memory, refusing repeated keys and lone surrogates.
 
@@ -135,11 +150,7 @@ def load_json(text: bytes, name: str) -> Any:
         FormatError: If it is not valid JSON, repeats a key, holds half of a surrogate pair, or
             would take much more memory than its size.
     """
-    needed = sum(cost * text.count(mark) for mark, cost in _COSTS.items())
-    if needed > _MEMORY_FACTOR * len(text) + _MEMORY_CONSTANT:
-        raise FormatError(
-            f"{name}: {len(text):,} bytes of JSON would take about {needed:,} bytes of memory"
-        )
+    refuse_costly_json(text, name)
 
     def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         document = dict(pairs)

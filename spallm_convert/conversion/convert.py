@@ -34,7 +34,8 @@ from spallm_convert.errors import CalibrationError, FormatError, OptionError, Sp
 from spallm_convert.paths import user_path
 from spallm_convert.progress import Progress, Silent
 from spallm_convert.sketch.plan import Plan, make_plan, reallocate
-from spallm_convert.source.checkpoint import DenseCheckpoint, extra_files
+from spallm_convert.source.checkpoint import DenseCheckpoint
+from spallm_convert.source.extra_files import extra_files
 from spallm_convert.source.hub import remote_checkpoint
 from spallm_convert.source.locate import Source, find_here, locate
 from spallm_formats import (
@@ -42,9 +43,11 @@ from spallm_formats import (
     INDEX_FILE,
     Staging,
     check_output_folder,
+    check_replaceable,
     index_json,
     is_unfinished,
     remove_leftovers,
+    summary,
     to_json,
 )
 
@@ -120,6 +123,8 @@ def convert(
         if folder.exists() and folder.samefile(source.path):
             raise OptionError(f"output {folder} is the source itself: choose another folder")
         job = _Job(source, config, place, trust_remote_code, progress or Silent())
+        if left := source.left_behind():
+            job.progress.remark(f"not copied: {summary(left, ', ')}")
         # Planning is cheap compared with hashing the source, so errors of the plan come first.
         ready = None if source.is_gguf else job.planned(folder)
         texts = job.texts()
@@ -137,6 +142,10 @@ def convert(
                 assert report is not None
             else:
                 checkpoint, plan = ready or job.planned(staging.scratch("source"))
+                written = [shard.filename for shard in plan.shards]
+                if len(written) > 1:
+                    written.append(INDEX_FILE)
+                check_replaceable(folder, written, _hashes(older))
                 plan, report = _carry_out(job, staging, checkpoint, plan, texts, same)
                 _publish(staging, checkpoint, plan, report, older)
     if progress is not None and config.mapping == "hash" and "healing" not in report.document:
@@ -333,7 +342,12 @@ def _publish(
     for name, data in documents.items():
         files[name] = staging.write_file(name, data)
     staging.write_file(REPORT_FILE, to_json(report.document))
-    staging.publish([*files, REPORT_FILE], obsolete=list(older.files) if older else [])
+    staging.publish([*files, REPORT_FILE], _hashes(older))
+
+
+def _hashes(older: Report | None) -> dict[str, str]:
+    """Return the SHA-256 of the files that an older conversion wrote into the folder, by name."""
+    return {name: file["sha256"] for name, file in older.files.items()} if older else {}
 
 
 def _older_report(folder: Path) -> Report | None:
