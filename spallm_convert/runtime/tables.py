@@ -6,6 +6,7 @@ model was loaded with; loading another set never changes it.
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,12 +156,35 @@ def table_sets(model: nn.Module) -> list[str]:
 
 
 def attach_set_tables(model: nn.Module) -> None:
-    """Add the method `set_tables` to the class of a loaded model.
+    """Give a loaded model the method `set_tables`. Other models of its class do not get it."""
+    model.set_tables = _SetTables(model)  # type: ignore[assignment]
 
-    The class gets it and not the model: an attribute that refers back to the model would delay
-    freeing the model's memory until the next garbage collection.
+
+class _SetTables:
+    """Call `set_tables` for one model, as its attribute, without keeping the model alive.
+
+    A bound method would refer back to the model, and delay freeing the model's memory until the
+    next garbage collection. A copied or unpickled model gets its own object.
     """
-    type(model).set_tables = set_tables  # type: ignore[attr-defined]
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, name: str = BASE) -> None:
+        set_tables(self._living(), name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SetTables:
+        model = self._living()
+        return _SetTables(memo.get(id(model), model))  # the copy is there before its attributes are
+
+    def __reduce__(self) -> tuple[type[_SetTables], tuple[nn.Module]]:
+        return _SetTables, (self._living(),)
+
+    def _living(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise OptionError("the model of this set_tables is gone; keep a reference to the model")
+        return model
 
 
 def _portable(model: nn.Module) -> dict[str, nn.Parameter]:
