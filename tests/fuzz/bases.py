@@ -16,6 +16,8 @@ from helpers.training import word_tokenizer
 from spallm_convert import CalibrationConfig, SketchConfig, convert, load_sketched, save_tables
 from spallm_formats import Staging, publishing
 
+from .faults import FAMILY
+
 #: A name that sources keep in every copy: the report holds it.
 MODEL = "model"
 _SIZES = {
@@ -64,6 +66,7 @@ def make_bases(root: Path, families: Iterable[str]) -> Bases:
         save_tiny_llama(folder, max_shard_size=size, **_SIZES)
         word_tokenizer().save_pretrained(folder)
         (folder / "README.md").write_text("---\nlicense: mit\n---\nA model.\n")
+    bases.folders[FAMILY] = [bases.source / "config.json"]
     bases.folders["source"] = [root / name / MODEL for name in ("single", "sharded")]
     _make_sketches(bases)
     for family, make in _MAKERS.items():

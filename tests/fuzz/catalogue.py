@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import (  # noqa: F401
+    faults,
     mutations_checkpoint,
     mutations_files,
     mutations_gguf,
@@ -11,5 +12,7 @@ from . import (  # noqa: F401
     mutations_work,
 )
 from .cases import KINDS, Case, all_kinds, cases
+
+KINDS[faults.FAMILY] = faults.MUTATIONS
 
 __all__ = ["KINDS", "Case", "all_kinds", "cases"]

@@ -19,6 +19,7 @@ from spallm_convert.conversion.report import REPORT_FILE
 from spallm_formats import TABLES_FILE, FormatError, SketchedCheckpoint, sha256
 
 from .bases import MODEL, Bases
+from .faults import FAMILY, check_faults
 from .findings import Findings, differences, snapshot
 from .reader import read_file, read_folder, same, state_problems
 
@@ -264,8 +265,15 @@ CHECKS: dict[str, Callable[[Path, random.Random, Bases], Findings]] = {
     "source": check_source,
     "work": check_work,
     "gguf": check_gguf,
+    FAMILY: check_faults,
 }
 
 #: Where the spoiled copy lies in the folder of a case; the folder of a case of `work` has the name
 #: of its base.
-PLACES = {"checkpoint": "checkpoint", "tables": "tables", "source": MODEL, "gguf": "model.gguf"}
+PLACES = {
+    "checkpoint": "checkpoint",
+    "tables": "tables",
+    "source": MODEL,
+    "gguf": "model.gguf",
+    FAMILY: "fault",
+}

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 #: Seconds that a case may compute, and seconds that it may take, for example by waiting.
-LIMIT, WAITING_LIMIT = 10.0, 30.0
+LIMIT = float(os.environ.get("SPALLM_FUZZ_LIMIT", "10"))
+WAITING_LIMIT = 3 * LIMIT
 #: Memory that a case may take: twice its files and this.
 MEMORY = 256 << 20
 #: A limit of the system above that, so that a case that takes more fails instead of the machine.
