@@ -16,7 +16,7 @@ from .cases import SHARES, add_kind
 from .spoiling import flipped, grown, truncated
 
 SENTINEL = "sentinel"
-_HUGE = 1 << 30
+_HUGE = 1 << 29
 
 
 def files(folder: Path) -> list[Path]:
@@ -90,7 +90,7 @@ def a_link_to_itself_moved(path: Path, rng: random.Random) -> None:
 
 
 def sparse(path: Path, rng: random.Random) -> None:
-    """Make it a gibibyte long, with almost nothing on the disk."""
+    """Make it half a gibibyte long, with almost nothing on the disk."""
     os.truncate(path, _HUGE)
 
 
