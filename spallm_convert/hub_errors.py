@@ -118,7 +118,10 @@ def _explanation(chain: list[BaseException], kind: type[SpallmError], request: s
     cached = any(isinstance(error, errors.LocalEntryNotFoundError) for error in chain)
     for error in chain:
         if is_transport_error(error) and not cached:
-            return f": {_named(request)}the Hub cannot be reached ({described(error)})"
+            return (
+                f": {_named(request)}the Hub cannot be reached ({described(error)}); check the "
+                f"network, then {_AGAIN}"
+            )
     if cached:
         return (
             f": {_named(request)}not in the local cache, and the Hub cannot be reached; check the "

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
-from .hub_errors import described, is_transport_error, status_of
+from .hub_errors import described, error_chain, is_transport_error, status_of
 
 Result = TypeVar("Result")
 
@@ -64,11 +64,14 @@ def retried(name: str, request: Callable[[], Result], passing: frozenset[int] = 
 
 
 def _is_passing(error: Exception, passing: frozenset[int]) -> bool:
-    """Return whether an error can go away by itself.
+    """Return whether an error can go away by itself, and huggingface_hub has not waited for it.
 
-    An error that hides another one is not: huggingface_hub has repeated that request already.
+    huggingface_hub hides an error that it has waited for behind another one, or resumes a download
+    while it handles the error of the last try, so that the errors form a chain.
     """
-    return status_of(error) in passing or is_transport_error(error, *_BROKEN)
+    broken = is_transport_error(error, *_BROKEN)
+    tries = sum(is_transport_error(found) for found in error_chain(error))
+    return status_of(error) in passing or (broken and tries == 1)
 
 
 def _wait(error: Exception, attempt: int) -> float:

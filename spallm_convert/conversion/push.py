@@ -129,7 +129,7 @@ def _create(api: HfApi, repo_id: str, *, private: bool) -> None:
         )
     if not private:
         return
-    request = "its visibility"
+    request = "visibility of the repository"
     with clear_errors(repo_id, HubError, request):
         is_private = retried(
             f"{repo_id}: {request}", lambda: api.model_info(repo_id, timeout=_TIMEOUT).private
