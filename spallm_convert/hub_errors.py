@@ -22,7 +22,7 @@ from .errors import SourceError, SpallmError, one_line
 #: A longer message of the Hub is cut.
 _MESSAGE_LENGTH = 300
 #: Tokens, in the forms in which a client library or a server may repeat them.
-_TOKENS = re.compile(r"(?i)(?<=bearer )[^\s'\"]+|\bhf_\w+")
+_TOKENS = re.compile(r"(?i)(?<=bearer )[^\s'\"]+|\bhf_[a-z0-9]{10,}")
 _FILE_ADDRESS = re.compile(r"/resolve/[^/]+/(.+)")
 _AGAIN = "run the command again"
 _ADVICE = {
@@ -111,6 +111,8 @@ def _explanation(chain: list[BaseException], kind: type[SpallmError], request: s
             return f": HF_HUB_OFFLINE is set, so nothing is {done}; unset it{then}"
         if isinstance(error, errors.HFValidationError):
             return f": not a repository id, expected ORG/NAME ({one_line(error)})"
+        if isinstance(error, UnicodeEncodeError) and request:  # names are quoted, a token is not
+            return ": HF_TOKEN holds characters that no token has; set it again, or unset it"
         if isinstance(error, errors.FileMetadataError) or is_transport_error(
             error, "TooManyRedirects", "InvalidURL", "UnsupportedProtocol", "DecodingError"
         ):

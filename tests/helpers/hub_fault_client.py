@@ -56,11 +56,11 @@ class _Client:
         self.hub.objects.clear()
         self.hub.faults.set()
         if case["action"] != "push" or case.get("exists"):
-            files = self.model | {
-                name: text.encode() for name, text in case.get("files", {}).items()
-            }
+            files = self._files(case)
             self.hub.add_repo(repo, files, private=case.get("private", False))
             self.other.add_repo(repo, files)
+        os.environ["HF_TOKEN"] = case.get("token", TOKEN)
+        self.folder = Path(case.get("folder", self.pushed))
         self.hub.faults.set(*(self._fault(fault) for fault in case.get("faults", [])))
         before, before_other = len(self.hub.kinds), len(self.other.kinds)
         outcome = {"repo": repo, "error": "", "text": "", "result": ""}
@@ -72,14 +72,22 @@ class _Client:
         return outcome | {
             "waits": list(self.waits),
             "log": self.log.getvalue(),
+            "files": sorted(self.hub.files(repo)) if repo in self.hub.repos else [],
             "asked": [[kind, path] for kind, path, _ in self.hub.kinds[before:]],
             "elsewhere": [[kind, sent] for kind, _, sent in self.other.kinds[before_other:]],
         }
 
+    def _files(self, case: dict) -> dict[str, bytes]:
+        """Return the files of the case's repository: the model's, and what the case says."""
+        own = {name: text.encode("latin-1") for name, text in case.get("files", {}).items()}
+        return {n: d for n, d in self.model.items() if n not in case.get("without", ())} | own
+
     def _fault(self, fault: dict) -> Fault:
         port = self.other.endpoint.rpartition(":")[2]
         headers = {
-            name: value.replace("OTHER", f"http://localhost:{port}")
+            name: value.replace("OTHER", f"http://localhost:{port}").replace(
+                "SELF", self.hub.endpoint
+            )
             for name, value in fault.get("headers", {}).items()
         }
         return Fault(**fault | {"headers": headers})
@@ -97,7 +105,7 @@ class _Client:
     def push(self, repo: str) -> object:
         from spallm_convert.conversion.push import push_to_hub
 
-        return push_to_hub(self.pushed, repo, private=True)
+        return push_to_hub(self.folder, repo, private=True)
 
     def convert(self, repo: str) -> object:
         from spallm_convert.cli import main

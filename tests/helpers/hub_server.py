@@ -64,7 +64,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.effect in {"close", "reset"}:
             self._break(hard=fault.effect == "reset")
         elif fault is not None and fault.effect == "answer":
-            headers = {"Content-Type": "application/json"} | dict(fault.headers)
+            headers = {"Content-Type": "application/json"} | {
+                name: value.replace("PATH", self.path) for name, value in fault.headers.items()
+            }
             self._send(Response(fault.body.encode(), fault.status, headers))
         else:
             self._send(self._answer_or_error(body), cut=fault is not None)
