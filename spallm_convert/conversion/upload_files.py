@@ -50,13 +50,12 @@ class UploadFiles:
         Raises:
             FormatError: If a file has changed, or cannot have its name on the Hub.
         """
-        additions = [self._addition(name) for name in self._states]
+        self.check_unchanged()
+        additions = [self._addition(name, state) for name, state in self._states.items() if state]
         self.check_unchanged()
         for addition in additions:
-            name = addition.path_in_repo
-            if hashes.get(name, addition.upload_info.sha256.hex()) != (
-                addition.upload_info.sha256.hex()
-            ):
+            name, found = addition.path_in_repo, addition.upload_info.sha256.hex()
+            if hashes.get(name, found) != found:
                 raise _changed(self._folder, name)
         return additions
 
@@ -66,11 +65,8 @@ class UploadFiles:
             if state is None or _state(self._folder, name) != state:
                 raise _changed(self._folder, name)
 
-    def _addition(self, name: str) -> CommitOperationAdd:
+    def _addition(self, name: str, state: _State) -> CommitOperationAdd:
         path = self._folder / name
-        state = self._states[name]
-        if state is None:
-            raise _changed(self._folder, name)
         content = path.read_bytes() if state.size <= _SMALL else str(path)
         try:
             return CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
