@@ -37,7 +37,7 @@ class Fault:
     """Something that happens to requests.
 
     `effect` is "answer" (with `status`, `headers` and `body`), "close" (the connection is closed
-    without an answer), "reset" (it is broken off hard) or "cut" (the true answer stops half-way).
+    without an answer) or "cut" (the true answer stops half-way).
     """
 
     kind: str

@@ -22,9 +22,7 @@ beyond finding their metadata block.
 from __future__ import annotations
 
 import re
-import socket
 import socketserver
-import struct
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -61,8 +59,8 @@ class _Handler(BaseHTTPRequestHandler):
         kind = kind_of(self.command, path, ranged="Range" in self.headers)
         hub.kinds.append((kind, path, self.headers.get("Authorization")))
         fault = hub.faults.take(kind, path)
-        if fault is not None and fault.effect in {"close", "reset"}:
-            self._break(hard=fault.effect == "reset")
+        if fault is not None and fault.effect == "close":
+            self.close_connection = True
         elif fault is not None and fault.effect == "answer":
             headers = {"Content-Type": "application/json"} | {
                 name: value.replace("PATH", self.path) for name, value in fault.headers.items()
@@ -80,13 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(response.body[: len(response.body) // 2] if cut else response.body)
         if cut:
-            self._break()
-
-    def _break(self, *, hard: bool = False) -> None:
-        if hard:  # an answer to come is thrown away, and the client is told
-            linger = struct.pack("ii", 1, 0)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self.close_connection = True
+            self.close_connection = True
 
     def _answer_or_error(self, body: bytes) -> Response:
         with self.server.hub.lock:
