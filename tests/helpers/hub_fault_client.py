@@ -102,11 +102,6 @@ class _Client:
 
         return sorted(remote_checkpoint(repo, None).tensors)
 
-    def load(self, repo: str) -> object:
-        from spallm_convert import load_sketched
-
-        return type(load_sketched(repo)).__name__
-
     def push(self, repo: str) -> object:
         from spallm_convert.conversion.push import push_to_hub
 

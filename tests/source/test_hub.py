@@ -18,6 +18,7 @@ from helpers.hub_client import (
     run,
     with_card,
 )
+from helpers.hub_faults import Fault
 from helpers.hub_server import HubServer
 from helpers.tiny_tokenizer import tiny_tokenizer
 from spallm_convert import FormatError, convert, load_sketched, push_to_hub, save_tables
@@ -198,10 +199,13 @@ def test_loaded_from_the_hub_and_from_the_folder_alike(hub, work, pushed):
         "private": ("load_sketched", "org/secret", {"token": READ}),
         "missing": ("load_sketched", "org/missing", {}),
         "gated": ("load_sketched", "org/gated", {}),
+        "refused": ("load_sketched", "org/refused", {}),
         "no such revision": ("load_sketched", "org/other", {"revision": "v9"}),
         "dense": ("load_sketched", "org/tiny", {}),
     }
+    hub.faults.set(Fault("head", 403, suffix="org/refused/resolve/main/config.json"))
     found, _ = run(LOADS, cases, hub.environment(home=work / "fresh"))
+    hub.faults.set()
     digests = {name: found[name] for name in ("four", "sharded", "two")}
     assert {len(digest) for digest in digests.values()} == {64}, digests
     assert len(set(digests.values())) == 3
@@ -212,6 +216,7 @@ def test_loaded_from_the_hub_and_from_the_folder_alike(hub, work, pushed):
     assert found["private, no token"].startswith("SourceError: org/secret: no such repository")
     assert found["missing"].startswith("SourceError: org/missing: no such repository")
     assert found["gated"].startswith("SourceError: org/gated is gated")
+    assert found["refused"].startswith("SourceError: org/refused: config.json: the Hub answered 403")
     assert found["no such revision"].startswith("SourceError: org/other: no such revision")
     assert found["dense"].startswith("FormatError: org/tiny: ")
 

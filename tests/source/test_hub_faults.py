@@ -41,9 +41,6 @@ def cases():
         for effect in ("close",) if name in NO_BODY else ("close", "cut"):
             yield (name, effect, "always"), action, fault | {"effect": effect}
             yield (name, effect, "once"), action, fault | {"effect": effect, "times": 1}
-    config = {"kind": "head", "suffix": "/config.json"}
-    for status in (403, 503):
-        yield ("load", status), "load", config | {"status": status}
     convert = {"kind": "get", "suffix": ".safetensors"}
     yield ("convert", 503), "convert", convert | {"status": 503}
     yield ("convert", "close"), "convert", convert | {"effect": "close"}
@@ -115,11 +112,6 @@ def test_a_commit_whose_answer_was_lost_is_not_an_error(outcomes):
     assert outcomes["commit cut once"]["result"].startswith("http")
     asked = outcomes["commit cut once"]["asked"]
     assert [kind for kind, _ in asked].count("commit") == 2
-
-
-@pytest.mark.parametrize("status", [403, 503])
-def test_a_file_that_transformers_asks_for_is_named(outcomes, status):
-    assert_clear(outcomes[f"load {status}"], "SourceError", "config.json", str(status))
 
 
 def test_a_repository_that_exists_is_pushed_to(outcomes):
