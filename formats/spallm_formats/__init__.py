@@ -2,7 +2,16 @@
 
 from .dtypes import FLOAT_STORAGE, ITEM_BYTES, TABLE_DTYPES, from_float32, to_float32
 from .errors import FormatError, SpallmError
-from .files import load_json, open_regular, read_json, read_small, refuse_pointer, sha256, to_json
+from .files import (
+    load_json,
+    open_regular,
+    read_json,
+    read_small,
+    refuse_costly_json,
+    refuse_pointer,
+    sha256,
+    to_json,
+)
 from .header import (
     StoredTensor,
     TensorSpec,
@@ -85,6 +94,7 @@ __all__ = [
     "read_index",
     "read_json",
     "read_small",
+    "refuse_costly_json",
     "refuse_pointer",
     "remove_leftovers",
     "row_bytes",

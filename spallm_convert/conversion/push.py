@@ -12,7 +12,7 @@ from spallm_convert.errors import FormatError, HubError
 from spallm_convert.hub_errors import clear_errors
 from spallm_convert.hub_retries import retried
 from spallm_convert.paths import user_path
-from spallm_convert.source.checkpoint import extra_files
+from spallm_convert.source.extra_files import extra_files
 from spallm_formats import (
     CONFIG_FILE,
     INDEX_FILE,

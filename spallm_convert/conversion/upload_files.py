@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd
 
 from spallm_convert.errors import FormatError
+from spallm_convert.source.extra_files import leads_inside
 from spallm_formats.text import shown
 
 #: Larger files stay on the disk until they are sent in parts: the Hub keeps them out of git. A
@@ -83,7 +84,7 @@ def _state(folder: Path, name: str) -> _State | None:
         found = path.stat()
     except FileNotFoundError:
         return None
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not leads_inside(folder, path):
         raise FormatError(
             f"{folder}: {shown(name)} is a link to a file outside of the folder, so it is not "
             f"uploaded; put a copy of the file in its place"

@@ -21,7 +21,15 @@ from spallm_formats import (
 )
 from spallm_formats.reader import index_problems
 
-from .checkpoint import DenseCheckpoint, checked_shards, is_extra_file, open_dense, read_config
+from .checkpoint import (
+    DenseCheckpoint,
+    checked_shards,
+    no_weights,
+    open_dense,
+    read_config,
+    refuse_adapter,
+)
+from .extra_files import is_extra_file
 from .hub_files import Listing, fetch, fetch_all, find_cached, in_parallel, list_files
 from .remote_headers import read_remote_header
 
@@ -174,14 +182,10 @@ def _indexed_files(model: str, folder: Path, names: Set[str]) -> list[str]:
 def _other_files(model: str, listing: Listing) -> list[str]:
     """Return the names of all files besides config and weights: index, card and extra files."""
     names = listing.names
+    refuse_adapter(names, model)
     weights = next((name for name in (SINGLE_SHARD, INDEX_FILE) if name in names), None)
     if weights is None:
-        endings = (".bin", ".gguf", ".pth", ".safetensors")
-        others = sorted(name for name in names if name.endswith(endings))
-        raise SourceError(
-            f"{model}: no {SINGLE_SHARD} and no {INDEX_FILE} in the repository "
-            f"(found {', '.join(others[:3]) or 'no weights'}); only safetensors weights are read"
-        )
+        raise no_weights(names, model)
     if CONFIG_FILE not in names:
         raise SourceError(
             f"{model}: no {CONFIG_FILE} in the repository, expected a model for transformers"

@@ -216,7 +216,9 @@ def test_loaded_from_the_hub_and_from_the_folder_alike(hub, work, pushed):
     assert found["private, no token"].startswith("SourceError: org/secret: no such repository")
     assert found["missing"].startswith("SourceError: org/missing: no such repository")
     assert found["gated"].startswith("SourceError: org/gated is gated")
-    assert found["refused"].startswith("SourceError: org/refused: config.json: the Hub answered 403")
+    assert found["refused"].startswith(
+        "SourceError: org/refused: config.json: the Hub answered 403"
+    )
     assert found["no such revision"].startswith("SourceError: org/other: no such revision")
     assert found["dense"].startswith("FormatError: org/tiny: ")
 
