@@ -17,6 +17,8 @@ from .header import (
     TensorSpec,
     build_header,
     header_length,
+    header_metadata,
+    header_text,
     parse_header,
     read_header,
 )
@@ -36,6 +38,7 @@ from .reader import SketchedCheckpoint, open_shards, read_bytes, read_index
 from .shard_file import ShardFile
 from .staging import Staging
 from .tables import (
+    TABLES_DTYPES,
     TABLES_FILE,
     TABLES_METADATA_FILE,
     TablesMetadata,
@@ -56,6 +59,7 @@ __all__ = [
     "QUANT_METHOD",
     "SHARDS_GLOB",
     "SINGLE_SHARD",
+    "TABLES_DTYPES",
     "TABLES_FILE",
     "TABLES_METADATA_FILE",
     "TABLE_DTYPES",
@@ -77,6 +81,8 @@ __all__ = [
     "fingerprint",
     "from_float32",
     "header_length",
+    "header_metadata",
+    "header_text",
     "index_json",
     "is_inside",
     "is_unfinished",

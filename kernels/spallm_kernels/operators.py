@@ -42,7 +42,7 @@ def _lut_linear(
     else:
         weight = _weight(name, x.dtype, index_map, table, x.shape[-1], hash_seed)
         y = torch.nn.functional.linear(tokens, weight, bias)
-    return y.view(*x.shape[:-1], table.shape[0])
+    return _shaped(y, *x.shape[:-1], table.shape[0])
 
 
 def _dequantize(
@@ -63,7 +63,7 @@ def _input_grad(
     name = choose_backend(y_grad.device, _bits(table), backend)
     weight = _weight(name, y_grad.dtype, index_map, table, in_features, hash_seed)
     rows = y_grad.reshape(-1, y_grad.shape[-1])
-    return (rows @ weight).view(*y_grad.shape[:-1], in_features)
+    return _shaped(rows @ weight, *y_grad.shape[:-1], in_features)
 
 
 def _table_grad(
@@ -135,6 +135,15 @@ def _table_grad_shape(
     y_grad: Tensor, x: Tensor, index_map: Tensor, table: Tensor, *rest: Any
 ) -> Tensor:
     return table.new_empty(table.shape, dtype=_wide(x.dtype))
+
+
+def _shaped(result: Tensor, *shape: int) -> Tensor:
+    """Give a fresh result another shape without a copy, and without becoming a view of it.
+
+    Autograd refuses to change views in place if an operator returns them, as in `y += residual`.
+    """
+    reshaped: Tensor = torch.ops.aten._unsafe_view(result, shape)
+    return reshaped
 
 
 def _weight(

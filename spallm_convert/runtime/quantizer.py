@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spallm_convert.errors import FormatError
-from spallm_convert.source.skeleton import aliases
-from spallm_formats import QUANT_METHOD, SketchMetadata
+from spallm_convert.source.skeleton import resolve_modules
+from spallm_formats import QUANT_METHOD, TABLE_SUFFIX, SketchMetadata
 
+from .checking import check_dtype, check_files
 from .linear import SketchedLinear, train_tables_only
 from .tables import attach_set_tables
 
@@ -45,32 +49,35 @@ class SpallmQuantizer(HfQuantizer):
     requires_calibration = True
     serialized_names = {"weight": ["weight", "weight_table"]}  # noqa: RUF012
     quantization_config: SpallmConfig
+    _shapes: dict[str, torch.Size]
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        check_dtype(dtype)
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         metadata = self.quantization_config.metadata
+        check_files(checkpoint_files, metadata)
         seed = metadata.hash_seed if metadata.mapping == "hash" else None
         # Tables stored in float32 stay in float32 for training, whatever the dtype of the model.
         table_dtype = torch.float32 if metadata.table_dtype == "float32" else None
         linears = {
             name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
         }
-        problems = []
-        for stored, shape in metadata.modules.items():
-            names = aliases(stored, model.base_model_prefix)
-            path = next((name for name in names if name in linears), None)
-            if path is None:
-                name = type(model).__name__
-                problems.append(f"module {stored!r} is not a linear layer of {name}")
-                continue
+        paths, problems = resolve_modules(
+            metadata,
+            {name: (dense.out_features, dense.in_features) for name, dense in linears.items()},
+            base_prefix=model.base_model_prefix,
+            model_name=type(model).__name__,
+        )
+        if problems:
+            raise FormatError(problems)
+        for stored, path in paths.items():
             dense = linears[path]
-            if (dense.out_features, dense.in_features) != (shape.out_features, shape.in_features):
-                problems.append(
-                    f"module {stored!r} is sketched as [{shape.out_features}, {shape.in_features}],"
-                    f" the model has [{dense.out_features}, {dense.in_features}]"
-                )
-                continue
             sketched = SketchedLinear(
-                shape,
+                metadata.modules[stored],
                 bias=dense.bias,
                 table_dtype=table_dtype or dense.weight.dtype,
                 hash_seed=seed,
@@ -78,33 +85,55 @@ class SpallmQuantizer(HfQuantizer):
                 stored_name=stored,
             )
             model.set_submodule(path, sketched)
-        if problems:
-            raise FormatError(problems)
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
+        # transformers 5.0 sets parameters of any shape if a model has a quantizer.
+        problems = [
+            f"tensor {name!r} has the shape {list(parameter.shape)}, the model expects "
+            f"{list(self._shapes[name])}"
+            for name, parameter in model.named_parameters()
+            if parameter.shape != self._shapes.get(name, parameter.shape)
+        ]
+        if problems:
+            raise FormatError(problems)
         train_tables_only(model)
         attach_set_tables(model)
-        self._describe_tables(model)
+        self._describe_tables(_table_dtypes(model))
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
         """Return the state dict that `save_pretrained`, the caller, saves, and its metadata.
 
-        It is the state dict that `save_pretrained` was given, read from the caller's frame. Trainer
-        has gathered it from all shards, and transformers would otherwise drop it.
+        The format has one dtype for all tables, so tables of several dtypes are cast to the widest.
         """
-        # Update the config before it is saved: FSDP2's mixed precision makes the tables float32.
-        self._describe_tables(model)
-        return sys._getframe(1).f_locals.get("state_dict"), {}
+        given = _given_state_dict(sys._getframe(1))
+        tables = [value for name, value in (given or {}).items() if name.endswith(TABLE_SUFFIX)]
+        # Without tables, as in all processes of FSDP but the first, the config is not saved either.
+        kinds = {table.dtype for table in tables} or _table_dtypes(model)
+        self._describe_tables(kinds)  # the config is saved after this
+        kind = _widest(kinds)
+        if kinds <= {kind}:
+            return given, {}
+        if torch.float64 in kinds:
+            warnings.warn("float64 sketch tables are saved rounded to float32", stacklevel=3)
+        state_dict = model.state_dict() if given is None else given
+        return {
+            name: value.to(kind) if name.endswith(TABLE_SUFFIX) else value
+            for name, value in state_dict.items()
+        }, {}
 
-    def _describe_tables(self, model: PreTrainedModel) -> None:
-        """Write the present dtype of the tables to the config; the stored dtype may differ."""
-        kinds = {m.weight_table.dtype for m in model.modules() if isinstance(m, SketchedLinear)}
-        for kind in kinds:
+    def _describe_tables(self, kinds: set[torch.dtype]) -> None:
+        """Write the dtype that tables of these dtypes are saved in to the config.
+
+        The dtype of the checkpoint that was loaded may be another one.
+        """
+        if kinds:
             self.quantization_config.metadata = dataclasses.replace(
-                self.quantization_config.metadata, table_dtype=str(kind).removeprefix("torch.")
+                self.quantization_config.metadata,
+                table_dtype=str(_widest(kinds)).removeprefix("torch."),
             )
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -134,3 +163,30 @@ class SpallmQuantizer(HfQuantizer):
             dense.bias = module.bias
             model.set_submodule(name, dense)
         return model
+
+
+def _table_dtypes(model: nn.Module) -> set[torch.dtype]:
+    return {m.weight_table.dtype for m in model.modules() if isinstance(m, SketchedLinear)}
+
+
+def _widest(kinds: set[torch.dtype]) -> torch.dtype:
+    """Return the dtype of the format to save tables of these dtypes in; float32 is the widest."""
+    kind = next(iter(kinds), torch.float32)
+    for other in kinds:
+        kind = torch.promote_types(kind, other)
+    return kind if kind in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def _given_state_dict(caller: FrameType) -> dict[str, torch.Tensor] | None:
+    """Return the state dict that `save_pretrained` was given.
+
+    transformers replaces it by what the quantizer returns, without showing it to the quantizer.
+    Trainer has gathered it from all shards, so it must not be lost.
+    """
+    if caller.f_code.co_name != "save_pretrained" or "state_dict" not in caller.f_locals:
+        raise RuntimeError(
+            f"transformers {transformers.__version__} saves models in a way that spallm-convert "
+            f"does not know, and would lose trained tables: save them with save_tables"
+        )
+    found: dict[str, torch.Tensor] | None = caller.f_locals["state_dict"]
+    return found
