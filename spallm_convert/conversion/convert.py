@@ -50,6 +50,7 @@ from spallm_formats import (
 
 from .card import CARD_FILE, model_card
 from .identity import identity
+from .loadable import check_source
 from .report import REPORT_FILE, Report, make_report
 from .shards import write_shard
 from .texts import Texts, draw_texts
@@ -184,10 +185,16 @@ def plan_conversion(
     source = find_here(os.fspath(model), revision)
     if source is None:
         checkpoint = remote_checkpoint(os.fspath(model), revision)
-        return make_plan(checkpoint, config, trust_remote_code=trust_remote_code)
+        return _checked_plan(checkpoint, config, trust_remote_code)
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = source.open(Path(scratch))
-        return make_plan(checkpoint, config, trust_remote_code=trust_remote_code)
+        return _checked_plan(source.open(Path(scratch)), config, trust_remote_code)
+
+
+def _checked_plan(checkpoint: DenseCheckpoint, config: SketchConfig, trust_remote_code: bool) -> Plan:
+    """Plan a conversion, and check that its result will load."""
+    plan = make_plan(checkpoint, config, trust_remote_code=trust_remote_code)
+    check_source(checkpoint, plan, trust_remote_code=trust_remote_code)
+    return plan
 
 
 def _find_place(device: str, config: SketchConfig) -> torch.device:
@@ -215,8 +222,7 @@ class _Job:
 
     def planned(self, scratch: Path) -> tuple[DenseCheckpoint, Plan]:
         checkpoint = self.source.open(scratch)
-        trust = self.trust_remote_code
-        return checkpoint, make_plan(checkpoint, self.config, trust_remote_code=trust)
+        return checkpoint, _checked_plan(checkpoint, self.config, self.trust_remote_code)
 
     def texts(self) -> Texts | None:
         if self.config.calibration is None:

@@ -149,7 +149,7 @@ def read_skeleton(
     """
     import torch
 
-    model_class = _model_class(folder, config, trust_remote_code)
+    model_class = find_model_class(folder, config, trust_remote_code)
     with torch.device("meta"):
         model = _build(model_class, folder, config, trust_remote_code)
     linears = {
@@ -202,7 +202,18 @@ def numbers_starred(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> Any:
+def find_model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> Any:
+    """Return the model class that a config names.
+
+    Args:
+        folder: Folder of the model.
+        config: Its parsed `config.json`.
+        trust_remote_code: Whether Python code in the folder may be run.
+
+    Raises:
+        SourceError: If transformers does not know the architecture, or if the architecture is code
+            in the folder and `trust_remote_code` is False.
+    """
     import transformers
 
     architecture = config["architectures"][0]
@@ -258,7 +269,7 @@ def build_empty(
     """
     from accelerate import init_empty_weights
 
-    model_class = _model_class(folder, config, trust_remote_code)
+    model_class = find_model_class(folder, config, trust_remote_code)
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = _build(model_class, folder, config, trust_remote_code)
         return model
