@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from spallm_formats import CONFIG_FILE, SketchMetadata, TensorSpec, shown, summa
 
 #: Safetensors' names of dtypes, and torch's. Other integers and floats change no shape either.
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
-#: Keys of the config that say how many blocks a checkpoint may hold besides the model's. They
-#: predict further tokens, and transformers leaves them out.
+#: Key of the config with the number of blocks that a checkpoint may hold after those of the model.
+#: They predict further tokens, and transformers leaves them out.
 _EXTRA_BLOCKS = "num_nextn_predict_layers"
 _FAILED_LINE = re.compile(r"^(.+?)\s*\|\s*CONVERSION\b", re.MULTILINE)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -103,7 +104,9 @@ def loading_problems(
     if missing := sorted(found["missing_keys"]):
         problems.append(f"no tensor for {summary(missing, ', ')}, expected by {name}")
     wrong = sorted((key, list(has), list(needs)) for key, has, needs in found["mismatched_keys"])
-    problems += [f"{shown(key)} is {has}, {name} expects {needs}" for key, has, needs in wrong]
+    if wrong:
+        sizes = [f"{shown(key)} is {has}, expected {needs}" for key, has, needs in wrong]
+        problems.append(f"other sizes than those of {name}: {summary(sizes)}")
     if refuse_more_blocks and (more := _more_blocks(model, config, found["unexpected_keys"])):
         problems.append(f"{name} has no block for {summary(more, ', ')}")
     return problems
@@ -151,15 +154,15 @@ def _failed(name: str, error: Exception, report: str, trust_remote_code: bool) -
 def _more_blocks(model: nn.Module, config: dict[str, Any], unexpected: Iterable[str]) -> list[str]:
     """Return the tensors of a checkpoint that belong to blocks after the model's last one."""
     lists = {path: len(m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    extra = config.get(_EXTRA_BLOCKS) or 0
+    extra = config.get(_EXTRA_BLOCKS)
+    extra = extra if isinstance(extra, int) else 0
     found = []
     for name in sorted(unexpected):
         parts = name.split(".")
-        for place, part in enumerate(parts):
-            count = lists.get(".".join(parts[:place]))
-            if count and part.isdigit() and int(part) >= count + extra:
-                found.append(name)
-                break
+        paths = [(".".join(parts[:place]), part) for place, part in enumerate(parts)]
+        counts = [(lists[path], part) for path, part in paths if lists.get(path)]
+        if any(part.isdecimal() and int(part) >= count + extra for count, part in counts):
+            found.append(name)
     return found
 
 
@@ -175,10 +178,12 @@ def _quiet() -> Iterator[list[str]]:
         return False
 
     log.addFilter(take)
-    log.setLevel(logging.WARNING)
+    log.setLevel(logging.INFO)  # with WARNING, transformers also checks its plan to split tensors
     transformers.utils.logging.disable_progress_bar()
     try:
-        yield said
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield said
     finally:
         log.removeFilter(take)
         log.setLevel(level)

@@ -7,23 +7,27 @@ conversion makes the same plan as the interrupted one.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from spallm_convert.config import AUTO, SketchConfig
 from spallm_convert.errors import OptionError, SourceError
 from spallm_convert.source.checkpoint import DenseCheckpoint
-from spallm_convert.source.skeleton import is_in_block, read_skeleton
+from spallm_convert.source.skeleton import Skeleton, aliases, is_in_block, read_skeleton
 from spallm_formats import (
     CONFIG_FILE,
     FLOAT_STORAGE,
+    INDEX_MAP_SUFFIX,
+    TABLE_SUFFIX,
     Shard,
     SketchedModule,
     SketchMetadata,
     StoredTensor,
     TensorSpec,
     plan_shards,
+    shown,
+    summary,
 )
 
 from .layer import Layer
@@ -115,7 +119,7 @@ def make_plan(
     skeleton = read_skeleton(folder, checkpoint.config, trust_remote_code=trust_remote_code)
     layers: dict[str, Layer] = {}
     left_dense: dict[str, str] = {}
-    problems: list[str] = []
+    problems = _name_problems(tensors)
     names = {path: skeleton.stored_name(path, tensors) for path in skeleton.linears}
     for path, shape in skeleton.linears.items():
         name = names[path]
@@ -131,12 +135,12 @@ def make_plan(
         if reason:
             left_dense[name] = reason
         else:
-            problems += _tensor_problems(weight, shape)
+            problems += _tensor_problems(weight, shape) + _other_names(path, skeleton, tensors)
             layers[name] = Layer(name, path, _sketched(shape, config), weight)
     _check_patterns(config.ignore, [(path, name or path) for path, name in names.items()])
     left_dense |= _other_matrices(tensors, {*layers, *left_dense})
     if problems:
-        raise SourceError("; ".join(problems))
+        raise SourceError(f"{folder}: {summary(problems)}")
     if not layers:
         raise SourceError(f"{folder}: no linear layer to sketch {_why_none(left_dense)}")
     modules = {name: layer.module for name, layer in layers.items()}
@@ -238,9 +242,33 @@ def _reason_to_keep(
     return None
 
 
+def _name_problems(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Return the tensors whose names the format reserves for sketch tables."""
+    reserved = [shown(name) for name in tensors if name.endswith(TABLE_SUFFIX)]
+    if not reserved:
+        return []
+    return [
+        f"found {summary(reserved, ', ')}, but only sketch tables may have names that end in "
+        f"{TABLE_SUFFIX!r}: convert a dense model, or rename these tensors"
+    ]
+
+
+def _other_names(path: str, skeleton: Skeleton, tensors: Container[str]) -> list[str]:
+    """Return a problem if the weight of a layer is stored under several names."""
+    names = {name: None for name in aliases(path, skeleton.base_prefix)}
+    found = [
+        name + INDEX_MAP_SUFFIX
+        for name in names
+        if name + INDEX_MAP_SUFFIX in tensors and (name == path or name not in skeleton.linears)
+    ]
+    if len(found) < 2:
+        return []
+    return [f"tensors {' and '.join(map(shown, found))} are the same weight: remove one of them"]
+
+
 def _tensor_problems(weight: StoredTensor, shape: tuple[int, int]) -> list[str]:
     """Return what keeps a weight from being sketched: its dtype, or its shape."""
-    where = f"{weight.file.name}: tensor {weight.name!r}"
+    where = f"{weight.file.name}: tensor {shown(weight.name)}"
     if weight.dtype not in FLOAT_STORAGE:
         accepted = ", ".join(FLOAT_STORAGE)
         return [

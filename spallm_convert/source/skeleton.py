@@ -218,7 +218,9 @@ def find_model_class(folder: Path, config: dict[str, Any], trust_remote_code: bo
 
     architecture = config["architectures"][0]
     known = getattr(transformers, architecture, None)
-    if known is not None:
+    # transformers puts a stand-in, which is no model, in place of a class that needs a package.
+    is_stand_in = hasattr(known, "_backends")
+    if isinstance(known, type) and (issubclass(known, transformers.PreTrainedModel) or is_stand_in):
         return known
     remote = remote_class(config.get("auto_map"), architecture)
     if remote is None:
