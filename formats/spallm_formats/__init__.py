@@ -22,15 +22,10 @@ from .metadata import (
     SketchMetadata,
 )
 from .packing import pack, pack_reference, row_bytes, unpack, unpack_reference
+from .publishing import CONFIG_FILE, check_replaceable
 from .reader import SketchedCheckpoint, open_shards, read_bytes, read_index
 from .shard_file import ShardFile
-from .staging import (
-    CONFIG_FILE,
-    Staging,
-    check_output_folder,
-    is_unfinished,
-    remove_leftovers,
-)
+from .staging import Staging
 from .tables import (
     TABLES_FILE,
     TABLES_METADATA_FILE,
@@ -39,6 +34,7 @@ from .tables import (
     map_digest,
 )
 from .text import printable, shown, summary
+from .work_folder import check_output_folder, is_inside, is_unfinished, remove_leftovers
 
 __all__ = [
     "CONFIG_FILE",
@@ -68,10 +64,12 @@ __all__ = [
     "TensorSpec",
     "build_header",
     "check_output_folder",
+    "check_replaceable",
     "fingerprint",
     "from_float32",
     "header_length",
     "index_json",
+    "is_inside",
     "is_unfinished",
     "load_json",
     "map_digest",

@@ -23,7 +23,7 @@ from .header import StoredTensor, TensorSpec, read_header
 from .layout import INDEX_FILE, SINGLE_SHARD
 from .metadata import INDEX_MAP_SUFFIX, TABLE_SUFFIX, SketchMetadata
 from .packing import padding_is_zero
-from .staging import CONFIG_FILE
+from .publishing import CONFIG_FILE
 from .text import shown, summary
 
 _BLOCK_BYTES = 1 << 26

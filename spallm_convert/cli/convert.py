@@ -15,6 +15,8 @@ from spallm_convert.paths import user_path
 from spallm_formats.dtypes import TABLE_DTYPES
 from spallm_formats.metadata import MAPPINGS
 
+from .lines import hide_bars, say
+
 _DEFAULTS = SketchConfig()
 _CALIBRATION = CalibrationConfig()
 _OF_CALIBRATION = ("samples", "seqlen", "without", "heal", "fallback", "target_bits")
@@ -201,6 +203,7 @@ def command(
         max_shard_size=max_shard_size,
         calibration=nested,
     )
+    hide_bars(quiet or as_json)
     from spallm_convert.conversion.convert import convert, plan_conversion
 
     from .printing import print_plan, print_report
@@ -234,10 +237,10 @@ def command(
             progress=progress,
         )
     if as_json:
-        click.echo(json.dumps(report.document | {"output": str(output)}, indent=2))
+        say(json.dumps(report.document | {"output": str(output)}, indent=2))
     elif not quiet:
         print_report(report)
-        click.echo(f"written to {output}")
+        say(f"written to {output}")
     if push_to_hub:
         from spallm_convert.conversion.push import push_to_hub as push
 
@@ -246,7 +249,7 @@ def command(
         except HubError as error:
             again = f"spallm-convert push {output} {push_to_hub}"
             raise HubError(f"{error}; {output} is complete, upload it later: {again}") from error
-        click.echo(f"pushed to {url}", err=as_json)
+        say(f"pushed to {url}", err=as_json)
 
 
 def _advise(config: SketchConfig) -> None:

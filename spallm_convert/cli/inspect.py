@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from .lines import say
+
 
 @click.command("inspect")
 @click.argument("folder", type=click.Path(path_type=Path))
@@ -23,22 +25,22 @@ def command(folder: Path, as_json: bool) -> None:
             "quantization_config": checkpoint.metadata.to_json(),
             "conversion": report.document if report else None,
         }
-        click.echo(json.dumps(document, indent=2))
+        say(json.dumps(document, indent=2))
         return
     metadata = checkpoint.metadata
     named = checkpoint.config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named else "unknown architecture"
     widths = sorted({module.bits for module in metadata.modules.values()})
-    click.echo(
+    say(
         f"{architecture}: {len(metadata.modules)} sketched layers, "
         f"{', '.join(map(str, widths))} bits, "
         f"mapping {metadata.mapping}, tables in {metadata.table_dtype}"
     )
     if report is None:
         size = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-        click.echo(f"{size / 1e6:,.1f} MB of tensors; no conversion.json, so errors are unknown")
+        say(f"{size / 1e6:,.1f} MB of tensors; no conversion.json, so errors are unknown")
         return
     from .printing import print_report
 
-    click.echo(f"converted from {report.source['model']}")
+    say(f"converted from {report.source['model']}")
     print_report(report)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ import click
 
 from spallm_convert.errors import OptionError, SpallmError
 from spallm_convert.version import __version__
+
+from .lines import say
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -88,28 +91,32 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.ClickException as error:
-        error.show()
+        usage = io.StringIO()
+        error.show(usage)
+        say(usage.getvalue().rstrip("\n"), err=True)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         if debug:
             raise
         converting = arguments[0] == "convert" or arguments[0] not in _COMMANDS
-        _say("interrupted" + "; continue with --resume, without --overwrite" * converting)
+        remedy = "; continue with --resume, without --overwrite" * converting
+        say(f"spallm-convert: interrupted{remedy}", err=True)
         code = EXIT_INTERRUPTED
     except SpallmError as error:
         if debug:
             raise
-        _say(f"error: {error}")
+        say(f"spallm-convert: error: {error}", err=True)
         code = EXIT_USAGE if isinstance(error, OptionError) else EXIT_FAILURE
     except OSError as error:
         if debug:
             raise
-        _say(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        say(f"spallm-convert: error: {_system_error(error)}", err=True)
         code = EXIT_FAILURE
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _say(message: str) -> None:
-    click.echo(f"spallm-convert: {message}", err=True)
+def _system_error(error: OSError) -> str:
+    file = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{file}"

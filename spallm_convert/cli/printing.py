@@ -6,13 +6,13 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-import click
 from rich.table import Table
 
 from spallm_convert.conversion.report import Report
 from spallm_convert.sketch.plan import Plan
 from spallm_convert.source.skeleton import numbers_starred
 
+from .lines import say
 from .terminal import print_table
 
 
@@ -22,7 +22,7 @@ def print_plan(plan: Plan, *, as_json: bool, totals_alone: bool = False) -> None
     if as_json:
         modules = {name: asdict(module) for name, module in plan.metadata.modules.items()}
         document = {"totals": totals, "modules": modules, "left_dense": plan.left_dense}
-        click.echo(json.dumps(document, indent=2))
+        say(json.dumps(document, indent=2))
         return
     table = _table("layers", "shape", "bits", "groups", "bits per weight")
     mapping, dtype = plan.metadata.mapping, plan.metadata.table_dtype
@@ -42,7 +42,7 @@ def print_plan(plan: Plan, *, as_json: bool, totals_alone: bool = False) -> None
         print_table(table)
         _print_left_dense(plan.left_dense)
     _print_totals(totals)
-    click.echo(f"{len(plan.shards)} weight file(s) would be written")
+    say(f"{len(plan.shards)} weight file(s) would be written")
 
 
 def print_report(report: Report) -> None:
@@ -66,12 +66,12 @@ def print_report(report: Report) -> None:
     _print_predicted(report.document.get("predicted_loss"))
     _print_healing(report.document.get("healing"))
     if (reason := report.document.get("not_calibrated")) is not None:
-        click.echo(f"not calibrated: {reason}")
+        say(f"not calibrated: {reason}")
 
 
 def _print_healing(healing: dict[str, float] | None) -> None:
     if healing is not None:
-        click.echo(
+        say(
             f"healed: divergence from the dense model {healing['kl_before']:.4f} -> "
             f"{healing['kl_after']:.4f} nats per token, on held-out samples"
         )
@@ -95,26 +95,26 @@ def _print_left_dense(left_dense: dict[str, str]) -> None:
         key = (numbers_starred(name), why)
         merged[key] = merged.get(key, 0) + 1
     for (name, why), count in merged.items():
-        click.echo(f"left dense: {count} x {name}: {why}")
+        say(f"left dense: {count} x {name}: {why}")
 
 
 def _print_totals(totals: dict[str, Any], *, healed: bool = False) -> None:
     share = totals["sketched_weights"] / (totals["sketched_weights"] + totals["kept_weights"])
     ratio = totals["ratio"]
     change = f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
-    click.echo(
+    say(
         f"{totals['sketched_weights']:,} weights sketched ({share:.1%} of the model) at "
         f"{totals['bits_per_weight']:.3f} bits each, tables included"
     )
-    click.echo(
+    say(
         f"{totals['source_bytes'] / 1e6:,.1f} MB -> {totals['sketched_bytes'] / 1e6:,.1f} MB "
         f"({change})"
     )
     if "relative_error" in totals:
-        click.echo(f"relative error of the sketched weights: {totals['relative_error']:.4f}")
+        say(f"relative error of the sketched weights: {totals['relative_error']:.4f}")
     if "relative_output_error" in totals:
         error, when = totals["relative_output_error"], ", before healing" if healed else ""
-        click.echo(f"relative error of their outputs on the calibration text{when}: {error:.4f}")
+        say(f"relative error of their outputs on the calibration text{when}: {error:.4f}")
 
 
 def _print_predicted(losses: dict[str, float] | None) -> None:
@@ -123,6 +123,4 @@ def _print_predicted(losses: dict[str, float] | None) -> None:
     uniform = ", ".join(
         f"{loss:.4f} at {bits} bits" for bits, loss in losses.items() if bits != "chosen"
     )
-    click.echo(
-        f"predicted loss of the chosen bits: {losses['chosen']:.4f} nats per token ({uniform})"
-    )
+    say(f"predicted loss of the chosen bits: {losses['chosen']:.4f} nats per token ({uniform})")

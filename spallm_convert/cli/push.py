@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from .lines import say
+
 
 @click.command("push")
 @click.argument("folder", type=click.Path(path_type=Path))
@@ -19,4 +21,4 @@ def command(folder: Path, repo_id: str, private: bool, message: str) -> None:
     from spallm_convert.conversion.push import push_to_hub
 
     url = push_to_hub(folder, repo_id, private=private, message=message)
-    click.echo(f"pushed to {url}")
+    say(f"pushed to {url}")

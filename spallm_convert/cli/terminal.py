@@ -1,9 +1,12 @@
-"""Print to a terminal: tables, remarks and progress bars, for all commands."""
+"""Print to a terminal: tables, remarks and progress bars, for all commands.
+
+Every text goes through `printable`, as in `lines.py`.
+"""
 
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -18,18 +21,33 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from spallm_formats.text import printable
+
+
+class SafeConsole(Console):
+    """Print text and cells of tables without the control characters in them.
+
+    Markup is off, because names of layers and answers of models may contain brackets.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Turn text into what rich prints; rich calls this for every string."""
+        return super().render_str(printable(text, lines=True), **options)
+
+
 #: Progress and remarks go to stderr, results to stdout. rich honours NO_COLOR.
-#: Markup is off, because names of layers and answers of models may contain brackets.
-stderr = Console(stderr=True, markup=False, highlight=False)
-stdout = Console(markup=False, highlight=False)
+stderr = SafeConsole(stderr=True)
+stdout = SafeConsole()
 #: Wider than any table.
 _FILE_WIDTH = 1000
 
 
 def print_table(table: Table) -> None:
     """Print a table to stdout, at the width of a terminal, or at full width to a file."""
-    wide = Console(width=_FILE_WIDTH, markup=False, highlight=False)
-    (stdout if stdout.is_terminal else wide).print(table)
+    (stdout if stdout.is_terminal else SafeConsole(width=_FILE_WIDTH)).print(table)
 
 
 def quiet_libraries(*, downloads: bool = True) -> None:
@@ -55,7 +73,12 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed / self._scale:,.1f} {self._unit}/s" if speed else "")
+        return Text(f"{_rounded(speed / self._scale)} {self._unit}/s" if speed else "")
+
+
+def _rounded(number: float) -> str:
+    """Return a number without decimals, or with two digits if it is small."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 class _WorkProgress:
@@ -106,16 +129,16 @@ class _WorkProgress:
 
     def advance(self, amount: int, name: str = "", /) -> None:
         before, self._done = self._done, self._done + amount
-        description = f"{self._verb} {name}" if name else self._verb
+        description = printable(f"{self._verb} {name}") if name else self._verb
         self._bar.update(self._counted, advance=amount, description=description, visible=True)
         self._bar.update(self._uncounted, visible=False)
         tenth = 10 * self._done // self._total
         if not stderr.is_terminal and tenth > 10 * before // self._total:
-            whole = f"{self._total / self._scale:,.0f} {self._unit} {self._done_verb}"
+            whole = f"{_rounded(self._total / self._scale)} {self._unit} {self._done_verb}"
             self.remark(f"{10 * tenth}% of {whole}" + (f": {name}" if name else ""))
 
     def say(self, line: str, /) -> None:
-        self._bar.update(self._uncounted, description=line, visible=True)
+        self._bar.update(self._uncounted, description=printable(line), visible=True)
         self._bar.update(self._counted, visible=False)
         if not stderr.is_terminal:
             self.remark(line)

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import click
 
+from .lines import say
+
 EXIT_VERIFY_FAILED = 3
+#: The most problems that are printed.
+_SHOWN = 20
 
 
 @click.command("verify")
@@ -21,9 +25,11 @@ def command(folder: Path, quiet: bool) -> None:
     from spallm_convert.conversion.verify import verify
 
     problems = verify(folder)
-    for problem in problems:
-        click.echo(f"spallm-convert: {problem}", err=True)
+    for problem in problems[:_SHOWN]:
+        say(f"spallm-convert: {problem}", err=True)
+    if len(problems) > _SHOWN:
+        say(f"spallm-convert: and {len(problems) - _SHOWN} more problems", err=True)
     if problems:
         raise click.exceptions.Exit(EXIT_VERIFY_FAILED)
     if not quiet:
-        click.echo(f"{folder}: no problems found")
+        say(f"{folder}: no problems found")

@@ -42,6 +42,7 @@ from spallm_formats import (
     INDEX_FILE,
     Staging,
     check_output_folder,
+    check_replaceable,
     index_json,
     is_unfinished,
     remove_leftovers,
@@ -138,6 +139,10 @@ def convert(
                 assert report is not None
             else:
                 checkpoint, plan = ready or job.planned(staging.scratch("source"))
+                written = [shard.filename for shard in plan.shards]
+                if len(written) > 1:
+                    written.append(INDEX_FILE)
+                check_replaceable(folder, written, _hashes(older))
                 plan, report = _carry_out(job, staging, checkpoint, plan, texts, same)
                 _publish(staging, checkpoint, plan, report, older)
     if progress is not None and config.mapping == "hash" and "healing" not in report.document:
@@ -339,7 +344,12 @@ def _publish(
     for name, data in documents.items():
         files[name] = staging.write_file(name, data)
     staging.write_file(REPORT_FILE, to_json(report.document))
-    staging.publish([*files, REPORT_FILE], obsolete=list(older.files) if older else [])
+    staging.publish([*files, REPORT_FILE], _hashes(older))
+
+
+def _hashes(older: Report | None) -> dict[str, str]:
+    """Return the SHA-256 of the files that an older conversion wrote into the folder, by name."""
+    return {name: file["sha256"] for name, file in older.files.items()} if older else {}
 
 
 def _older_report(folder: Path) -> Report | None:

@@ -10,8 +10,7 @@ from typing import Any
 
 from spallm_convert.paths import user_path
 from spallm_convert.sketch.plan import Plan
-from spallm_formats import FormatError, load_json
-from spallm_formats.staging import is_inside
+from spallm_formats import FormatError, is_inside, load_json
 
 REPORT_FILE = "conversion.json"
 

@@ -13,7 +13,7 @@ import pytest
 from helpers.calibration import StopAt, calibrated, contents
 from spallm_convert import FormatError, SpallmError, convert, load_sketched
 from spallm_convert.calibration.healing import tuning
-from spallm_formats.staging import PARTIAL_FOLDER
+from spallm_formats.work_folder import PARTIAL_FOLDER
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "killed_conversion.py"
 

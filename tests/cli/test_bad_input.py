@@ -109,7 +109,9 @@ def test_truncated_shard(fails, source, tmp_path):
 def test_header_that_lies_about_its_size(fails, source, tmp_path):
     path = source / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 2**60) + path.read_bytes()[8:])
-    assert "its header would have 1,152,921,504,606,846,976 bytes" in fails(1, source, "-o", tmp_path / "out")
+    assert "its header would have 1,152,921,504,606,846,976 bytes" in fails(
+        1, source, "-o", tmp_path / "out"
+    )
 
 
 def test_missing_shard(fails, sharded_llama, tmp_path):

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from spallm_convert import FormatError, SketchConfig, SpallmError, convert, load_sketched
 from spallm_formats import SketchedCheckpoint, Staging
-from spallm_formats.staging import PARTIAL_FOLDER
+from spallm_formats.work_folder import PARTIAL_FOLDER
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "killed_conversion.py"
 
@@ -142,9 +143,9 @@ def test_whole_shards_are_not_sketched_again(sharded_llama, unfinished, monkeypa
     finished = {}
     publish = Staging.publish
 
-    def spy(self, names, obsolete):
+    def spy(self, names, older):
         finished.update({path: path.stat().st_mtime_ns for path in done})
-        publish(self, names, obsolete)
+        publish(self, names, older)
 
     monkeypatch.setattr(Staging, "publish", spy)
     convert(sharded_llama.folder, unfinished, SketchConfig(max_shard_size="30KB"), resume=True)
@@ -203,13 +204,13 @@ def test_what_is_not_whole_any_more_is_not_called_finished(tiny_llama, tmp_path,
 
 
 def moved_in_part(folder, lost):
-    """A conversion that stopped while its files moved up, with one of them gone."""
+    """A conversion that stopped before its files moved up, with one of them gone."""
 
     with Staging(folder, {}) as staging:
         for name in ("model.safetensors", "config.json"):
             staging.write_file(name, b"{}")
-        staging.finish_publishing = lambda: None
-        staging.publish(["model.safetensors", "config.json"], [])
+        with patch("spallm_formats.publishing.finish_publishing"):
+            staging.publish(["model.safetensors", "config.json"], {})
     (folder / PARTIAL_FOLDER / "files" / lost).unlink()
 
 
@@ -262,7 +263,7 @@ def test_a_lock_of_a_killed_process_does_not_block(tmp_path):
     assert (tmp_path / "out" / PARTIAL_FOLDER / "lock").exists()
     with Staging(tmp_path / "out", {}, resume=True) as staging:
         staging.write_file("config.json", b"{}")
-        staging.publish(["config.json"], [])
+        staging.publish(["config.json"], {})
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
 
 
@@ -277,5 +278,5 @@ def test_a_disk_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch, 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with Staging(tmp_path / "out", {}) as staging:
         staging.write_file("config.json", b"{}")
-        staging.publish(["config.json"], [])
+        staging.publish(["config.json"], {})
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]

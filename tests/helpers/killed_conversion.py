@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from spallm_convert import CalibrationConfig, SketchConfig, convert
-from spallm_formats import staging
+from spallm_formats.work_folder import PARTIAL_FOLDER
 
 moments = 0
 kill_at = int(sys.argv[3])
@@ -51,7 +51,7 @@ original_open = Path.open
 
 
 def open_(self, mode="r", *arguments, **options):
-    if mode == "wb" and staging.PARTIAL_FOLDER in self.parts:
+    if mode == "wb" and PARTIAL_FOLDER in self.parts:
         return MomentousFile(io.FileIO(self, "w+"))
     return original_open(self, mode, *arguments, **options)
 
