@@ -133,6 +133,7 @@ def convert(
             remove_leftovers(folder)
             return older
         with Staging(folder, same, resume=resume, overwrite=overwrite) as staging:
+            warning = None
             if staging.is_published:
                 staging.finish_publishing()
                 report = Report.read(folder)  # which the interrupted run wrote
@@ -145,8 +146,11 @@ def convert(
                 check_replaceable(folder, written, _hashes(older))
                 plan, report = _carry_out(job, staging, checkpoint, plan, texts, same)
                 _publish(staging, checkpoint, plan, report, older)
-    if progress is not None and config.mapping == "hash" and "healing" not in report.document:
-        progress.remark(_HASHED)
+                warning = plan.dense_warning
+    if warning is not None:
+        job.progress.remark(warning)
+    if config.mapping == "hash" and "healing" not in report.document:
+        job.progress.remark(_HASHED)
     return report
 
 
@@ -195,7 +199,9 @@ def plan_conversion(
         return _checked_plan(source.open(Path(scratch)), config, trust_remote_code)
 
 
-def _checked_plan(checkpoint: DenseCheckpoint, config: SketchConfig, trust_remote_code: bool) -> Plan:
+def _checked_plan(
+    checkpoint: DenseCheckpoint, config: SketchConfig, trust_remote_code: bool
+) -> Plan:
     """Plan a conversion, and check that its result will load."""
     plan = make_plan(checkpoint, config, trust_remote_code=trust_remote_code)
     check_source(checkpoint, plan, trust_remote_code=trust_remote_code)

@@ -14,7 +14,7 @@ from typing import Any
 from spallm_convert.config import AUTO, SketchConfig
 from spallm_convert.errors import OptionError, SourceError
 from spallm_convert.source.checkpoint import DenseCheckpoint
-from spallm_convert.source.skeleton import Skeleton, aliases, is_in_block, read_skeleton
+from spallm_convert.source.skeleton import Skeleton, aliases, by_model_name, read_skeleton
 from spallm_formats import (
     CONFIG_FILE,
     FLOAT_STORAGE,
@@ -31,6 +31,7 @@ from spallm_formats import (
 )
 
 from .layer import Layer
+from .left_dense import dense_warning, dense_weights, other_matrices
 from .widths import Choice, check_target, with_choice
 
 
@@ -44,6 +45,8 @@ class Plan:
         layers: The layers to sketch, by name in the checkpoint.
         kept: Tensors that are copied unchanged, by name.
         left_dense: The reason for every linear layer or matrix that is not sketched, by name.
+        dense_weights: Number of linear weights that stay dense without the user's wish, by kind of
+            layer.
         shards: The weight files to write, with the place of every tensor.
     """
 
@@ -51,12 +54,18 @@ class Plan:
     layers: dict[str, Layer]
     kept: dict[str, StoredTensor]
     left_dense: dict[str, str]
+    dense_weights: dict[str, int]
     shards: list[Shard]
 
     @property
     def sketched_weights(self) -> int:
         """Return the number of weights to sketch."""
         return sum(layer.module.weights for layer in self.layers.values())
+
+    @property
+    def dense_warning(self) -> str | None:
+        """Return a warning if more than 5 % of the linear weights stay dense."""
+        return dense_warning(self.dense_weights, self.sketched_weights)
 
     @property
     def by_path(self) -> dict[str, Layer]:
@@ -138,7 +147,7 @@ def make_plan(
             problems += _tensor_problems(weight, shape) + _other_names(path, skeleton, tensors)
             layers[name] = Layer(name, path, _sketched(shape, config), weight)
     _check_patterns(config.ignore, [(path, name or path) for path, name in names.items()])
-    left_dense |= _other_matrices(tensors, {*layers, *left_dense})
+    left_dense |= other_matrices(tensors, {*layers, *left_dense})
     if problems:
         raise SourceError(f"{folder}: {summary(problems)}")
     if not layers:
@@ -146,7 +155,8 @@ def make_plan(
     modules = {name: layer.module for name, layer in layers.items()}
     _check_groups(modules)
     check_target(modules, config)
-    return _laid_out(tensors, layers, left_dense, config)
+    dense = dense_weights(tensors, layers, _ignored(skeleton, names, tensors, config.ignore))
+    return _laid_out(tensors, layers, left_dense, dense, config)
 
 
 def reallocate(
@@ -164,23 +174,33 @@ def reallocate(
         name: replace(layer, module=with_choice(layer.module, choices[name]))
         for name, layer in plan.layers.items()
     }
-    return _laid_out(checkpoint.tensors, layers, plan.left_dense, config)
-
-
-def _other_matrices(tensors: dict[str, StoredTensor], known: set[str]) -> dict[str, str]:
-    """Return the matrices inside blocks that belong to no linear layer, such as fused experts."""
-    return {
-        name: "not the weight of a linear layer"
-        for name, tensor in tensors.items()
-        if len(tensor.shape) >= 2
-        and is_in_block(name)
-        and name.removesuffix(".weight") not in known
-    }
+    return _laid_out(checkpoint.tensors, layers, plan.left_dense, plan.dense_weights, config)
 
 
 def _matches(pattern: str, *names: str) -> bool:
     """Return whether a pattern matches one of a layer's names (path, name in the checkpoint)."""
     return any(fnmatch.fnmatch(name, pattern) for name in names)
+
+
+def _ignored(
+    skeleton: Skeleton,
+    names: Mapping[str, str | None],
+    tensors: Mapping[str, StoredTensor],
+    patterns: tuple[str, ...],
+) -> set[str]:
+    """Return the layers that the user leaves dense, by the names that their weights are stored under.
+
+    names: Name of each layer in the checkpoint by path; None if transformers renames its weight.
+    """
+    if not patterns:
+        return set()
+    renamed = {name: tensor.name for name, tensor in by_model_name(skeleton.model, tensors).items()}
+    found = set()
+    for path, name in names.items():
+        stored = name or renamed.get(path + INDEX_MAP_SUFFIX, path).removesuffix(INDEX_MAP_SUFFIX)
+        if any(_matches(pattern, path, stored) for pattern in patterns):
+            found.add(stored)
+    return found
 
 
 def _check_patterns(patterns: tuple[str, ...], layers: list[tuple[str, str]]) -> None:
@@ -197,6 +217,7 @@ def _laid_out(
     tensors: dict[str, StoredTensor],
     layers: dict[str, Layer],
     left_dense: dict[str, str],
+    dense: dict[str, int],
     config: SketchConfig,
 ) -> Plan:
     """Return the plan with a place for every tensor, in the order of the source."""
@@ -217,7 +238,7 @@ def _laid_out(
             kept[tensor.name] = tensor
             groups.append((TensorSpec(tensor.name, tensor.dtype, tensor.shape),))
     shards = plan_shards(groups, config.max_shard_bytes)
-    return Plan(metadata, layers, kept, left_dense, shards)
+    return Plan(metadata, layers, kept, left_dense, dense, shards)
 
 
 def _sketched(shape: tuple[int, int], config: SketchConfig) -> SketchedModule:

@@ -32,11 +32,13 @@ class Skeleton:
         linears: (out_features, in_features) of every linear layer inside a numbered block, by path.
         base_prefix: Name of the base model inside the model class, such as "model" for Llama.
         unfit: The reason for each of these layers that cannot be sketched, by path.
+        model: The model, on the meta device.
     """
 
     linears: dict[str, tuple[int, int]]
     base_prefix: str
     unfit: dict[str, str]
+    model: PreTrainedModel
 
     def stored_name(self, module: str, tensors: Container[str]) -> str | None:
         """Return the name of a module in the checkpoint; None if its weight is not stored there."""
@@ -157,7 +159,7 @@ def read_skeleton(
         for name, module in model.named_modules()
         if type(module) is torch.nn.Linear and is_in_block(name)
     }
-    return Skeleton(linears, str(model_class.base_model_prefix), _unfit(model, linears))
+    return Skeleton(linears, str(model_class.base_model_prefix), _unfit(model, linears), model)
 
 
 def _unfit(model: PreTrainedModel, linears: Collection[str]) -> dict[str, str]:
