@@ -16,6 +16,7 @@ from spallm_convert.config import SketchConfig
 from spallm_convert.progress import Progress
 from spallm_convert.sketch.layer import Layer
 from spallm_convert.sketch.plan import Plan
+from spallm_convert.sketch.rows import reduction_note
 from spallm_formats import SketchMetadata
 from spallm_kernels import look_up
 
@@ -52,7 +53,7 @@ def calibrate(
     streams = Streams(inputs, list(inputs))
     for number, layers in enumerate(layers_of):
         if number in missing:
-            sketched = _sketch(blocks, number, layers, plan.metadata, without, streams, progress)
+            sketched = _sketch(blocks, number, layers, plan, without, streams, progress)
             done.write(number, sketched)
             continue
         if missing and number < missing[-1]:  # a later block needs the outputs of this one
@@ -66,19 +67,22 @@ def _sketch(
     blocks: Blocks,
     number: int,
     layers: dict[str, Layer],
-    metadata: SketchMetadata,
+    plan: Plan,
     without: Sequence[str],
     streams: Streams,
     progress: Progress,
 ) -> dict[str, CalibratedModule]:
     """Sketch the layers of a block, by their names in it; return them by name in the checkpoint."""
     found: dict[str, CalibratedModule] = {}
-    for inner, sketched in sketch_block(blocks, number, layers, streams, metadata, without):
+    made = sketch_block(blocks, number, layers, streams, plan.metadata, without, plan.limit)
+    for inner, sketched in made:
         error, norm = sketched.rows.sums.sum(axis=0).tolist()
         name = layers[inner].name
         found[name] = CalibratedModule(
             sketched.rows.index_map, sketched.rows.table, (error, norm, *sketched.output_sums)
         )
+        if plan.limit is not None and sketched.rows.reduced:
+            progress.remark(reduction_note(name, sketched.rows.reduced, plan.limit))
         progress.advance(layers[inner].module.weights, name)
     return found
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from spallm_convert.sketch.limits import Limit
 from spallm_convert.sketch.rows import SketchedRows, store_rows
 from spallm_formats import SketchedModule, SketchMetadata
 from spallm_kernels import hash_codes, hash_table
@@ -99,6 +100,7 @@ def sketch_layer(
     module: SketchedModule,
     metadata: SketchMetadata,
     without: Collection[str] = (),
+    limit: Limit | None = None,
 ) -> SketchedLayer:
     """Sketch a whole layer.
 
@@ -108,9 +110,11 @@ def sketch_layer(
         module: Shape, bits and groups.
         metadata: Mapping, seed and table dtype.
         without: Steps of `STEPS` to leave out.
+        limit: Limit of the dtype that the model loads in.
 
     Raises:
-        OverflowError: A value of a table is too large for the stored dtype.
+        OverflowError: A value of a table is too large for the stored dtype, or weights are beyond
+            the limit.
         ValueError: Weights are not finite.
     """
     numerics, target = inputs.numerics, weights
@@ -134,7 +138,8 @@ def sketch_layer(
             codes = numerics.descend(target, rounded, codes, inputs.damped, sweeps)
         return codes.cpu().numpy()
 
-    rows = store_rows(weights.cpu().numpy(), table.cpu().numpy(), choose, module, metadata)
+    arrays = weights.cpu().numpy(), table.cpu().numpy()
+    rows = store_rows(*arrays, choose, module, metadata, limit=limit)
     dense = numerics.look_up(torch.from_numpy(rows.rounded).to(weights.device), codes)
     error, norm = (
         float(numerics.quadratic_loss(weights, other, inputs.hessian).sum())

@@ -170,7 +170,8 @@ def _more_blocks(model: nn.Module, config: dict[str, Any], unexpected: Iterable[
 def _quiet() -> Iterator[list[str]]:
     """Yield a list that gets what transformers logs about loading, which is not printed."""
     log = logging.getLogger("transformers.modeling_utils")
-    level, bars = log.level, transformers.utils.logging.is_progress_bar_enabled()
+    bars: Any = transformers.utils.logging
+    level, had_bars = log.level, bars.is_progress_bar_enabled()
     said: list[str] = []
 
     def take(record: logging.LogRecord) -> bool:
@@ -179,7 +180,7 @@ def _quiet() -> Iterator[list[str]]:
 
     log.addFilter(take)
     log.setLevel(logging.INFO)  # with WARNING, transformers also checks its plan to split tensors
-    transformers.utils.logging.disable_progress_bar()
+    bars.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -187,5 +188,5 @@ def _quiet() -> Iterator[list[str]]:
     finally:
         log.removeFilter(take)
         log.setLevel(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
+        if had_bars:
+            bars.enable_progress_bar()

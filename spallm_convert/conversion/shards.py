@@ -15,7 +15,7 @@ from spallm_convert.calibration.store import CalibratedModules
 from spallm_convert.errors import SourceError, SpallmError
 from spallm_convert.progress import Progress
 from spallm_convert.sketch.plan import Plan
-from spallm_convert.sketch.rows import sketch_rows
+from spallm_convert.sketch.rows import reduction_note, sketch_rows
 from spallm_formats import (
     INDEX_MAP_SUFFIX,
     ITEM_BYTES,
@@ -93,14 +93,14 @@ def _sketch(name: str, plan: Plan, file: ShardFile, progress: Progress) -> tuple
     module, tensor = plan.layers[name].module, plan.layers[name].weight
     row_bytes = module.in_features * ITEM_BYTES[tensor.dtype]
     step = max(1, BLOCK_WEIGHTS // module.in_features)
-    sums = []
+    sums, reduced = [], 0
     for first in range(0, module.out_features, step):
         rows = min(step, module.out_features - first)
         raw = _read(tensor, first * row_bytes, (first + rows) * row_bytes)
         weights = to_float32(raw, tensor.dtype).reshape(rows, module.in_features)
         _check_finite(weights, tensor, first)
         try:
-            sketched = sketch_rows(weights, module, plan.metadata, first)
+            sketched = sketch_rows(weights, module, plan.metadata, first, plan.limit)
         except OverflowError as error:
             raise SourceError(
                 f"{tensor.file.name}: tensor {tensor.name!r} has {error}; use --table-dtype float32"
@@ -110,7 +110,10 @@ def _sketch(name: str, plan: Plan, file: ShardFile, progress: Progress) -> tuple
             file.write(name + INDEX_MAP_SUFFIX, first * index_map.shape[1], index_map)
         file.write(name + TABLE_SUFFIX, first * table[0].nbytes, table)
         sums.append(sketched.sums)
+        reduced += sketched.reduced
         progress.advance(weights.size, name)
+    if plan.limit is not None and reduced:
+        progress.remark(reduction_note(name, reduced, plan.limit))
     errors, norms = np.concatenate(sums).T
     return math.fsum(errors), math.fsum(norms)  # exact, so the size of blocks does not matter
 

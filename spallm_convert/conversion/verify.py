@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from spallm_convert.errors import FormatError, SourceError
 from spallm_convert.paths import user_path
+from spallm_convert.sketch.limits import loading_limit
 from spallm_convert.source.skeleton import remote_class
 from spallm_formats import CONFIG_FILE, SketchedCheckpoint, sha256
 
@@ -17,7 +19,8 @@ def verify(folder: str | Path) -> list[str]:
     """Check a sketched checkpoint completely.
 
     Headers must agree with config and index, and every file with its hash in `conversion.json`.
-    Padding bits must be zero and table values finite. transformers must find every tensor of the
+    Padding bits must be zero, and table values finite in the dtype that the
+    model loads in. transformers must find every tensor of the
     model in the size that it expects. This is not checked for models that come with their own
     Python code, because `verify` runs no code. A missing `conversion.json` is a problem, because
     nothing else has the hashes.
@@ -50,7 +53,17 @@ def verify(folder: str | Path) -> list[str]:
             problems.append(f"{name}: its SHA-256 is not the one in {REPORT_FILE}")
     weights = {tensor.file.name for tensor in checkpoint.tensors.values()} if report else set()
     problems += [f"{name}: not listed in {REPORT_FILE}" for name in weights if name not in files]
-    return problems + _loading_problems(checkpoint) + list(checkpoint.deep_problems())
+    problems += _loading_problems(checkpoint)
+    return problems + list(checkpoint.deep_problems(_largest_entry(checkpoint)))
+
+
+def _largest_entry(checkpoint: SketchedCheckpoint) -> float:
+    """Return the largest table value that stays finite when a checkpoint is loaded."""
+    metadata = checkpoint.metadata
+    sketched = metadata.tensors()
+    dense = {tensor.dtype for name, tensor in checkpoint.tensors.items() if name not in sketched}
+    limit = loading_limit(checkpoint.config, dense, metadata.table_dtype)
+    return math.inf if limit is None else limit.largest_entry
 
 
 def _loading_problems(checkpoint: SketchedCheckpoint) -> list[str]:

@@ -32,6 +32,7 @@ from spallm_formats import (
 
 from .layer import Layer
 from .left_dense import dense_warning, dense_weights, other_matrices
+from .limits import Limit, loading_limit
 from .widths import Choice, check_target, with_choice
 
 
@@ -47,6 +48,7 @@ class Plan:
         left_dense: The reason for every linear layer or matrix that is not sketched, by name.
         dense_weights: Number of linear weights that stay dense without the user's wish, by kind of
             layer.
+        limit: Limit of the table values, if the model loads in a dtype with a smaller range.
         shards: The weight files to write, with the place of every tensor.
     """
 
@@ -55,6 +57,7 @@ class Plan:
     kept: dict[str, StoredTensor]
     left_dense: dict[str, str]
     dense_weights: dict[str, int]
+    limit: Limit | None
     shards: list[Shard]
 
     @property
@@ -155,8 +158,18 @@ def make_plan(
     modules = {name: layer.module for name, layer in layers.items()}
     _check_groups(modules)
     check_target(modules, config)
-    dense = dense_weights(tensors, layers, _ignored(skeleton, names, tensors, config.ignore))
-    return _laid_out(tensors, layers, left_dense, dense, config)
+    metadata, kept, shards = _laid_out(tensors, layers, config)
+    ignored = _ignored(skeleton, names, tensors, config.ignore)
+    stored = {tensor.dtype for tensor in kept.values()}
+    return Plan(
+        metadata=metadata,
+        layers=layers,
+        kept=kept,
+        left_dense=left_dense,
+        dense_weights=dense_weights(tensors, layers, ignored),
+        limit=loading_limit(checkpoint.config, stored, config.table_dtype),
+        shards=shards,
+    )
 
 
 def reallocate(
@@ -174,7 +187,8 @@ def reallocate(
         name: replace(layer, module=with_choice(layer.module, choices[name]))
         for name, layer in plan.layers.items()
     }
-    return _laid_out(checkpoint.tensors, layers, plan.left_dense, plan.dense_weights, config)
+    metadata, kept, shards = _laid_out(checkpoint.tensors, layers, config)
+    return replace(plan, metadata=metadata, layers=layers, kept=kept, shards=shards)
 
 
 def _matches(pattern: str, *names: str) -> bool:
@@ -188,7 +202,7 @@ def _ignored(
     tensors: Mapping[str, StoredTensor],
     patterns: tuple[str, ...],
 ) -> set[str]:
-    """Return the layers that the user leaves dense, by the names that their weights are stored under.
+    """Return the layers that the user leaves dense, by the names of their weights on disk.
 
     names: Name of each layer in the checkpoint by path; None if transformers renames its weight.
     """
@@ -214,13 +228,9 @@ def _check_patterns(patterns: tuple[str, ...], layers: list[tuple[str, str]]) ->
 
 
 def _laid_out(
-    tensors: dict[str, StoredTensor],
-    layers: dict[str, Layer],
-    left_dense: dict[str, str],
-    dense: dict[str, int],
-    config: SketchConfig,
-) -> Plan:
-    """Return the plan with a place for every tensor, in the order of the source."""
+    tensors: dict[str, StoredTensor], layers: dict[str, Layer], config: SketchConfig
+) -> tuple[SketchMetadata, dict[str, StoredTensor], list[Shard]]:
+    """Return the metadata, the tensors to copy, and a place for every tensor in source order."""
     metadata = SketchMetadata(
         mapping=config.mapping,
         table_dtype=config.table_dtype,
@@ -237,8 +247,7 @@ def _laid_out(
         else:
             kept[tensor.name] = tensor
             groups.append((TensorSpec(tensor.name, tensor.dtype, tensor.shape),))
-    shards = plan_shards(groups, config.max_shard_bytes)
-    return Plan(metadata, layers, kept, left_dense, dense, shards)
+    return metadata, kept, plan_shards(groups, config.max_shard_bytes)
 
 
 def _sketched(shape: tuple[int, int], config: SketchConfig) -> SketchedModule:
@@ -276,7 +285,7 @@ def _name_problems(tensors: Mapping[str, StoredTensor]) -> list[str]:
 
 def _other_names(path: str, skeleton: Skeleton, tensors: Container[str]) -> list[str]:
     """Return a problem if the weight of a layer is stored under several names."""
-    names = {name: None for name in aliases(path, skeleton.base_prefix)}
+    names = dict.fromkeys(aliases(path, skeleton.base_prefix))
     found = [
         name + INDEX_MAP_SUFFIX
         for name in names
