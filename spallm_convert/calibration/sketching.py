@@ -20,6 +20,7 @@ from spallm_convert.calibration.blocks.blocks import Blocks
 from spallm_convert.calibration.blocks.stages import (
     Stage,
     Streams,
+    check_states,
     check_sums,
     find_stages,
     flat_inputs,
@@ -91,6 +92,8 @@ def sketch_block(
     for stream, module in through:
         for index, hidden in enumerate(stream):
             stream[index] = blocks.run(number, module, hidden).cpu()
+    for hidden in (*streams.dense, *streams.sketched):
+        check_states(blocks.path_of(number), hidden)
     blocks.unload(number)
 
 
