@@ -7,7 +7,7 @@ copies of one block, the hidden states of the text, and the sums over the inputs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spallm_convert.calibration.blocks.blocks import Blocks
@@ -25,7 +25,13 @@ from .store import CalibratedModule, CalibratedModules
 
 
 def calibrate(
-    blocks: Blocks, plan: Plan, config: SketchConfig, folder: Path, progress: Progress
+    blocks: Blocks,
+    plan: Plan,
+    config: SketchConfig,
+    folder: Path,
+    progress: Progress,
+    *,
+    check: Callable[[], None] = lambda: None,
 ) -> CalibratedModules:
     """Sketch every module of a plan on the text that `blocks` were opened with.
 
@@ -35,6 +41,7 @@ def calibrate(
         config: Options of the conversion, with calibration.
         folder: Finished blocks are written here. Blocks that an earlier run left are reused.
         progress: Is told about every module.
+        check: Called before a block is kept. It raises an error if the source has changed.
 
     Returns:
         The calibrated modules, in files below `folder`.
@@ -44,7 +51,7 @@ def calibrate(
     """
     assert config.calibration is not None
     without = config.calibration.without
-    done = CalibratedModules(folder)
+    done = CalibratedModules(folder, check)
     layers_of = [plan.in_block(blocks.path_of(number)) for number in range(len(blocks))]
     missing = [number for number, layers in enumerate(layers_of) if not done.has(layers.values())]
     if missing:  # healed tables belong to the blocks as they were; later blocks need the originals

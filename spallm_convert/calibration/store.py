@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,14 +82,16 @@ class CalibratedModules:
 
     Args:
         folder: The folder. Sound files that an earlier run left are used, damaged ones are not.
+        check: Called before a file is written. If it raises an error because the source has
+            changed, nothing is written.
 
     Attributes:
         healing: The divergence from the dense model before and after healing. None without healed
             tables.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, check: Callable[[], None] = lambda: None) -> None:
+        self._folder, self._check = folder, check
         self._kept: dict[str, _Kept] = {}
         for path in sound_files(folder, _BLOCK):
             shapes = {name: tensor.shape for name, tensor in read_header(path).items()}
@@ -129,6 +131,7 @@ class CalibratedModules:
             number: Number of the block.
             modules: The modules, by their names in the checkpoint.
         """
+        self._check()
         tensors: dict[str, Any] = {}
         for name, module in modules.items():
             tensors[name + INDEX_MAP_SUFFIX] = module.index_map
@@ -155,6 +158,7 @@ class CalibratedModules:
                 and the squared error and squared norm of its weights.
             healing: The divergence from the dense model before and after healing.
         """
+        self._check()
         tensors = {name + TABLE_SUFFIX: table for name, (table, _) in tables.items()}
         sums = {name: sums for name, (_, sums) in tables.items()}
         metadata = {_SUMS: json.dumps(sums), _HEALING: json.dumps(healing)}

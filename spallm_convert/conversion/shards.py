@@ -6,7 +6,7 @@ Memory does not depend on the size of the model, because one block of one tensor
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ def write_shard(
     plan: Plan,
     sketches: CalibratedModules | None,
     progress: Progress,
+    check: Callable[[], None],
 ) -> dict[str, Any]:
     """Write a shard.
 
@@ -48,6 +49,8 @@ def write_shard(
         plan: Plan of the conversion.
         sketches: Calibrated modules. None: modules are sketched here, from their weights alone.
         progress: Told about every block that is sketched here.
+        check: Called when the shard's tensors have been read. If it raises an error because the
+            source has changed, the shard is not kept.
 
     Returns:
         Record of the shard, with the squared error and squared norm of each of its modules under
@@ -69,6 +72,7 @@ def write_shard(
                     if sketches
                     else _sketch(module, plan, file, progress)
                 )
+        check()
     return record
 
 

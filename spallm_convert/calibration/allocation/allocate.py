@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,6 +72,8 @@ def allocate(
     tokens: Tensor,
     folder: Path,
     progress: Progress,
+    *,
+    check: Callable[[], None] = lambda: None,
 ) -> Allocation:
     """Choose bits and groups for every module of a plan, within `config.target_bits`.
 
@@ -82,6 +84,7 @@ def allocate(
         tokens: The calibration text, int64 [samples, seqlen].
         folder: The allocation is written here. If an earlier run left one, it is returned as is.
         progress: Gets a line per block.
+        check: Called before the allocation is kept. It raises an error if the source has changed.
 
     Returns:
         The choice for every module, with the predicted losses.
@@ -96,6 +99,7 @@ def allocate(
     costs = sensitivities(blocks, tokens, plan.by_path, seed=config.seed, say=progress.say)
     sets = predict(blocks, plan, config, costs, say=progress.say)
     chosen = choose(sets, plan, config)
+    check()
     chosen.write(folder)
     return chosen
 
