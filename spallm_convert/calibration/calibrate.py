@@ -53,7 +53,11 @@ def calibrate(
     without = config.calibration.without
     done = CalibratedModules(folder, check)
     layers_of = [plan.in_block(blocks.path_of(number)) for number in range(len(blocks))]
-    missing = [number for number, layers in enumerate(layers_of) if not done.has(layers.values())]
+    missing = [
+        number
+        for number, layers in enumerate(layers_of)
+        if not done.has(layers.values(), plan.metadata)
+    ]
     if missing:  # healed tables belong to the blocks as they were; later blocks need the originals
         done.forget_healed()
     inputs = blocks.take_inputs()

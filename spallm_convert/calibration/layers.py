@@ -8,6 +8,7 @@ corrects part of the error of earlier layers. GPTAQ (arXiv 2504.02692) has the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +116,7 @@ def sketch_layer(
     Raises:
         OverflowError: A value of a table is too large for the stored dtype, or weights are beyond
             the limit.
-        ValueError: Weights are not finite.
+        ValueError: Weights are not finite, or the error of the outputs is not.
     """
     numerics, target = inputs.numerics, weights
     if inputs.change is not None:
@@ -145,6 +146,8 @@ def sketch_layer(
         float(numerics.quadratic_loss(weights, other, inputs.hessian).sum())
         for other in (dense, torch.zeros_like(weights))
     )
+    if not (math.isfinite(error) and math.isfinite(norm)):
+        raise ValueError("its outputs are too large for the error to be computed")
     return SketchedLayer(rows, dense, (error, norm))
 
 

@@ -54,7 +54,7 @@ from .card import CARD_FILE, model_card
 from .identity import identity
 from .loadable import check_source
 from .report import REPORT_FILE, Report, make_report
-from .shards import write_shard
+from .shards import kept_record, write_shard
 from .texts import Texts, draw_texts
 from .unchanged import SourceWatch
 
@@ -329,7 +329,7 @@ def _write_shards(
     _check_space(staging, plan)
     records = {}
     for shard in plan.shards:
-        record = staging.record(shard)
+        record = kept_record(staging, shard, plan, calibrated=sketches is not None)
         if record is None:
             record = write_shard(staging, shard, plan, sketches, job.progress, job.watch.check)
         elif sketches is None:

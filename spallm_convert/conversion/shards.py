@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spallm_convert.calibration.store import CalibratedModules
+from spallm_convert.calibration.store import CalibratedModules, are_sums
 from spallm_convert.errors import SourceError, SpallmError
 from spallm_convert.progress import Progress
 from spallm_convert.sketch.plan import Plan
@@ -73,6 +73,27 @@ def write_shard(
                     else _sketch(module, plan, file, progress)
                 )
         check()
+    return record
+
+
+def kept_record(
+    staging: Staging, shard: Shard, plan: Plan, *, calibrated: bool
+) -> dict[str, Any] | None:
+    """Return the record of a shard that an earlier run wrote, None if it must be written again.
+
+    Args:
+        staging: Output folder.
+        shard: The planned shard.
+        plan: Plan of the conversion.
+        calibrated: Whether its modules are calibrated, and have sums of outputs too.
+    """
+    record = staging.record(shard)
+    if record is None or record.get("bytes") != shard.nbytes:
+        return None
+    names = {name for name in plan.layers if name + TABLE_SUFFIX in shard.tensors}
+    sums = record.get("modules")
+    if not are_sums(sums, 4 if calibrated else 2) or sums.keys() != names:
+        return None
     return record
 
 
