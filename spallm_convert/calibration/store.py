@@ -40,7 +40,7 @@ from spallm_kernels import hash_codes
 
 _SUMS, _HEALING = "sums", "healing"
 _BLOCK, _HEALED = "block", "healed"
-#: Dtype and shape of a stored tensor.
+#: Dtype and shape of a stored tensor. NumPy has no bfloat16, so its bits are stored as U16.
 _Kind = tuple[str, tuple[int, ...]]
 
 
@@ -217,7 +217,7 @@ def sound_files(folder: Path, name: str, suffix: str = ".safetensors") -> Iterat
 
 
 def _kind(tensor: TensorSpec) -> _Kind:
-    return tensor.dtype, tensor.shape
+    return "U16" if tensor.dtype == "BF16" else tensor.dtype, tensor.shape
 
 
 def _read_block(path: Path) -> dict[str, _Kept]:
