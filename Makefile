@@ -84,7 +84,7 @@ gpu:
 .venv-oldest/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear .venv-oldest
 	.venv-oldest/bin/pip install $(OLDEST_FLAGS) torch
-	.venv-oldest/bin/pip install $(OLDEST_FLAGS) --editable ".[datasets,gguf]" pytest pytest-xdist trl
+	.venv-oldest/bin/pip install $(OLDEST_FLAGS) --editable ".[datasets,gguf]" peft pytest pytest-xdist trl
 	touch $@
 
 .venv-peers/.installed: $(SOURCES) benchmarks/peers.txt

@@ -110,7 +110,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.batch_size % options.micro_batch_size:
         parser.error("--batch-size must be a multiple of --micro-batch-size")
-    if (options.output / "sketch_tables.json").exists() and not options.overwrite:
+    if (options.output / "sketch_tables.safetensors").exists() and not options.overwrite:
         parser.error(f"{options.output} already holds sketch tables; --overwrite replaces them")
     return options
 

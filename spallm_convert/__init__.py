@@ -1,6 +1,6 @@
 """Convert pretrained Hugging Face models into sketched ones: small, and trainable as they are.
 
-Importing this package registers sketched checkpoints with transformers. It does not import
+Importing this package registers sketched checkpoints with transformers and PEFT. It does not import
 transformers, torch or Triton: that happens when a name is first used.
 """
 
@@ -111,4 +111,4 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
 
 
-registration.register_with_transformers()
+registration.register()

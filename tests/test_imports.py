@@ -38,6 +38,9 @@ FACES = {"spallm_convert", "spallm_kernels"}
 
 #: Imports of our own in functions, outside of the command line, and why they are there.
 IN_FUNCTIONS = {
+    ("spallm_convert.runtime.registration", "spallm_convert.runtime.adapters"): (
+        "PEFT is optional, and importing the package must not import it"
+    ),
     ("spallm_convert.runtime.registration", "spallm_convert.runtime.quantizer"): (
         "importing the package must not import transformers"
     ),

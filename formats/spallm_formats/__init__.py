@@ -2,12 +2,23 @@
 
 from .dtypes import FLOAT_STORAGE, ITEM_BYTES, TABLE_DTYPES, from_float32, to_float32
 from .errors import FormatError, SpallmError
-from .files import load_json, open_regular, read_json, read_small, refuse_pointer, sha256, to_json
+from .files import (
+    load_json,
+    open_regular,
+    read_json,
+    read_small,
+    refuse_costly_json,
+    refuse_pointer,
+    sha256,
+    to_json,
+)
 from .header import (
     StoredTensor,
     TensorSpec,
     build_header,
     header_length,
+    header_metadata,
+    header_text,
     parse_header,
     read_header,
 )
@@ -27,6 +38,7 @@ from .reader import SketchedCheckpoint, open_shards, read_bytes, read_index
 from .shard_file import ShardFile
 from .staging import Staging
 from .tables import (
+    TABLES_DTYPES,
     TABLES_FILE,
     TABLES_METADATA_FILE,
     TablesMetadata,
@@ -47,6 +59,7 @@ __all__ = [
     "QUANT_METHOD",
     "SHARDS_GLOB",
     "SINGLE_SHARD",
+    "TABLES_DTYPES",
     "TABLES_FILE",
     "TABLES_METADATA_FILE",
     "TABLE_DTYPES",
@@ -68,6 +81,8 @@ __all__ = [
     "fingerprint",
     "from_float32",
     "header_length",
+    "header_metadata",
+    "header_text",
     "index_json",
     "is_inside",
     "is_unfinished",
@@ -85,6 +100,7 @@ __all__ = [
     "read_index",
     "read_json",
     "read_small",
+    "refuse_costly_json",
     "refuse_pointer",
     "remove_leftovers",
     "row_bytes",

@@ -122,6 +122,20 @@ def refuse_pointer(start: bytes, name: str) -> None:
         )
 
 
+def refuse_costly_json(text: bytes, name: str) -> None:
+    """Raise FormatError if a JSON text would take much more memory than its size when parsed.
+
+    Args:
+        text: UTF-8 text.
+        name: Name for error messages.
+    """
+    needed = sum(cost * text.count(mark) for mark, cost in _COSTS.items())
+    if needed > _MEMORY_FACTOR * len(text) + _MEMORY_CONSTANT:
+        raise FormatError(
+            f"{name}: {len(text):,} bytes of JSON would take about {needed:,} bytes of memory"
+        )
+
+
 def load_json(text: bytes, name: str) -> Any:
     """Parse JSON within bounds of memory, refusing repeated keys and lone surrogates.
 
@@ -136,11 +150,7 @@ def load_json(text: bytes, name: str) -> Any:
         FormatError: If it is not valid JSON, repeats a key, holds half of a surrogate pair, or
             would take much more memory than its size.
     """
-    needed = sum(cost * text.count(mark) for mark, cost in _COSTS.items())
-    if needed > _MEMORY_FACTOR * len(text) + _MEMORY_CONSTANT:
-        raise FormatError(
-            f"{name}: {len(text):,} bytes of JSON would take about {needed:,} bytes of memory"
-        )
+    refuse_costly_json(text, name)
 
     def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         document = dict(pairs)

@@ -11,12 +11,12 @@ import json
 import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .dtypes import ITEM_BYTES
 from .errors import FormatError
@@ -89,11 +89,27 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             is not exactly as long as the file.
     """
     with open_regular(path) as file:
-        file_bytes = os.fstat(file.fileno()).st_size
-        start = file.read(_FIRST_BYTES)
-        length = header_length(start, path.name, file_bytes)
-        text = start[8 : 8 + length] + file.read(max(0, 8 + length - len(start)))
+        text, file_bytes = header_text(file, path.name)
     return parse_header(text, path, file_bytes)
+
+
+def header_text(file: BinaryIO, name: str) -> tuple[bytes, int]:
+    """Read the header of a safetensors file that is open at its start.
+
+    Args:
+        file: The file.
+        name: Name of the file, for messages.
+
+    Returns:
+        The JSON text, for `parse_header` and `header_metadata`, and the size of the file.
+
+    Raises:
+        FormatError: If the file cannot have a header of the length that it claims.
+    """
+    file_bytes = os.fstat(file.fileno()).st_size
+    start = file.read(_FIRST_BYTES)
+    length = header_length(start, name, file_bytes)
+    return start[8 : 8 + length] + file.read(max(0, 8 + length - len(start))), file_bytes
 
 
 def header_length(start: bytes, name: str, file_bytes: int) -> int:
@@ -137,31 +153,56 @@ def parse_header(text: bytes, path: Path, file_bytes: int) -> dict[str, StoredTe
     Raises:
         FormatError: As in `read_header`.
     """
-    entries = load_json(text, path.name)
-    if not isinstance(entries, dict):
-        raise FormatError(f"{path.name}: the header must be a JSON object, found another value")
-    metadata = entries.pop(_METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FormatError(f"{path.name}: {_METADATA} must map names to strings")
+    entries, _ = _parse(text, path.name)
     return _checked_tensors(
         path, entries, data_start=8 + len(text), data_bytes=file_bytes - 8 - len(text)
     )
 
 
-def build_header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
+def header_metadata(text: bytes, name: str) -> dict[str, str]:
+    """Return the metadata in the header of a safetensors file, which describes the whole file.
+
+    Args:
+        text: The JSON text, as long as `header_length` says.
+        name: Name of the file, for messages.
+
+    Returns:
+        Texts by key, empty if the header has no metadata.
+
+    Raises:
+        FormatError: If the header is not valid JSON, or its metadata does not consist of texts.
+    """
+    return _parse(text, name)[1]
+
+
+def _parse(text: bytes, name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the entries of a header by tensor, and its metadata."""
+    entries = load_json(text, name)
+    if not isinstance(entries, dict):
+        raise FormatError(f"{name}: the header must be a JSON object, found another value")
+    metadata = entries.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError(f"{name}: {_METADATA} must map names to strings")
+    return entries, metadata
+
+
+def build_header(
+    specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
     """Lay tensors out as the safetensors library does: widest dtype first, then by name.
 
     The result depends only on the set of tensors, not on their order.
 
     Args:
         specs: The tensors.
+        metadata: Texts by key that describe the file. None: the framework alone.
 
     Returns:
         The header (with its length in front, padded with spaces to 8 bytes), and the offset of
         every tensor from the start of the file.
     """
     ordered = sorted(specs, key=lambda spec: (-ITEM_BYTES[spec.dtype], spec.dtype, spec.name))
-    document: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    document: dict[str, Any] = {_METADATA: {"format": "pt"} | dict(metadata or {})}
     position = 0
     for spec in ordered:
         document[spec.name] = {

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import FormatError
+from .files import load_json
 from .metadata import SketchedModule
+from .text import shown
 
 TABLES_FILE = "sketch_tables.safetensors"
 TABLES_METADATA_FILE = "sketch_tables.json"
 TABLES_FORMAT = "spallm-tables"
 TABLES_VERSION = 1
+#: Dtypes of the tensors in a tables-only checkpoint, as safetensors names them.
+TABLES_DTYPES = ("BF16", "F16", "F32", "F64")
+#: The key of the description among the metadata of the tables file.
+_DESCRIPTION = "sketch_tables"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TablesMetadata:
-    """Hold a parsed and checked `sketch_tables.json`.
+    """Hold the parsed and checked description of a tables-only checkpoint.
 
     Attributes:
         base_model: Where the base, with its index maps, comes from; None if unknown.
@@ -34,45 +41,64 @@ class TablesMetadata:
         """Return the contents of `sketch_tables.json`."""
         return {"format": TABLES_FORMAT, "format_version": TABLES_VERSION} | asdict(self)
 
+    def to_header(self) -> dict[str, str]:
+        """Return the description as metadata of the tables file."""
+        return {_DESCRIPTION: json.dumps(self.to_json(), separators=(",", ":"))}
+
     @classmethod
-    def from_json(cls, document: Any) -> TablesMetadata:
+    def from_header(cls, metadata: dict[str, str]) -> TablesMetadata | None:
+        """Parse the description in the metadata of a tables file.
+
+        Args:
+            metadata: The metadata, from `header_metadata`.
+
+        Returns:
+            The description. None: the file has none, as in older checkpoints.
+
+        Raises:
+            FormatError: If there are problems; it lists all of them.
+        """
+        text = metadata.get(_DESCRIPTION)
+        if text is None:
+            return None
+        where = f"{TABLES_FILE}: {_DESCRIPTION} in its metadata"
+        return cls.from_json(load_json(text.encode("utf-8"), where), where)
+
+    @classmethod
+    def from_json(cls, document: Any, where: str = TABLES_METADATA_FILE) -> TablesMetadata:
         """Parse the contents of `sketch_tables.json`.
 
         Args:
             document: The parsed JSON.
+            where: Where the document comes from, for messages.
 
         Returns:
-            The metadata.
+            The description.
 
         Raises:
             FormatError: If there are problems; it lists all of them.
         """
         if not isinstance(document, dict) or document.get("format") != TABLES_FORMAT:
             found = document.get("format") if isinstance(document, dict) else document
+            raise FormatError(f"{where}: format is {shown(found)}, expected {TABLES_FORMAT!r}")
+        version = document.get("format_version")
+        if type(version) is not int or version != TABLES_VERSION:
             raise FormatError(
-                f"{TABLES_METADATA_FILE}: format is {found!r}, expected {TABLES_FORMAT!r}"
-            )
-        if document.get("format_version") != TABLES_VERSION:
-            raise FormatError(
-                f"{TABLES_METADATA_FILE}: format_version is {document.get('format_version')!r}, "
+                f"{where}: format_version is {shown(version)}, "
                 f"this version of spallm-convert reads {TABLES_VERSION}: try a newer version"
             )
         values = {key: document[key] for key in document.keys() - {"format", "format_version"}}
         problems = [
-            f"{TABLES_METADATA_FILE}: unknown key {key!r}"
-            for key in values
-            if key not in cls.__dataclass_fields__
+            f"{where}: unknown key {shown(key)}"
+            for key in sorted(values.keys() - cls.__dataclass_fields__.keys())
         ]
         for key in ("base_model", "base_revision"):
             if not isinstance(values.get(key, ""), str | None):
-                problems.append(
-                    f"{TABLES_METADATA_FILE}: {key} is {values[key]!r}, expected text or null"
-                )
+                problems.append(f"{where}: {key} is {shown(values[key])}, expected text or null")
         fingerprint = values.get("fingerprint")
         if not isinstance(fingerprint, str) or not _is_digest(fingerprint):
             problems.append(
-                f"{TABLES_METADATA_FILE}: fingerprint is {fingerprint!r}, "
-                "expected 64 hexadecimal digits"
+                f"{where}: fingerprint is {shown(fingerprint)}, expected 64 hexadecimal digits"
             )
         if problems:
             raise FormatError(problems)

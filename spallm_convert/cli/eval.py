@@ -20,7 +20,7 @@ from .lines import hide_bars, say
     "--text",
     metavar="SRC",
     help="Text to measure perplexity on: builtin, a text, .json or .jsonl file, or a dataset "
-    "ORG/NAME[[:CONFIG]:SPLIT].",
+    "ORG/NAME[[:CONFIG]:SPLIT].  The first 64 Mi characters are read.",
 )
 @click.option("--window", type=int, default=WINDOW, help="Tokens that the model sees at once.")
 @click.option(
@@ -86,10 +86,11 @@ def command(
     check_windows(window, stride)
     if names:
         load_harness()
-    documents = None if text is None else read_documents(text)
+    progress = EvaluationProgress(hidden=quiet or as_json)
+    documents = None if text is None else read_documents(text, progress)
     quiet_libraries()
     document: dict[str, Any] = {"model": model}
-    with EvaluationProgress(hidden=quiet or as_json) as progress:
+    with progress:
         loaded, tokenizer = load_any(
             model,
             revision=revision,

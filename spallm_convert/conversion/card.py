@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from spallm_convert.errors import one_line
+from spallm_formats import printable
 
 from .report import Report
 
@@ -25,10 +27,12 @@ def model_card(report: Report, config: dict[str, Any]) -> str:
     """
     totals, options, source = report.totals, report.document["options"], report.source
     is_decoder = any("ForCausalLM" in name for name in config["architectures"])
-    name = source["model"].rsplit("/", 1)[-1]
+    name = _plain(source["model"].rsplit("/", 1)[-1])
     groups = sorted({module["groups_per_row"] for module in report.modules})
     worst = sorted(report.modules, key=lambda module: -module["relative_error"])[:_WORST_SHOWN]
-    rows = "\n".join(f"| `{module['name']}` | {module['relative_error']:.4f} |" for module in worst)
+    rows = "\n".join(
+        f"| `{_plain(module['name'])}` | {module['relative_error']:.4f} |" for module in worst
+    )
     widths = _listed(report.widths)
     share = "Most" if report.left_dense else "All"
     return f"""{_front_matter(report, is_decoder)}
@@ -40,7 +44,7 @@ is. The model is fine-tuned by training the tables themselves: no adapter.
 
 | | |
 | --- | --- |
-| source | {source["model"]}{_at_revision(source)} |
+| source | {_plain(source["model"])}{_at_revision(source)} |
 | bits per code | {widths}{_chosen(report)} |
 | groups per row | {_listed(groups)} |
 | mapping | {options["mapping"]} |
@@ -95,12 +99,12 @@ def _calibration(report: Report) -> str:
     """Return the rows of the table about calibration, empty without it."""
     error, options = report.totals.get("relative_output_error"), report.document["options"]
     if (reason := report.document.get("not_calibrated")) is not None:
-        return f"\n| calibration | none: {one_line(reason)} |"
+        return f"\n| calibration | none: {_plain(one_line(reason))} |"
     if error is None:
         return ""
     when = ", before healing" if "healing" in report.document else ""
     return (
-        f"\n| calibration | {options['calibration']}, {options['samples']} samples of "
+        f"\n| calibration | {_plain(options['calibration'])}, {options['samples']} samples of "
         f"{options['seqlen']} tokens |"
         f"\n| relative error of the layers' outputs on it{when} | {error:.4f} |{_healing(report)}"
     )
@@ -137,3 +141,8 @@ def _listed(numbers: list[int]) -> str:
 
 def _at_revision(source: dict[str, Any]) -> str:
     return f" at {json.dumps(source['revision'][:12])}" if source["revision"] else ""
+
+
+def _plain(text: str) -> str:
+    """Return a name as it can stand in a cell of a table: on one line, without active Markdown."""
+    return re.sub(r"[|`<>\[\]]", lambda mark: f"&#{ord(mark[0])};", printable(text))

@@ -34,7 +34,8 @@ from spallm_convert.errors import CalibrationError, FormatError, OptionError, Sp
 from spallm_convert.paths import user_path
 from spallm_convert.progress import Progress, Silent
 from spallm_convert.sketch.plan import Plan, make_plan, reallocate
-from spallm_convert.source.checkpoint import DenseCheckpoint, extra_files
+from spallm_convert.source.checkpoint import DenseCheckpoint
+from spallm_convert.source.extra_files import extra_files
 from spallm_convert.source.hub import remote_checkpoint
 from spallm_convert.source.locate import Source, find_here, locate
 from spallm_formats import (
@@ -47,6 +48,7 @@ from spallm_formats import (
     is_unfinished,
     remove_leftovers,
     sha256,
+    summary,
     to_json,
 )
 
@@ -125,6 +127,8 @@ def convert(
             raise OptionError(f"output {folder} is the source itself: choose another folder")
         watch = SourceWatch(source)
         job = _Job(source, config, place, trust_remote_code, progress or Silent(), watch)
+        if left := source.left_behind():
+            job.progress.remark(f"not copied: {summary(left, ', ')}")
         # Planning is cheap compared with hashing the source, so errors of the plan come first.
         ready = None if source.is_gguf else job.planned(folder)
         texts = job.texts()

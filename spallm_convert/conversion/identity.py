@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spallm_convert.config import SketchConfig
 from spallm_convert.devices import device_name, has_fast_bfloat16
-from spallm_convert.paths import user_path
+from spallm_convert.paths import name_as_text, user_path
 from spallm_convert.version import __version__
 from spallm_formats import FORMAT_VERSION
 
@@ -74,7 +74,7 @@ def _public(options: dict[str, Any]) -> dict[str, Any]:
     """Return options that may be published: a text file is named without its folder."""
     text = options["calibration"]
     if text is not None and user_path(text).is_file():
-        return options | {"calibration": Path(text).name}
+        return options | {"calibration": name_as_text(Path(text).name)}
     return options
 
 

@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from spallm_convert.errors import FormatError, HubError
 from spallm_convert.hub_errors import clear_errors
 from spallm_convert.paths import user_path
-from spallm_convert.source.checkpoint import extra_files
+from spallm_convert.source.extra_files import extra_files
 from spallm_formats import (
     CONFIG_FILE,
     INDEX_FILE,

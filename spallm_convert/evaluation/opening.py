@@ -19,7 +19,7 @@ from spallm_convert.runtime.loading import load_sketched, model_class
 from spallm_convert.source.gguf import load_gguf
 from spallm_convert.source.locate import Source, find_here, locate
 from spallm_convert.source.tokenizer import load_tokenizer, read_tokenizer
-from spallm_formats import CONFIG_FILE, QUANT_METHOD, load_json
+from spallm_formats import CONFIG_FILE, QUANT_METHOD, read_json
 
 
 def load_any(
@@ -84,7 +84,7 @@ def _is_sketched(model: str, source: Source | None, revision: str | None) -> boo
     else:
         with clear_errors(model, SourceError):
             path = Path(hf_hub_download(model, CONFIG_FILE, revision=revision))
-    config = load_json(path.read_bytes(), str(path))
+    config = read_json(path)
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 

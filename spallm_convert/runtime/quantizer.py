@@ -22,6 +22,7 @@ from spallm_convert.errors import FormatError
 from spallm_convert.source.skeleton import resolve_modules
 from spallm_formats import QUANT_METHOD, TABLE_SUFFIX, SketchMetadata
 
+from .checking import check_dtype, check_files
 from .linear import SketchedLinear, train_tables_only
 from .tables import attach_set_tables
 
@@ -48,9 +49,17 @@ class SpallmQuantizer(HfQuantizer):
     requires_calibration = True
     serialized_names = {"weight": ["weight", "weight_table"]}  # noqa: RUF012
     quantization_config: SpallmConfig
+    _shapes: dict[str, torch.Size]
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        check_dtype(dtype)
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         metadata = self.quantization_config.metadata
+        check_files(checkpoint_files, metadata)
         seed = metadata.hash_seed if metadata.mapping == "hash" else None
         # Tables stored in float32 stay in float32 for training, whatever the dtype of the model.
         table_dtype = torch.float32 if metadata.table_dtype == "float32" else None
@@ -76,10 +85,20 @@ class SpallmQuantizer(HfQuantizer):
                 stored_name=stored,
             )
             model.set_submodule(path, sketched)
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
+        # transformers 5.0 sets parameters of any shape if a model has a quantizer.
+        problems = [
+            f"tensor {name!r} has the shape {list(parameter.shape)}, the model expects "
+            f"{list(self._shapes[name])}"
+            for name, parameter in model.named_parameters()
+            if parameter.shape != self._shapes.get(name, parameter.shape)
+        ]
+        if problems:
+            raise FormatError(problems)
         train_tables_only(model)
         attach_set_tables(model)
         self._describe_tables(_table_dtypes(model))

@@ -1,8 +1,8 @@
-"""Register sketched checkpoints with transformers, without importing transformers.
+"""Make transformers and PEFT aware of sketched checkpoints, without importing either.
 
-transformers keeps quantizers in a registry, and other packages cannot join it by an entry point. So
-a finder on `sys.meta_path` waits until any code imports the module of the registry. It lets the
-import run as usual, then registers the quantizer and removes itself.
+transformers keeps quantizers in a registry, and other packages cannot join it by an entry point;
+PEFT has no place for foreign layers at all. So a finder on `sys.meta_path` waits until any code
+imports the module concerned. It lets the import run as usual, then imports our module for it.
 """
 
 from __future__ import annotations
@@ -18,47 +18,56 @@ from types import ModuleType
 
 from spallm_convert.errors import one_line
 
-_REGISTRY = "transformers.quantizers.auto"
+_QUANTIZERS = "transformers.quantizers.auto"
+#: PEFT imports it after the layers of LoRA and what all tuners inherit.
+_TUNERS = "peft.tuners.lora.model"
 
 
-def register_with_transformers() -> None:
-    """Register the quantizer now if transformers is imported, otherwise when it is imported."""
-    if _REGISTRY in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _WaitForRegistry) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WaitForRegistry())
+def register() -> None:
+    """Import our module for each package now if it is imported, otherwise when it is imported."""
+    for awaited in (_QUANTIZERS, _TUNERS):
+        if awaited in sys.modules:
+            _import_ours(awaited)
+        elif not any(getattr(finder, "awaited", None) == awaited for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Wait(awaited))
 
 
-def _register() -> None:
-    """Import the quantizer; if that fails, warn, because transformers works without it."""
+def _import_ours(awaited: str) -> None:
+    """Import our module; if that fails, warn, because the package works without it."""
     try:
-        importlib.import_module("spallm_convert.runtime.quantizer")
+        if awaited == _TUNERS:
+            importlib.import_module("spallm_convert.runtime.adapters")
+        else:
+            importlib.import_module("spallm_convert.runtime.quantizer")
     except Exception as error:  # a missing or unsuitable package may raise anything
+        lost = "PEFT cannot wrap" if awaited == _TUNERS else "transformers cannot load"
         warnings.warn(
-            f"transformers cannot load sketched checkpoints in this process: "
-            f"{type(error).__name__}: {one_line(error)}",
+            f"{lost} sketched layers in this process: {type(error).__name__}: {one_line(error)}",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
-class _WaitForRegistry(importlib.abc.MetaPathFinder):
-    """Find the registry's module as usual, but with a loader that registers afterwards."""
+class _Wait(importlib.abc.MetaPathFinder):
+    """Find a module as usual, once, but with a loader that imports ours afterwards."""
+
+    def __init__(self, awaited: str) -> None:
+        self.awaited = awaited
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _REGISTRY:
+        if fullname != self.awaited:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisterAfter(spec.loader)
+            spec.loader = _ImportAfter(spec.loader)
         return spec
 
 
-class _RegisterAfter(importlib.abc.Loader):
-    """Load a module with its own loader, then register."""
+class _ImportAfter(importlib.abc.Loader):
+    """Load a module with its own loader, then import ours."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
@@ -70,4 +79,4 @@ class _RegisterAfter(importlib.abc.Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        _register()
+        _import_ours(module.__name__)

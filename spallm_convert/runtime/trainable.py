@@ -15,7 +15,8 @@ from torch import nn
 from spallm_convert.errors import OptionError
 
 from .linear import SketchedLinear
-from .tables import keep_apart, sketched_layers, sketched_model
+from .parameters import sketched_layers, sketched_model
+from .table_sets import TableSets
 
 #: Moments that AdamW keeps of each trainable parameter, in the parameter's dtype.
 _MOMENTS = 2
@@ -88,10 +89,10 @@ def set_trainable(
         norms: Train scales and offsets of normalization layers too. They keep their dtype, because
             the dtype of the activations follows from it. To train them, load the model in float32
             and compute in bfloat16 with autocast (`bf16=True` in Trainer).
-        dtype: Dtype to cast all tables to if any table is trained; a checkpoint stores all tables
-            in one dtype. None: keep the dtype. In bfloat16, an update smaller than 1/256 of a value
-            is lost. Float32 tables cost little memory, and products are still computed in the dtype
-            of the activations.
+        dtype: Dtype to cast the tables of all sets to if any table is trained; a checkpoint stores
+            all tables in one dtype. None: keep the dtype. In bfloat16, an update smaller than 1/256
+            of a value is lost. Float32 tables cost little memory, and products are still computed
+            in the dtype of the activations.
 
     Returns:
         The number of trainable parameters and the memory that training takes.
@@ -113,17 +114,16 @@ def set_trainable(
         chosen.update(matches)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    sets = TableSets.of(model)
+    if chosen and dtype is not None:
+        sets.cast_tables(dtype)
     for name, layer in layers.items():
-        table = layer.weight_table
-        if chosen and dtype not in (None, table.dtype):
-            table.data = table.data.to(dtype)
-            table.grad = None
-        table.requires_grad_(name in chosen)
+        layer.weight_table.requires_grad_(name in chosen)
     for module in model.modules() if norms else ():
         if "Norm" in type(module).__name__:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(True)
-    keep_apart(model)
+    sets.keep_apart()
     return trainable_summary(model)
 
 

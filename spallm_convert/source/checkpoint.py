@@ -1,8 +1,9 @@
-"""Read a dense checkpoint in a folder: config, headers of its tensors, and its other files."""
+"""Read a dense checkpoint in a folder: config and headers of its tensors."""
 
 from __future__ import annotations
 
-import fnmatch
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,36 +15,15 @@ from spallm_formats import (
     SINGLE_SHARD,
     FormatError,
     StoredTensor,
-    load_json,
     open_shards,
+    read_json,
+    summary,
 )
 
-#: Files that belong to a model besides its weights: tokenizer, chat template, generation config,
-#: processor, custom code, licence.
-EXTRA_FILES = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.spm",
-    "*.codes",
-    "*.tiktoken",
-    "*.jinja",
-    "*.py",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
+ADAPTER_CONFIG = "adapter_config.json"
 
-_NOT_EXTRA = (
-    "*.index.json",
-    CONFIG_FILE,
-    "conversion.json",
-    "adapter_*",
-    "requirements*.txt",
-    "trainer_state.json",  # Trainer writes this file and the next
-    "*_results.json",
-)
+#: Endings of files with weights, in the order in which a message shows what was found.
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pth", ".pt", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True)
@@ -98,7 +78,7 @@ def read_config(path: Path) -> dict[str, Any]:
         SourceError: If it is not valid JSON, names no model class, or describes a quantized model.
     """
     try:
-        config = load_json(path.read_bytes(), CONFIG_FILE)
+        config = read_json(path)
     except FormatError as error:
         raise SourceError(f"{path.parent}: {error}") from error
     if not isinstance(config, dict) or not _are_names(config.get("architectures")):
@@ -126,47 +106,67 @@ def checked_shards(folder: Path) -> dict[str, StoredTensor]:
         Every tensor by name.
 
     Raises:
-        SourceError: If the folder has no such files, or one of them is missing or damaged.
+        SourceError: If the folder has no such files, one of them is missing or damaged, or there is
+            an adapter next to them.
     """
+    refuse_adapter([path.name for path in folder.iterdir()], str(folder))
     if not any((folder / name).exists() for name in (SINGLE_SHARD, INDEX_FILE)):
-        others = [path.name for path in folder.iterdir() if path.suffix in {".bin", ".pth", ".pt"}]
-        found = f"found {', '.join(sorted(others)[:3])}" if others else "found no weights"
-        raise SourceError(
-            f"{folder}: no {SINGLE_SHARD} and no {INDEX_FILE} in it ({found}); "
-            f"only safetensors weights are read: load the model with transformers and save it again"
-        )
+        inside = [path.relative_to(folder) for depth in ("*", "*/*") for path in folder.glob(depth)]
+        raise no_weights(map(str, inside), str(folder))
     try:
         return open_shards(folder)
     except FormatError as error:
         raise SourceError(f"{folder}: {error}") from error
 
 
-def extra_files(folder: Path) -> list[str]:
-    """List the files of a model besides its weights, config and card.
+def refuse_adapter(names: Collection[str], where: str) -> None:
+    """Raise SourceError if there is an adapter of peft among the files of a model.
+
+    transformers would load it together with the weights, and a sketch would lack it.
 
     Args:
-        folder: Folder of the model.
-
-    Returns:
-        Sorted paths, relative to the folder.
+        names: Names of the files.
+        where: Folder or repository, for the message.
     """
-    paths = (path for pattern in EXTRA_FILES for path in folder.glob(pattern))
-    names = {path.relative_to(folder).as_posix() for path in paths if path.is_file()}
-    return sorted(name for name in names if is_extra_file(name))
-
-
-def is_extra_file(name: str) -> bool:
-    """Return whether `extra_files` lists a file, given its path relative to the model's folder."""
-    accepted = any(_matches(name, pattern) for pattern in EXTRA_FILES)
-    return (
-        accepted
-        and not name.startswith(".")
-        and not any(fnmatch.fnmatch(name, pattern) for pattern in _NOT_EXTRA)
+    if ADAPTER_CONFIG not in names:
+        return
+    if CONFIG_FILE not in names:
+        raise SourceError(
+            f"{where}: only an adapter ({ADAPTER_CONFIG}, no {CONFIG_FILE}), expected a whole "
+            f"model; load it with peft on the base model that {ADAPTER_CONFIG} names, call "
+            f"merge_and_unload(), and save the result with save_pretrained()"
+        )
+    raise SourceError(
+        f"{where}: {ADAPTER_CONFIG} lies next to the weights, expected a model without adapter; "
+        f"merge the adapter with peft's merge_and_unload() and save the result, or remove "
+        f"{ADAPTER_CONFIG}"
     )
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return name.count("/") == pattern.count("/") and fnmatch.fnmatch(name, pattern)
+def no_weights(names: Iterable[str], where: str) -> SourceError:
+    """Return the error for a model without weights that can be read, not raised.
+
+    Args:
+        names: Paths of its files.
+        where: Folder or repository, for the message.
+    """
+    found = [name for name in names if name.endswith(_WEIGHT_SUFFIXES)]
+    found.sort(key=lambda name: ([name.endswith(s) for s in _WEIGHT_SUFFIXES].index(True), name))
+    problem = (
+        f"{where}: no {SINGLE_SHARD} and no {INDEX_FILE} in it "
+        f"(found {summary(found, ', ') or 'no weights'})"
+    )
+    if any(re.search(r"(^|/)model-\d+-of-\d+\.safetensors$", name) for name in found):
+        return SourceError(f"{problem}; get the index of the shards, {INDEX_FILE}, too")
+    if any(name.endswith(".safetensors") for name in found):
+        return SourceError(
+            f"{problem}; only weights as transformers saves them are read: pass the folder that "
+            f"holds {SINGLE_SHARD}, or load the model with transformers and save it again"
+        )
+    return SourceError(
+        f"{problem}; only safetensors weights are read: load the model with transformers and save "
+        f"it again"
+    )
 
 
 def _are_names(value: Any) -> bool:

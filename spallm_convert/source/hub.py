@@ -26,7 +26,15 @@ from spallm_formats import (
     read_index,
 )
 
-from .checkpoint import DenseCheckpoint, checked_shards, is_extra_file, open_dense, read_config
+from .checkpoint import (
+    DenseCheckpoint,
+    checked_shards,
+    no_weights,
+    open_dense,
+    read_config,
+    refuse_adapter,
+)
+from .extra_files import is_extra_file
 
 
 def download(model: str, revision: str | None) -> tuple[Path, str]:
@@ -156,15 +164,10 @@ def _weight_files(model: str, folder: Path, *, indexed: bool) -> list[str]:
 def _small(info: ModelInfo) -> list[str]:
     """Return the names of all files besides weights: config, index, card and extra files."""
     names = [sibling.rfilename for sibling in info.siblings or []]
+    refuse_adapter(names, str(info.id))
     weights = next((name for name in (SINGLE_SHARD, INDEX_FILE) if name in names), None)
     if weights is None:
-        others = [
-            name for name in names if name.endswith((".bin", ".gguf", ".pth", ".safetensors"))
-        ]
-        raise SourceError(
-            f"{info.id}: no {SINGLE_SHARD} and no {INDEX_FILE} in the repository "
-            f"(found {', '.join(others[:3]) or 'no weights'}); only safetensors weights are read"
-        )
+        raise no_weights(names, str(info.id))
     if CONFIG_FILE not in names:
         raise SourceError(
             f"{info.id}: no {CONFIG_FILE} in the repository, expected a model for transformers"

@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import metadata_load
-
 from spallm_convert.errors import SourceError
-from spallm_convert.paths import user_path
+from spallm_convert.paths import name_as_text, user_path
 from spallm_formats import CONFIG_FILE, sha256
 
-from .checkpoint import DenseCheckpoint, checked_shards, extra_files, open_dense
+from .checkpoint import DenseCheckpoint, checked_shards, open_dense, refuse_adapter
+from .extra_files import extra_files, left_behind
 from .gguf import dequantized
 from .hub import download
+from .licence import read_licence
 
 _REPOSITORY = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
@@ -64,9 +63,17 @@ class Source:
         return {
             "model": self.name,
             "revision": self.revision,
-            "license": _licence(self.path),
+            "license": None if self.is_gguf else read_licence(self.path),
             "files": hashes,
         }
+
+    def left_behind(self) -> list[str]:
+        """List the files next to the model that a conversion does not copy, as a remark needs them.
+
+        Raises:
+            SourceError: If a file that should be copied cannot be, as in `extra_files`.
+        """
+        return [] if self.is_gguf else left_behind(self.path)
 
     def open(self, scratch: Path) -> DenseCheckpoint:
         """Read the config and the headers of the weight files.
@@ -128,7 +135,7 @@ def find_here(model: str, revision: str | None = None) -> Source | None:
             f"--revision is for models on the Hub, {path} is on this machine; remove the option"
         )
     if path.suffix == ".gguf" and path.is_file():
-        return Source(path.name, path.resolve())
+        return Source(name_as_text(path.name), path.resolve())
     if path.is_dir():
         return _local(path)
     if path.exists():
@@ -142,20 +149,8 @@ def find_here(model: str, revision: str | None = None) -> Source | None:
 
 def _local(path: Path) -> Source:
     if not (path / CONFIG_FILE).is_file():
+        refuse_adapter([file.name for file in path.iterdir()], str(path))
         raise SourceError(
             f"{path}: no {CONFIG_FILE} in it, expected the folder of a model for transformers"
         )
-    return Source(path.resolve().name, path.resolve())
-
-
-def _licence(path: Path) -> dict[str, str] | None:
-    """Return the entries about the licence in the metadata of the model card, None without any."""
-    card = path / "README.md"
-    if not card.is_file():
-        return None
-    try:
-        metadata = metadata_load(card) or {}
-    except (ValueError, yaml.YAMLError):  # a card that cannot be parsed is ignored
-        return None
-    keys = ("license", "license_name", "license_link")
-    return {key: metadata[key] for key in keys if key in metadata} or None
+    return Source(name_as_text(path.resolve().name), path.resolve())

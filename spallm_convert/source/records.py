@@ -1,16 +1,27 @@
-"""Read records of JSON: a list in a `.json` file, or one record per line of a `.jsonl` file."""
+"""Read records of JSON: a list in a `.json` file, or one record per line of a `.jsonl` file.
+
+Files are read as streams, so memory depends on the largest record and not on the file.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spallm_convert.errors import SourceError
+from spallm_convert.errors import FormatError, SourceError
+from spallm_formats import refuse_costly_json
+
+from .json_stream import JsonStream
+from .text_blocks import text_blocks
 
 LINES_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
 JSON_SUFFIXES = (".json", *LINES_SUFFIXES)
+
+#: A longer record is refused: it is a whole collection on one line.
+_MOST_RECORD_BYTES = 1 << 25
 
 
 class Record(NamedTuple):
@@ -28,32 +39,27 @@ class Record(NamedTuple):
 def json_records(path: Path) -> Iterator[Record]:
     """Read the records of a file, UTF-8 with or without a byte order mark.
 
-    Lines are parsed one by one, so a caller can stop early.
+    Records are parsed one by one, so a caller can stop early.
 
     Args:
         path: A file with one record per line if it ends in `.jsonl`, `.jsonlines` or `.ndjson`.
-            Any other file holds a list of records.
+            Any other file holds a list of records, or records one after the other.
 
     Yields:
         The records in their order. Empty lines are skipped.
 
     Raises:
-        SourceError: If there is no such file, or it holds something else; it names the line.
+        SourceError: If there is no such file, it holds something else, or a record is longer than
+            32 MiB; it names the line or the record.
     """
     if path.is_dir() or not path.exists():  # a pipe is fine
         raise SourceError(f"no such file: {path}")
     if path.suffix.lower() in LINES_SUFFIXES:
-        with path.open("rb") as file:
-            for i, line in enumerate(file, 1):
-                if line.strip():
-                    where = f"{path}, line {i}"
-                    yield Record(where, _parsed(line, where, "one record per line"))
-        return
-    accepted = "a list of records"
-    records = _parsed(path.read_bytes(), str(path), accepted)
-    if not isinstance(records, list):
-        raise SourceError(f"{path}: found {kind_of(records)}, expected {accepted}")
-    yield from numbered(str(path), records)
+        yield from _records_of_lines(path)
+    else:
+        accepted = "a list of records in UTF-8"
+        stream = JsonStream(text_blocks(path, accepted), str(path), most=_MOST_RECORD_BYTES)
+        yield from numbered(str(path), stream.values())
 
 
 def numbered(source: str, values: Iterable[Any]) -> Iterator[Record]:
@@ -104,12 +110,32 @@ def kind_of(value: Any) -> str:
     return f"a value of type {type(value).__name__}"
 
 
-def _parsed(data: bytes, where: str, accepted: str) -> Any:
+def _records_of_lines(path: Path) -> Iterator[Record]:
+    with path.open("rb") as file:
+        for i in itertools.count(1):
+            line = file.readline(_MOST_RECORD_BYTES + 1)
+            where = f"{path}, line {i}"
+            if len(line) > _MOST_RECORD_BYTES:
+                raise SourceError(
+                    f"{where}: longer than {_MOST_RECORD_BYTES:,} bytes, expected one record per "
+                    f"line; split the record, or write one record per line"
+                )
+            if line.strip():
+                yield Record(where, _parsed(line, where))
+            if not line:
+                return
+
+
+def _parsed(line: bytes, where: str) -> Any:
+    accepted = "one record per line"
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        refuse_costly_json(line, where)
+        return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{where}: not UTF-8 (byte {error.start}), expected {accepted} in UTF-8"
         ) from error
+    except FormatError as error:
+        raise SourceError(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{where}: not JSON ({error}), expected {accepted}") from error

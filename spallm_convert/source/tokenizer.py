@@ -9,11 +9,15 @@ from transformers import AutoTokenizer
 
 from spallm_convert.errors import SourceError, one_line
 from spallm_convert.hub_errors import clear_errors
+from spallm_formats import FormatError, refuse_pointer
 
 from .locate import Source
 
 #: Every folder with a tokenizer that has a vocabulary has one of these files.
-_OF_TOKENIZERS = ("tokenizer.json", "*vocab*", "*.model", "*.spm", "*.tiktoken", "*.gguf")
+_OF_TOKENIZERS = (
+    *("tokenizer.json", "*vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.gguf"),
+)
+_POINTER_BYTES = 64
 #: SentencePiece's mark before a word, which is in vocabularies that are otherwise empty.
 _WORD_START = "\u2581"
 
@@ -49,13 +53,19 @@ def read_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
         The tokenizer.
 
     Raises:
-        SourceError: If there is none, or it cannot be loaded.
+        SourceError: If there is none, it cannot be loaded, or git-lfs has not fetched it.
     """
+    if "gguf_file" not in options:
+        _refuse_pointers(model, Path(place))
     try:
         with clear_errors(model, SourceError):
             tokenizer: Any = AutoTokenizer.from_pretrained(place, **options)
     except SourceError:
         raise
+    except UnicodeEncodeError as error:  # tokenizers takes no other paths
+        raise SourceError(
+            f"{model}: the path of its folder is not UTF-8, which tokenizers cannot open; rename it"
+        ) from error
     except Exception as error:  # without files of a tokenizer, models raise different errors
         folder = Path(place)
         lacks = folder.is_dir() and not any(any(folder.glob(p)) for p in _OF_TOKENIZERS)
@@ -65,6 +75,18 @@ def read_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
     if tokenizer.is_fast and not _has_vocabulary(tokenizer):
         raise _no_tokenizer(model, f"no vocabulary in {place}")
     return tokenizer
+
+
+def _refuse_pointers(model: str, folder: Path) -> None:
+    """Raise SourceError if git-lfs has not fetched a vocabulary: it could be read as one."""
+    for path in (path for pattern in _OF_TOKENIZERS for path in folder.glob(pattern)):
+        if path.is_file():
+            with path.open("rb") as file:
+                start = file.read(_POINTER_BYTES)
+            try:
+                refuse_pointer(start, str(path))
+            except FormatError as error:
+                raise SourceError(f"{model}: {error}") from error
 
 
 def _no_tokenizer(model: str, why: str) -> SourceError:

@@ -70,6 +70,16 @@ def test_a_small_window_has_a_smaller_stride(run, evaluated):
     assert (document["window"], document["stride"], document["tokens"]) == (64, 32, 299)
 
 
+def test_the_command_says_if_a_text_is_cut(evaluated, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("spallm_convert.source.text._MOST_CHARACTERS", 100)
+    (tmp_path / "long.txt").write_text("some words " * 50)
+    with pytest.raises(SystemExit):
+        main(["eval", str(evaluated["dense"]), "--text", str(tmp_path / "long.txt")])
+    captured = capsys.readouterr()
+    assert "long.txt': only its first 98 characters are used\n" in captured.err
+    assert "perplexity: " in captured.out
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # GGUF reading is transformers' and gguf's own
 def test_the_command_measures_a_gguf_file(run):

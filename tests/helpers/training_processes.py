@@ -24,14 +24,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from helpers.shared_tables import shard, swap_tables, tables_in_processes
 from helpers.training import counting, losses, trainer
-from spallm_convert import SketchedLinear, load_sketched, load_tables, save_tables
+from spallm_convert import SketchedLinear, load_sketched
 
 #: A job that hangs, because one of its processes has failed, is killed.
 _SECONDS = 120
@@ -136,6 +136,8 @@ def _train(job: Job, rank: int) -> None:
         "map_dtypes": sorted({str(index_map.dtype) for index_map in maps}),
         "table_dtypes": sorted({str(layer.weight_table.dtype) for layer in layers}),
     }
+    if job.by_hand:
+        result["tables"] = tables_in_processes(job.model, Path(job.output))
     Path(f"{job.output}/result-{rank}.json").write_text(json.dumps(result))
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -162,9 +164,7 @@ def _by_trainer(job, rank):
 def _by_hand(job, rank):
     model = load_sketched(job.model, dtype=_dtype(job)).train()
     if job.processes > 1:
-        for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
+        shard(model)
     rows = torch.stack([example["input_ids"] for example in counting()])
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     curve = []
@@ -182,28 +182,7 @@ def _by_hand(job, rank):
         state_dict = get_model_state_dict(model, options=whole)
         if rank == 0:
             model.save_pretrained(f"{job.output}/model", state_dict=state_dict)
-    return model, curve + _swap_tables(model, job, rows)
-
-
-def _swap_tables(model, job, rows):
-    """Return losses with trained tables, with the same tables loaded, and with a changed base."""
-    save_tables(model, f"{job.output}/tables")
-    found = [_evaluate(model, rows)]
-    load_tables(model, f"{job.output}/tables", name="again")
-    found.append(_evaluate(model, rows))
-    model.set_tables("base")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(1)
-    found.append(_evaluate(model, rows))
-    model.set_tables("again")
-    return [*found, _evaluate(model, rows)]
-
-
-def _evaluate(model, rows):
-    with torch.no_grad():
-        return model(input_ids=rows, labels=rows).loss.item()
+    return model, curve + swap_tables(model, Path(job.output), rows)
 
 
 def _dtype(job: Job) -> Any:

@@ -36,7 +36,9 @@ def model(folder):
 
 @pytest.fixture
 def broken(monkeypatch):
-    """Make the import of the quantizer fail."""
+    """Make the import of the quantizer fail, and leave PEFT out of it."""
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.setattr(registration, "_TUNERS", "imported_by_nobody")
 
     def fail(name):
         assert name == "spallm_convert.runtime.quantizer"
@@ -45,12 +47,12 @@ def broken(monkeypatch):
     monkeypatch.setattr(registration.importlib, "import_module", fail)
 
 
-WARNING = r"cannot load sketched checkpoints in this process: ImportError: no module called scipy"
+WARNING = r"cannot load sketched layers in this process: ImportError: no module called scipy"
 
 
 def test_a_quantizer_that_cannot_be_imported_is_a_warning(broken):
     with pytest.warns(RuntimeWarning, match=WARNING) as caught:
-        registration.register_with_transformers()
+        registration.register()
     assert len(caught) == 1
 
 
@@ -58,13 +60,13 @@ def test_the_import_of_transformers_goes_on(tmp_path, monkeypatch, broken):
     """With a module in the place of transformers' registry, because that is imported already."""
     (tmp_path / "their_registry.py").write_text("value = 7\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registration, "_REGISTRY", "their_registry")
-    registration.register_with_transformers()
+    monkeypatch.setattr(registration, "_QUANTIZERS", "their_registry")
+    registration.register()
     with pytest.warns(RuntimeWarning, match=WARNING) as caught:
         exec("import their_registry")
     assert len(caught) == 1
     assert sys.modules.pop("their_registry").value == 7
-    assert not any(isinstance(f, registration._WaitForRegistry) for f in sys.meta_path)
+    assert "their_registry" not in [getattr(f, "awaited", None) for f in sys.meta_path]
 
 
 def test_dense_models_of_the_class_have_no_tables(model, tiny_llama):
@@ -123,5 +125,5 @@ def test_memory_is_freed_without_garbage_collection(folder):
 
 
 def test_importing_again_is_harmless():
-    registration.register_with_transformers()
+    registration.register()
     importlib.import_module("spallm_convert.runtime.quantizer")

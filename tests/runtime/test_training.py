@@ -367,6 +367,38 @@ def test_tables_are_saved_and_swapped_on_whole_and_shared_models(jobs, name):
     assert all(torch.equal(model.get_parameter(name), value) for name, value in tables.items())
 
 
+@pytest.mark.parametrize("name", ["by hand", "by hand, sharded"])
+def test_what_is_trained_with_a_set_leaves_the_base_as_it_was(jobs, name):
+    job = jobs[name]
+    for rank in range(job.processes):
+        found = outcome(job, rank)["tables"]
+        assert found["head was trained"]
+        assert found["base has its head"]
+
+
+@pytest.mark.parametrize("name", ["by hand", "by hand, sharded"])
+def test_every_process_is_told_that_tables_could_not_be_saved(jobs, name):
+    job = jobs[name]
+    for rank in range(job.processes):
+        found = outcome(job, rank)["tables"]
+        assert "OptionError" in found["refused"]
+        assert "already holds sketch tables" in found["refused"]
+        assert "is a file, expected a folder" in found["a file"]
+        assert found["no folder"].startswith("NotADirectoryError")
+
+
+def test_one_process_alone_saves_the_tables_of_a_model_that_is_not_shared(jobs):
+    outcome(jobs["by hand, sharded"])
+    saved = Path(jobs["by hand, sharded"].output) / "by the first process"
+    load_sketched(jobs["by hand"].model, tables=saved)
+
+
+def test_tables_that_a_shared_model_would_round_are_refused(jobs):
+    for rank in range(2):
+        found = outcome(jobs["by hand, sharded"], rank)["tables"]["too wide"]
+        assert "the model is sharded with tables in torch.bfloat16, which would round" in found
+
+
 def test_a_hashed_model_is_shared_too(jobs):
     whole, shared = outcome(jobs["hashed"]), outcome(jobs["hashed, sharded"])
     assert shared["losses"] == pytest.approx(whole["losses"], rel=1e-5)

@@ -32,6 +32,17 @@ RECORDS = [
         "Q\n\nA",
     ),
     ({"messages": [{"content": [{"type": "text", "text": "Q"}, {"type": "image"}]}]}, "Q"),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": "Q"},
+                {"role": "assistant", "tool_calls": [{"id": 1}]},
+                {"role": "assistant", "content": None, "function_call": {"name": "f"}},
+                {"role": "tool", "content": "A"},
+            ]
+        },
+        "Q\n\nA",
+    ),
     ({"instruction": "I", "input": "", "output": "O"}, "I\n\nO"),
     ({"instruction": "I", "input": "X", "output": None}, "I\n\nX"),
     ({"text": "half \ud83d a pair"}, "half ? a pair"),
@@ -52,10 +63,13 @@ def test_records(write, record, document, suffix):
         ("a.txt", b"caf\xe9", r"a.txt: not UTF-8 \(byte 3\)"),
         ("a.txt", " \n ", "there is no text in it"),
         ("a.json", "[]", "there is no text in it"),
-        ("a.json", "{", "a.json: not JSON .*, expected a list of records"),
+        ("a.json", "{", "a.json, record 0: not JSON .*, expected a list of records"),
         ("a.json", b'["caf\xe9"]', r"a.json: not UTF-8 \(byte 5\), expected a list of records"),
-        ("a.json", "[" * 100_000, "a.json: not JSON"),
-        ("a.json", '{"text": "x"}', "a value of type dict, expected a list of records"),
+        ("a.json", "[" * 100_000, r"a.json, record 0: not JSON \(nested too deeply, line 1\)"),
+        ("a.json", '[{"text": "x"},\n', r"record 1: not JSON \(Expecting value, line 2\)"),
+        ("a.json", '[{"text": "x"}\n{', r"not JSON \(Expecting ',' or '\]', line 2\)"),
+        ("a.json", '[{"text": "x"}] 1', r"not JSON \(Extra data after the list, line 1\)"),
+        ("a.json", '{"data": [1]}', "record 0: found the keys 'data', expected 'text'"),
         ("a.json", '["x"]', "record 0: found a value of type str, expected an object with 'text'"),
         ("a.jsonl", '{"text": "x"}\n{"text"', "a.jsonl, line 2: not JSON"),
         (
