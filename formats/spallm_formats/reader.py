@@ -7,6 +7,7 @@ cannot show: padding bits that are set, and table values that are not finite.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def open_shards(folder: Path) -> dict[str, StoredTensor]:
                 problems += error.problems
             else:
                 listed = {name for name, shard in weight_map.items() if shard == filename}
-                problems += _set_problems(filename, set(found), listed)
+                problems += index_problems(filename, set(found), listed)
                 tensors |= found
     if problems:
         raise FormatError(problems)
@@ -200,8 +201,12 @@ class SketchedCheckpoint:
         tensor = self.tensors[module + TABLE_SUFFIX]
         return to_float32(read_bytes(tensor, 0, tensor.nbytes), tensor.dtype).reshape(tensor.shape)
 
-    def deep_problems(self) -> Iterator[str]:
-        """Read all sketched data and yield one line per problem found in it."""
+    def deep_problems(self, largest: float = math.inf) -> Iterator[str]:
+        """Read all sketched data and yield one line per problem found in it.
+
+        Args:
+            largest: The largest table value that stays finite when the checkpoint is loaded.
+        """
         dtype = TABLE_DTYPES[self.metadata.table_dtype]
         for name, module in self.metadata.modules.items():
             for rows in _row_blocks(self.tensors[name + INDEX_MAP_SUFFIX]):
@@ -212,8 +217,16 @@ class SketchedCheckpoint:
                     yield f"module {shown(name)}: padding bits of the index map are not zero"
                     break
             for rows in _row_blocks(self.tensors[name + TABLE_SUFFIX]):
-                if not np.isfinite(to_float32(rows, dtype)).all():
+                values = np.abs(to_float32(rows, dtype))
+                if not np.isfinite(values).all():
                     yield f"module {shown(name)}: the sketch table holds NaN or infinite values"
+                    break
+                if (values > largest).any():
+                    yield (
+                        f"module {shown(name)}: the sketch table holds {values.max():,.0f}, which "
+                        f"is infinite in the dtype that config.json names, expected at most "
+                        f"{largest:,.0f}"
+                    )
                     break
 
 
@@ -227,7 +240,8 @@ def _row_blocks(tensor: StoredTensor) -> Iterator[bytearray]:
         yield read_bytes(tensor, start, min(start + step, tensor.nbytes))
 
 
-def _set_problems(filename: str, found: set[str], listed: set[str]) -> list[str]:
+def index_problems(filename: str, found: set[str], listed: set[str]) -> list[str]:
+    """Compare the tensors in a file with those that the index lists; one line per difference."""
     return [
         f"{filename}: tensor {shown(name)} is in the index, but not in the file"
         for name in sorted(listed - found)

@@ -8,6 +8,7 @@ corrects part of the error of earlier layers. GPTAQ (arXiv 2504.02692) has the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from spallm_convert.sketch.limits import Limit
 from spallm_convert.sketch.rows import SketchedRows, store_rows
 from spallm_formats import SketchedModule, SketchMetadata
 from spallm_kernels import hash_codes, hash_table
@@ -99,6 +101,7 @@ def sketch_layer(
     module: SketchedModule,
     metadata: SketchMetadata,
     without: Collection[str] = (),
+    limit: Limit | None = None,
 ) -> SketchedLayer:
     """Sketch a whole layer.
 
@@ -108,10 +111,12 @@ def sketch_layer(
         module: Shape, bits and groups.
         metadata: Mapping, seed and table dtype.
         without: Steps of `STEPS` to leave out.
+        limit: Limit of the dtype that the model loads in.
 
     Raises:
-        OverflowError: A value of a table is too large for the stored dtype.
-        ValueError: Weights are not finite.
+        OverflowError: A value of a table is too large for the stored dtype, or weights are beyond
+            the limit.
+        ValueError: Weights are not finite, or the error of the outputs is not.
     """
     numerics, target = inputs.numerics, weights
     if inputs.change is not None:
@@ -134,12 +139,15 @@ def sketch_layer(
             codes = numerics.descend(target, rounded, codes, inputs.damped, sweeps)
         return codes.cpu().numpy()
 
-    rows = store_rows(weights.cpu().numpy(), table.cpu().numpy(), choose, module, metadata)
+    arrays = weights.cpu().numpy(), table.cpu().numpy()
+    rows = store_rows(*arrays, choose, module, metadata, limit=limit)
     dense = numerics.look_up(torch.from_numpy(rows.rounded).to(weights.device), codes)
     error, norm = (
         float(numerics.quadratic_loss(weights, other, inputs.hessian).sum())
         for other in (dense, torch.zeros_like(weights))
     )
+    if not (math.isfinite(error) and math.isfinite(norm)):
+        raise ValueError("its outputs are too large for the error to be computed")
     return SketchedLayer(rows, dense, (error, norm))
 
 

@@ -20,6 +20,7 @@ from spallm_convert.calibration.blocks.blocks import Blocks
 from spallm_convert.calibration.blocks.stages import (
     Stage,
     Streams,
+    check_states,
     check_sums,
     find_stages,
     flat_inputs,
@@ -28,6 +29,7 @@ from spallm_convert.calibration.blocks.stages import (
 from spallm_convert.calibration.blocks.stand_ins import StopForward
 from spallm_convert.errors import CalibrationError
 from spallm_convert.sketch.layer import Layer
+from spallm_convert.sketch.limits import Limit
 from spallm_formats import SketchMetadata
 
 from .layers import SketchedLayer, prepare_inputs, sketch_layer
@@ -41,6 +43,7 @@ def sketch_block(
     streams: Streams,
     metadata: SketchMetadata,
     without: Collection[str] = (),
+    limit: Limit | None = None,
 ) -> Iterator[tuple[str, SketchedLayer]]:
     """Sketch the layers of a block in the order in which the block runs them.
 
@@ -53,6 +56,7 @@ def sketch_block(
         streams: Hidden states that enter the block.
         metadata: Mapping, seed and table dtype.
         without: Steps of `STEPS` to leave out.
+        limit: Limit of the dtype that the model loads in.
 
     Yields:
         The name of each layer in the block, and the sketched layer.
@@ -74,7 +78,8 @@ def sketch_block(
             weights = linear.weight.float()
             where = layers[name].path
             try:
-                layer = sketch_layer(weights, inputs, layers[name].module, metadata, without)
+                shape = layers[name].module
+                layer = sketch_layer(weights, inputs, shape, metadata, without, limit)
             except OverflowError as error:
                 raise CalibrationError(f"{where} has {error}; use --table-dtype float32") from error
             except ValueError as error:
@@ -87,6 +92,8 @@ def sketch_block(
     for stream, module in through:
         for index, hidden in enumerate(stream):
             stream[index] = blocks.run(number, module, hidden).cpu()
+    for hidden in (*streams.dense, *streams.sketched):
+        check_states(blocks.path_of(number), hidden)
     blocks.unload(number)
 
 

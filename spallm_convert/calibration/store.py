@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from spallm_convert.sketch.layer import Layer
@@ -23,8 +24,12 @@ from spallm_formats import (
     INDEX_MAP_SUFFIX,
     TABLE_DTYPES,
     TABLE_SUFFIX,
+    FormatError,
     SketchedModule,
     SketchMetadata,
+    StoredTensor,
+    TensorSpec,
+    load_json,
     read_header,
     sha256,
     to_float32,
@@ -35,6 +40,8 @@ from spallm_kernels import hash_codes
 
 _SUMS, _HEALING = "sums", "healing"
 _BLOCK, _HEALED = "block", "healed"
+#: Dtype and shape of a stored tensor. NumPy has no bfloat16, so its bits are stored as U16.
+_Kind = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,10 @@ class CalibratedModule:
 
 
 class _Kept(NamedTuple):
-    """The file of a module, the shape of its table and its sums."""
+    """The file of a module, dtype and shape of its index map and table, and its sums."""
 
     path: Path
-    table_shape: tuple[int, ...]
+    tensors: tuple[_Kind, _Kind]
     sums: Sequence[float]
 
 
@@ -82,31 +89,33 @@ class CalibratedModules:
 
     Args:
         folder: The folder. Sound files that an earlier run left are used, damaged ones are not.
+        check: Called before a file is written. If it raises an error because the source has
+            changed, nothing is written.
 
     Attributes:
         healing: The divergence from the dense model before and after healing. None without healed
             tables.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, check: Callable[[], None] = lambda: None) -> None:
+        self._folder, self._check = folder, check
         self._kept: dict[str, _Kept] = {}
         for path in sound_files(folder, _BLOCK):
-            shapes = {name: tensor.shape for name, tensor in read_header(path).items()}
-            for name, sums in _read_metadata(path)[_SUMS].items():
-                self._kept[name] = _Kept(path, shapes[name + TABLE_SUFFIX], sums)
-        self._healed = next(sound_files(folder, _HEALED), None)
+            self._kept |= _read_block(path)
+        self._healed: Path | None = None
         self.healing: dict[str, float] | None = None
         self._healed_sums: dict[str, Sequence[float]] = {}
-        if self._healed is not None:
-            metadata = _read_metadata(self._healed)
-            self.healing, self._healed_sums = metadata[_HEALING], metadata[_SUMS]
+        for path in sound_files(folder, _HEALED):
+            if (found := _read_healed(path, self._kept)) is not None:
+                self._healed, (self.healing, self._healed_sums) = path, found
 
-    def has(self, layers: Iterable[Layer]) -> bool:
-        """Return whether all layers are stored with the bits and groups that they shall have."""
+    def has(self, layers: Iterable[Layer], metadata: SketchMetadata) -> bool:
+        """Return whether all layers are stored with the bits, groups and dtype that are wanted."""
+        mapping, dtype = metadata.mapping, metadata.table_dtype
         return all(
             layer.name in self._kept
-            and self._kept[layer.name].table_shape == layer.module.table_shape
+            and self._kept[layer.name].tensors
+            == tuple(map(_kind, layer.module.tensors(layer.name, mapping, dtype)))
             for layer in layers
         )
 
@@ -129,6 +138,7 @@ class CalibratedModules:
             number: Number of the block.
             modules: The modules, by their names in the checkpoint.
         """
+        self._check()
         tensors: dict[str, Any] = {}
         for name, module in modules.items():
             tensors[name + INDEX_MAP_SUFFIX] = module.index_map
@@ -136,14 +146,13 @@ class CalibratedModules:
         sums = {name: module.sums for name, module in modules.items()}
         data = save(tensors, metadata={_SUMS: json.dumps(sums)})
         path = write_sound(self._folder, f"{_BLOCK}-{number:05d}", data)
-        for name, module in modules.items():
-            self._kept[name] = _Kept(path, module.table.shape, module.sums)
+        self._kept |= _read_block(path)
 
     def forget_healed(self) -> None:
         """Delete the healed tables, so that `read` returns the tables from before healing."""
-        if self._healed is not None:
-            self._healed.unlink()
-            self._healed = self.healing = None
+        for path in self._folder.glob(f"{_HEALED}-*.safetensors"):
+            path.unlink()
+        self._healed = self.healing = None
 
     def write_healed(
         self, tables: dict[str, tuple[Any, Sequence[float]]], healing: dict[str, float]
@@ -155,6 +164,7 @@ class CalibratedModules:
                 and the squared error and squared norm of its weights.
             healing: The divergence from the dense model before and after healing.
         """
+        self._check()
         tensors = {name + TABLE_SUFFIX: table for name, (table, _) in tables.items()}
         sums = {name: sums for name, (_, sums) in tables.items()}
         metadata = {_SUMS: json.dumps(sums), _HEALING: json.dumps(healing)}
@@ -206,6 +216,66 @@ def sound_files(folder: Path, name: str, suffix: str = ".safetensors") -> Iterat
             yield path
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="numpy") as file:
-        return {key: json.loads(text) for key, text in file.metadata().items()}
+def _kind(tensor: TensorSpec) -> _Kind:
+    return "U16" if tensor.dtype == "BF16" else tensor.dtype, tensor.shape
+
+
+def _read_block(path: Path) -> dict[str, _Kept]:
+    """Return the modules in the file of a block; none if it is not one that `write` wrote."""
+    tensors, metadata = _read_parts(path)
+    sums = metadata.get(_SUMS)
+    if not are_sums(sums, 4):
+        return {}
+    found = {}
+    for name, numbers in sums.items():
+        stored = [tensors.get(name + suffix) for suffix in (INDEX_MAP_SUFFIX, TABLE_SUFFIX)]
+        codes, table = stored
+        if codes is None or table is None:
+            return {}
+        found[name] = _Kept(path, (_kind(codes), _kind(table)), numbers)
+    return found
+
+
+def _read_healed(
+    path: Path, kept: dict[str, _Kept]
+) -> tuple[dict[str, float], dict[str, Sequence[float]]] | None:
+    """Return the divergences and sums in a file of healed tables.
+
+    Return None if it is not one that `write_healed` wrote for the modules that are kept.
+    """
+    tensors, metadata = _read_parts(path)
+    healing, sums = metadata.get(_HEALING), metadata.get(_SUMS)
+    kinds = {name: _kind(tensor) for name, tensor in tensors.items()}
+    if not are_sums(sums, 2) or not isinstance(healing, dict):
+        return None
+    sound = (
+        sums.keys() == kept.keys()
+        and kinds == {name + TABLE_SUFFIX: module.tensors[1] for name, module in kept.items()}
+        and healing.keys() == {"kl_before", "kl_after"}
+        and all(map(is_finite, healing.values()))
+    )
+    return (healing, dict(sums)) if sound else None
+
+
+def are_sums(value: Any, count: int) -> TypeGuard[dict[str, list[float]]]:
+    """Return whether a value from a file is an object of lists of `count` numbers."""
+    return isinstance(value, dict) and all(
+        isinstance(sums, list) and len(sums) == count and all(map(is_finite, sums))
+        for sums in value.values()
+    )
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a value from a JSON file is a finite number (True is none)."""
+    return type(value) in {int, float} and -sys.float_info.max <= value <= sys.float_info.max
+
+
+def _read_parts(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """Return the tensors and the metadata of a safetensors file; nothing if it is not one."""
+    try:
+        tensors = read_header(path)
+        with safe_open(path, framework="numpy") as file:
+            texts = file.metadata() or {}
+        return tensors, {key: load_json(text.encode(), path.name) for key, text in texts.items()}
+    except (FormatError, SafetensorError):
+        return {}, {}

@@ -47,15 +47,18 @@ from spallm_formats import (
     index_json,
     is_unfinished,
     remove_leftovers,
+    sha256,
     summary,
     to_json,
 )
 
 from .card import CARD_FILE, model_card
 from .identity import identity
+from .loadable import check_source
 from .report import REPORT_FILE, Report, make_report
-from .shards import write_shard
+from .shards import kept_record, write_shard
 from .texts import Texts, draw_texts
+from .unchanged import SourceWatch
 
 _CALIBRATED = "calibrated"
 _HASHED = (
@@ -122,13 +125,15 @@ def convert(
         source = locate(os.fspath(model), revision)
         if folder.exists() and folder.samefile(source.path):
             raise OptionError(f"output {folder} is the source itself: choose another folder")
-        job = _Job(source, config, place, trust_remote_code, progress or Silent())
+        watch = SourceWatch(source)
+        job = _Job(source, config, place, trust_remote_code, progress or Silent(), watch)
         if left := source.left_behind():
             job.progress.remark(f"not copied: {summary(left, ', ')}")
         # Planning is cheap compared with hashing the source, so errors of the plan come first.
         ready = None if source.is_gguf else job.planned(folder)
         texts = job.texts()
         about = source.identity(ready[0] if ready else None)
+        watch.expect(about["files"])
         same = identity(config, about, texts, place)
         older = _older_report(folder)
         if resume and is_whole and older and older.has_identity(same):
@@ -136,6 +141,7 @@ def convert(
             remove_leftovers(folder)
             return older
         with Staging(folder, same, resume=resume, overwrite=overwrite) as staging:
+            warning = None
             if staging.is_published:
                 staging.finish_publishing()
                 report = Report.read(folder)  # which the interrupted run wrote
@@ -147,9 +153,12 @@ def convert(
                     written.append(INDEX_FILE)
                 check_replaceable(folder, written, _hashes(older))
                 plan, report = _carry_out(job, staging, checkpoint, plan, texts, same)
-                _publish(staging, checkpoint, plan, report, older)
-    if progress is not None and config.mapping == "hash" and "healing" not in report.document:
-        progress.remark(_HASHED)
+                _publish(job, staging, checkpoint, plan, report, older)
+                warning = plan.dense_warning
+    if warning is not None:
+        job.progress.remark(warning)
+    if config.mapping == "hash" and "healing" not in report.document:
+        job.progress.remark(_HASHED)
     return report
 
 
@@ -193,10 +202,18 @@ def plan_conversion(
     source = find_here(os.fspath(model), revision)
     if source is None:
         checkpoint = remote_checkpoint(os.fspath(model), revision)
-        return make_plan(checkpoint, config, trust_remote_code=trust_remote_code)
+        return _checked_plan(checkpoint, config, trust_remote_code)
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = source.open(Path(scratch))
-        return make_plan(checkpoint, config, trust_remote_code=trust_remote_code)
+        return _checked_plan(source.open(Path(scratch)), config, trust_remote_code)
+
+
+def _checked_plan(
+    checkpoint: DenseCheckpoint, config: SketchConfig, trust_remote_code: bool
+) -> Plan:
+    """Plan a conversion, and check that its result will load."""
+    plan = make_plan(checkpoint, config, trust_remote_code=trust_remote_code)
+    check_source(checkpoint, plan, trust_remote_code=trust_remote_code)
+    return plan
 
 
 def _find_place(device: str, config: SketchConfig) -> torch.device:
@@ -214,18 +231,21 @@ def _find_place(device: str, config: SketchConfig) -> torch.device:
 
 @dataclass(frozen=True)
 class _Job:
-    """A source and how to convert it. place: the device that calibration computes on."""
+    """A source and how to convert it.
+
+    place: the device that calibration computes on; watch: notices changes of the source.
+    """
 
     source: Source
     config: SketchConfig
     place: torch.device
     trust_remote_code: bool
     progress: Progress
+    watch: SourceWatch
 
     def planned(self, scratch: Path) -> tuple[DenseCheckpoint, Plan]:
         checkpoint = self.source.open(scratch)
-        trust = self.trust_remote_code
-        return checkpoint, make_plan(checkpoint, self.config, trust_remote_code=trust)
+        return checkpoint, _checked_plan(checkpoint, self.config, self.trust_remote_code)
 
     def texts(self) -> Texts | None:
         if self.config.calibration is None:
@@ -260,7 +280,7 @@ def _carry_out(
     if texts is not None:
         with clear_memory_errors(job.place), full_float32():
             plan, sketches, notes = _calibrated(job, staging, checkpoint, plan, texts)
-    return plan, _write_shards(staging, plan, same | notes, sketches, job.progress)
+    return plan, _write_shards(job, staging, plan, same | notes, sketches)
 
 
 def _calibrated(
@@ -288,12 +308,14 @@ def _calibrated(
         return plan, None, {"not_calibrated": str(error)}
     notes: dict[str, Any] = {}
     if config.target_bits is not None:
-        allocation = allocate(blocks, plan, config, texts.calibration, folder, progress)
+        allocation = allocate(
+            blocks, plan, config, texts.calibration, folder, progress, check=job.watch.check
+        )
         plan = reallocate(plan, allocation.choices, checkpoint, config)
         notes["predicted_loss"] = allocation.predicted_loss
     needed = calibrated_bytes(plan.metadata, healed=texts.healing is not None)
     _check_space(staging, plan, max(0, needed - kept_bytes(folder)))
-    sketches = calibrate(blocks, plan, config, folder, progress)
+    sketches = calibrate(blocks, plan, config, folder, progress, check=job.watch.check)
     if texts.healing is not None and sketches.healing is None:
         blocks = job.blocks(checkpoint, plan, texts.healing, to_heal=True)
         heal(blocks, plan, config, texts.healing, sketches, progress)
@@ -301,27 +323,28 @@ def _calibrated(
 
 
 def _write_shards(
+    job: _Job,
     staging: Staging,
     plan: Plan,
     same: dict[str, Any],
     sketches: CalibratedModules | None,
-    progress: Progress,
 ) -> Report:
     """Write every shard that is missing, and return the report on all of them."""
     _check_space(staging, plan)
     records = {}
     for shard in plan.shards:
-        record = staging.record(shard)
+        record = kept_record(staging, shard, plan, calibrated=sketches is not None)
         if record is None:
-            record = write_shard(staging, shard, plan, sketches, progress)
+            record = write_shard(staging, shard, plan, sketches, job.progress, job.watch.check)
         elif sketches is None:
             for name in record["modules"]:
-                progress.advance(plan.layers[name].module.weights, name)
+                job.progress.advance(plan.layers[name].module.weights, name)
         records[shard.filename] = record
     return make_report(plan, same, records, sketches.healing if sketches else None)
 
 
 def _publish(
+    job: _Job,
     staging: Staging,
     checkpoint: DenseCheckpoint,
     plan: Plan,
@@ -342,6 +365,7 @@ def _publish(
     for name, data in documents.items():
         files[name] = staging.write_file(name, data)
     staging.write_file(REPORT_FILE, to_json(report.document))
+    job.watch.check()
     staging.publish([*files, REPORT_FILE], _hashes(older))
 
 
@@ -359,10 +383,10 @@ def _older_report(folder: Path) -> Report | None:
 
 
 def _check_files(folder: Path, report: Report) -> None:
-    """Raise SpallmError if a file of a complete conversion is missing or has another size."""
+    """Raise SpallmError if a file of a complete conversion is missing or has changed."""
     for name, about in report.files.items():
         file = folder / name
-        if not file.is_file() or file.stat().st_size != about.get("bytes"):
+        if not file.is_file() or sha256(file) != about["sha256"]:
             raise SpallmError(
                 f"{folder}: {name} is missing or has changed since the conversion; use --overwrite "
                 f"to convert again"

@@ -3,45 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spallm_convert.paths import user_path
 from spallm_convert.sketch.plan import Plan
-from spallm_formats import FormatError, is_inside, load_json
+from spallm_formats import FormatError, is_inside, read_json
 
 REPORT_FILE = "conversion.json"
 
-_DOCUMENT: dict[str, Any] = {
-    "source": dict,
-    "options": dict,
-    "versions": dict,
-    "totals": dict,
-    "files": dict,
-    "modules": list,
-    "left_dense": dict,
-}
-_TOTALS = (
-    "sketched_weights",
-    "kept_weights",
-    "bits_per_weight",
-    "source_bytes",
-    "sketched_bytes",
-    "ratio",
-    "relative_error",
-)
-_NUMBERS = {"predicted_loss": {"chosen"}, "healing": {"kl_before", "kl_after"}}  # if present
-_OUTPUTS = {"relative_output_error": int | float}  # of calibrated modules
-_MODULE: dict[str, Any] = {
-    "name": str,
-    "shape": list,
-    "bits": int,
-    "groups_per_row": int,
-    "bits_per_weight": int | float,
-    "relative_error": int | float,
-}
+#: The largest number that a report may hold; numbers are printed with four decimals and divided.
+_MOST = 1e300
 
 
 @dataclass(frozen=True)
@@ -138,7 +112,7 @@ class Report:
         path = user_path(folder) / REPORT_FILE
         if not path.is_file():
             return None
-        document = load_json(path.read_bytes(), REPORT_FILE)
+        document = read_json(path)
         if not _is_report(document):
             raise FormatError(
                 f"{REPORT_FILE}: not a report of a conversion that this version of spallm-convert "
@@ -147,39 +121,91 @@ class Report:
         return cls(document)
 
 
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a number that can be printed and computed with (True is none)."""
+    return type(value) in {int, float} and -_MOST <= value <= _MOST
+
+
+def _is_size(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value <= _MOST
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+_Checks = dict[str, Callable[[Any], bool]]
+_DOCUMENT: _Checks = {
+    **dict.fromkeys(("source", "options", "versions", "totals", "files", "left_dense"), _is_object),
+    "modules": _is_list,
+}
+_TOTALS: _Checks = {
+    "sketched_weights": _is_positive,
+    "bits_per_weight": _is_positive,
+    "ratio": _is_positive,
+    **dict.fromkeys(("kept_weights", "source_bytes", "sketched_bytes", "relative_error"), _is_size),
+}
+_MODULE: _Checks = {
+    "name": _is_text,
+    "shape": _is_shape,
+    "bits": _is_count,
+    "groups_per_row": _is_count,
+    "bits_per_weight": _is_positive,
+    "relative_error": _is_size,
+}
+_OUTPUTS: _Checks = {"relative_output_error": _is_size}  # of calibrated modules
+#: Parts that only some reports have, and the numbers that each of them must hold.
+_NUMBERS = {"predicted_loss": {"chosen"}, "healing": {"kl_before", "kl_after"}}
+_TEXTS = ("not_calibrated", "device", "calibration_tokens", "healing_tokens")
+
+
 def _is_report(document: Any) -> bool:
-    """Return whether a parsed file has every part of a report that is read, in the right types."""
+    """Return whether a parsed file has every part of a report that is read, as it can be shown."""
     if not _has(document, _DOCUMENT):
         return False
-    outputs = {key: kind for key, kind in _OUTPUTS.items() if key in document["totals"]}
+    outputs = {key: check for key, check in _OUTPUTS.items() if key in document["totals"]}
     return (
-        _has(document["totals"], dict.fromkeys(_TOTALS, int | float) | outputs)
-        and document["totals"]["sketched_weights"] > 0
+        _has(document["totals"], _TOTALS | outputs)
         and all(
             _has_numbers(document[key], names) for key, names in _NUMBERS.items() if key in document
         )
-        and isinstance(document["source"].get("model"), str)
+        and all(_is_text(document[key]) for key in _TEXTS if key in document)
+        and _is_text(document["source"].get("model"))
         and all(is_inside(name) for name in document["files"])
-        and all(_has(file, {"sha256": str}) for file in document["files"].values())
+        and all(_has(file, {"sha256": _is_text}) for file in document["files"].values())
         and all(_has(module, _MODULE | outputs) for module in document["modules"])
-        and all(isinstance(reason, str) for reason in document["left_dense"].values())
+        and all(map(_is_text, document["left_dense"].values()))
     )
 
 
-def _has(value: Any, types: dict[str, Any]) -> bool:
-    """Return whether a value is an object with these keys and values of these types."""
-    return isinstance(value, dict) and all(
-        isinstance(value.get(key), kind) for key, kind in types.items()
-    )
+def _has(value: Any, checks: _Checks) -> bool:
+    """Return whether a value is an object whose values under these keys pass their checks."""
+    return _is_object(value) and all(check(value.get(key)) for key, check in checks.items())
 
 
 def _has_numbers(value: Any, names: set[str]) -> bool:
     """Return whether a value is an object of numbers that has these keys."""
-    return (
-        isinstance(value, dict)
-        and names <= value.keys()
-        and all(isinstance(number, int | float) for number in value.values())
-    )
+    return _is_object(value) and names <= value.keys() and all(map(_is_number, value.values()))
 
 
 def make_report(
@@ -239,4 +265,4 @@ def _errors(sums: Sequence[float]) -> dict[str, float]:
 
 def _relative(error: float, norm: float) -> float:
     """Return ||W - sketch|| / ||W|| (Frobenius) from sums of squares; 0 if W is all zeros."""
-    return math.sqrt(error / norm) if norm else 0.0
+    return math.sqrt(max(error, 0.0) / norm) if norm > 0 else 0.0  # rounding may make sums negative

@@ -6,16 +6,16 @@ Memory does not depend on the size of the model, because one block of one tensor
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from spallm_convert.calibration.store import CalibratedModules
+from spallm_convert.calibration.store import CalibratedModules, are_sums
 from spallm_convert.errors import SourceError, SpallmError
 from spallm_convert.progress import Progress
 from spallm_convert.sketch.plan import Plan
-from spallm_convert.sketch.rows import sketch_rows
+from spallm_convert.sketch.rows import reduction_note, sketch_rows
 from spallm_formats import (
     INDEX_MAP_SUFFIX,
     ITEM_BYTES,
@@ -39,6 +39,7 @@ def write_shard(
     plan: Plan,
     sketches: CalibratedModules | None,
     progress: Progress,
+    check: Callable[[], None],
 ) -> dict[str, Any]:
     """Write a shard.
 
@@ -48,6 +49,8 @@ def write_shard(
         plan: Plan of the conversion.
         sketches: Calibrated modules. None: modules are sketched here, from their weights alone.
         progress: Told about every block that is sketched here.
+        check: Called when the shard's tensors have been read. If it raises an error because the
+            source has changed, the shard is not kept.
 
     Returns:
         Record of the shard, with the squared error and squared norm of each of its modules under
@@ -69,6 +72,28 @@ def write_shard(
                     if sketches
                     else _sketch(module, plan, file, progress)
                 )
+        check()
+    return record
+
+
+def kept_record(
+    staging: Staging, shard: Shard, plan: Plan, *, calibrated: bool
+) -> dict[str, Any] | None:
+    """Return the record of a shard that an earlier run wrote, None if it must be written again.
+
+    Args:
+        staging: Output folder.
+        shard: The planned shard.
+        plan: Plan of the conversion.
+        calibrated: Whether its modules are calibrated, and have sums of outputs too.
+    """
+    record = staging.record(shard)
+    if record is None or record.get("bytes") != shard.nbytes:
+        return None
+    names = {name for name in plan.layers if name + TABLE_SUFFIX in shard.tensors}
+    sums = record.get("modules")
+    if not are_sums(sums, 4 if calibrated else 2) or sums.keys() != names:
+        return None
     return record
 
 
@@ -93,14 +118,14 @@ def _sketch(name: str, plan: Plan, file: ShardFile, progress: Progress) -> tuple
     module, tensor = plan.layers[name].module, plan.layers[name].weight
     row_bytes = module.in_features * ITEM_BYTES[tensor.dtype]
     step = max(1, BLOCK_WEIGHTS // module.in_features)
-    sums = []
+    sums, reduced = [], 0
     for first in range(0, module.out_features, step):
         rows = min(step, module.out_features - first)
         raw = _read(tensor, first * row_bytes, (first + rows) * row_bytes)
         weights = to_float32(raw, tensor.dtype).reshape(rows, module.in_features)
         _check_finite(weights, tensor, first)
         try:
-            sketched = sketch_rows(weights, module, plan.metadata, first)
+            sketched = sketch_rows(weights, module, plan.metadata, first, plan.limit)
         except OverflowError as error:
             raise SourceError(
                 f"{tensor.file.name}: tensor {tensor.name!r} has {error}; use --table-dtype float32"
@@ -110,7 +135,10 @@ def _sketch(name: str, plan: Plan, file: ShardFile, progress: Progress) -> tuple
             file.write(name + INDEX_MAP_SUFFIX, first * index_map.shape[1], index_map)
         file.write(name + TABLE_SUFFIX, first * table[0].nbytes, table)
         sums.append(sketched.sums)
+        reduced += sketched.reduced
         progress.advance(weights.size, name)
+    if plan.limit is not None and reduced:
+        progress.remark(reduction_note(name, reduced, plan.limit))
     errors, norms = np.concatenate(sums).T
     return math.fsum(errors), math.fsum(norms)  # exact, so the size of blocks does not matter
 

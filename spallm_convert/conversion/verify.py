@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-from spallm_convert.errors import FormatError
+from spallm_convert.errors import FormatError, SourceError
 from spallm_convert.paths import user_path
-from spallm_formats import SketchedCheckpoint, sha256
+from spallm_convert.sketch.limits import loading_limit
+from spallm_convert.source.skeleton import remote_class
+from spallm_formats import CONFIG_FILE, SketchedCheckpoint, sha256
 
+from .loadable import loading_problems
 from .report import REPORT_FILE, Report
 
 
@@ -15,8 +19,11 @@ def verify(folder: str | Path) -> list[str]:
     """Check a sketched checkpoint completely.
 
     Headers must agree with config and index, and every file with its hash in `conversion.json`.
-    Padding bits must be zero and table values finite. A missing `conversion.json` is a problem,
-    because nothing else has the hashes.
+    Padding bits must be zero, and table values finite in the dtype that the
+    model loads in. transformers must find every tensor of the
+    model in the size that it expects. This is not checked for models that come with their own
+    Python code, because `verify` runs no code. A missing `conversion.json` is a problem, because
+    nothing else has the hashes.
 
     Args:
         folder: Folder of the checkpoint.
@@ -46,4 +53,31 @@ def verify(folder: str | Path) -> list[str]:
             problems.append(f"{name}: its SHA-256 is not the one in {REPORT_FILE}")
     weights = {tensor.file.name for tensor in checkpoint.tensors.values()} if report else set()
     problems += [f"{name}: not listed in {REPORT_FILE}" for name in weights if name not in files]
-    return problems + list(checkpoint.deep_problems())
+    problems += _loading_problems(checkpoint)
+    return problems + list(checkpoint.deep_problems(_largest_entry(checkpoint)))
+
+
+def _largest_entry(checkpoint: SketchedCheckpoint) -> float:
+    """Return the largest table value that stays finite when a checkpoint is loaded."""
+    metadata = checkpoint.metadata
+    sketched = metadata.tensors()
+    dense = {tensor.dtype for name, tensor in checkpoint.tensors.items() if name not in sketched}
+    limit = loading_limit(checkpoint.config, dense, metadata.table_dtype)
+    return math.inf if limit is None else limit.largest_entry
+
+
+def _loading_problems(checkpoint: SketchedCheckpoint) -> list[str]:
+    """Return what keeps transformers from loading a checkpoint, judged by its headers."""
+    config = checkpoint.config
+    named = config.get("architectures")
+    if not isinstance(named, list) or not named or not isinstance(named[0], str):
+        return [f"{CONFIG_FILE}: no architectures are named, so transformers cannot load it"]
+    try:
+        return loading_problems(
+            checkpoint.folder, config, checkpoint.metadata, checkpoint.tensors.values()
+        )
+    except SourceError as error:
+        has_code = isinstance(config.get("auto_map"), dict) and remote_class(
+            config["auto_map"], named[0]
+        )
+        return [] if has_code else [str(error)]

@@ -7,26 +7,32 @@ conversion makes the same plan as the interrupted one.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from spallm_convert.config import AUTO, SketchConfig
 from spallm_convert.errors import OptionError, SourceError
 from spallm_convert.source.checkpoint import DenseCheckpoint
-from spallm_convert.source.skeleton import is_in_block, read_skeleton
+from spallm_convert.source.skeleton import Skeleton, aliases, by_model_name, read_skeleton
 from spallm_formats import (
     CONFIG_FILE,
     FLOAT_STORAGE,
+    INDEX_MAP_SUFFIX,
+    TABLE_SUFFIX,
     Shard,
     SketchedModule,
     SketchMetadata,
     StoredTensor,
     TensorSpec,
     plan_shards,
+    shown,
+    summary,
 )
 
 from .layer import Layer
+from .left_dense import dense_warning, dense_weights, other_matrices
+from .limits import Limit, loading_limit
 from .widths import Choice, check_target, with_choice
 
 
@@ -40,6 +46,9 @@ class Plan:
         layers: The layers to sketch, by name in the checkpoint.
         kept: Tensors that are copied unchanged, by name.
         left_dense: The reason for every linear layer or matrix that is not sketched, by name.
+        dense_weights: Number of linear weights that stay dense without the user's wish, by kind of
+            layer.
+        limit: Limit of the table values, if the model loads in a dtype with a smaller range.
         shards: The weight files to write, with the place of every tensor.
     """
 
@@ -47,12 +56,19 @@ class Plan:
     layers: dict[str, Layer]
     kept: dict[str, StoredTensor]
     left_dense: dict[str, str]
+    dense_weights: dict[str, int]
+    limit: Limit | None
     shards: list[Shard]
 
     @property
     def sketched_weights(self) -> int:
         """Return the number of weights to sketch."""
         return sum(layer.module.weights for layer in self.layers.values())
+
+    @property
+    def dense_warning(self) -> str | None:
+        """Return a warning if more than 5 % of the linear weights stay dense."""
+        return dense_warning(self.dense_weights, self.sketched_weights)
 
     @property
     def by_path(self) -> dict[str, Layer]:
@@ -115,7 +131,7 @@ def make_plan(
     skeleton = read_skeleton(folder, checkpoint.config, trust_remote_code=trust_remote_code)
     layers: dict[str, Layer] = {}
     left_dense: dict[str, str] = {}
-    problems: list[str] = []
+    problems = _name_problems(tensors)
     names = {path: skeleton.stored_name(path, tensors) for path in skeleton.linears}
     for path, shape in skeleton.linears.items():
         name = names[path]
@@ -131,18 +147,29 @@ def make_plan(
         if reason:
             left_dense[name] = reason
         else:
-            problems += _tensor_problems(weight, shape)
+            problems += _tensor_problems(weight, shape) + _other_names(path, skeleton, tensors)
             layers[name] = Layer(name, path, _sketched(shape, config), weight)
     _check_patterns(config.ignore, [(path, name or path) for path, name in names.items()])
-    left_dense |= _other_matrices(tensors, {*layers, *left_dense})
+    left_dense |= other_matrices(tensors, {*layers, *left_dense})
     if problems:
-        raise SourceError("; ".join(problems))
+        raise SourceError(f"{folder}: {summary(problems)}")
     if not layers:
         raise SourceError(f"{folder}: no linear layer to sketch {_why_none(left_dense)}")
     modules = {name: layer.module for name, layer in layers.items()}
     _check_groups(modules)
     check_target(modules, config)
-    return _laid_out(tensors, layers, left_dense, config)
+    metadata, kept, shards = _laid_out(tensors, layers, config)
+    ignored = _ignored(skeleton, names, tensors, config.ignore)
+    stored = {tensor.dtype for tensor in kept.values()}
+    return Plan(
+        metadata=metadata,
+        layers=layers,
+        kept=kept,
+        left_dense=left_dense,
+        dense_weights=dense_weights(tensors, layers, ignored),
+        limit=loading_limit(checkpoint.config, stored, config.table_dtype),
+        shards=shards,
+    )
 
 
 def reallocate(
@@ -160,23 +187,34 @@ def reallocate(
         name: replace(layer, module=with_choice(layer.module, choices[name]))
         for name, layer in plan.layers.items()
     }
-    return _laid_out(checkpoint.tensors, layers, plan.left_dense, config)
-
-
-def _other_matrices(tensors: dict[str, StoredTensor], known: set[str]) -> dict[str, str]:
-    """Return the matrices inside blocks that belong to no linear layer, such as fused experts."""
-    return {
-        name: "not the weight of a linear layer"
-        for name, tensor in tensors.items()
-        if len(tensor.shape) >= 2
-        and is_in_block(name)
-        and name.removesuffix(".weight") not in known
-    }
+    metadata, kept, shards = _laid_out(checkpoint.tensors, layers, config)
+    return replace(plan, metadata=metadata, layers=layers, kept=kept, shards=shards)
 
 
 def _matches(pattern: str, *names: str) -> bool:
     """Return whether a pattern matches one of a layer's names (path, name in the checkpoint)."""
     return any(fnmatch.fnmatch(name, pattern) for name in names)
+
+
+def _ignored(
+    skeleton: Skeleton,
+    names: Mapping[str, str | None],
+    tensors: Mapping[str, StoredTensor],
+    patterns: tuple[str, ...],
+) -> set[str]:
+    """Return the layers that the user leaves dense, by the names of their weights on disk.
+
+    names: Name of each layer in the checkpoint by path; None if transformers renames its weight.
+    """
+    if not patterns:
+        return set()
+    renamed = {name: tensor.name for name, tensor in by_model_name(skeleton.model, tensors).items()}
+    found = set()
+    for path, name in names.items():
+        stored = name or renamed.get(path + INDEX_MAP_SUFFIX, path).removesuffix(INDEX_MAP_SUFFIX)
+        if any(_matches(pattern, path, stored) for pattern in patterns):
+            found.add(stored)
+    return found
 
 
 def _check_patterns(patterns: tuple[str, ...], layers: list[tuple[str, str]]) -> None:
@@ -190,12 +228,9 @@ def _check_patterns(patterns: tuple[str, ...], layers: list[tuple[str, str]]) ->
 
 
 def _laid_out(
-    tensors: dict[str, StoredTensor],
-    layers: dict[str, Layer],
-    left_dense: dict[str, str],
-    config: SketchConfig,
-) -> Plan:
-    """Return the plan with a place for every tensor, in the order of the source."""
+    tensors: dict[str, StoredTensor], layers: dict[str, Layer], config: SketchConfig
+) -> tuple[SketchMetadata, dict[str, StoredTensor], list[Shard]]:
+    """Return the metadata, the tensors to copy, and a place for every tensor in source order."""
     metadata = SketchMetadata(
         mapping=config.mapping,
         table_dtype=config.table_dtype,
@@ -212,8 +247,7 @@ def _laid_out(
         else:
             kept[tensor.name] = tensor
             groups.append((TensorSpec(tensor.name, tensor.dtype, tensor.shape),))
-    shards = plan_shards(groups, config.max_shard_bytes)
-    return Plan(metadata, layers, kept, left_dense, shards)
+    return metadata, kept, plan_shards(groups, config.max_shard_bytes)
 
 
 def _sketched(shape: tuple[int, int], config: SketchConfig) -> SketchedModule:
@@ -238,9 +272,33 @@ def _reason_to_keep(
     return None
 
 
+def _name_problems(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Return the tensors whose names the format reserves for sketch tables."""
+    reserved = [shown(name) for name in tensors if name.endswith(TABLE_SUFFIX)]
+    if not reserved:
+        return []
+    return [
+        f"found {summary(reserved, ', ')}, but only sketch tables may have names that end in "
+        f"{TABLE_SUFFIX!r}: convert a dense model, or rename these tensors"
+    ]
+
+
+def _other_names(path: str, skeleton: Skeleton, tensors: Container[str]) -> list[str]:
+    """Return a problem if the weight of a layer is stored under several names."""
+    names = dict.fromkeys(aliases(path, skeleton.base_prefix))
+    found = [
+        name + INDEX_MAP_SUFFIX
+        for name in names
+        if name + INDEX_MAP_SUFFIX in tensors and (name == path or name not in skeleton.linears)
+    ]
+    if len(found) < 2:
+        return []
+    return [f"tensors {' and '.join(map(shown, found))} are the same weight: remove one of them"]
+
+
 def _tensor_problems(weight: StoredTensor, shape: tuple[int, int]) -> list[str]:
     """Return what keeps a weight from being sketched: its dtype, or its shape."""
-    where = f"{weight.file.name}: tensor {weight.name!r}"
+    where = f"{weight.file.name}: tensor {shown(weight.name)}"
     if weight.dtype not in FLOAT_STORAGE:
         accepted = ", ".join(FLOAT_STORAGE)
         return [

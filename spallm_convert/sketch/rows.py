@@ -21,6 +21,8 @@ from spallm_formats import (
 )
 from spallm_kernels import assign, hash_codes, hash_table, kmeans, squared_error
 
+from .limits import Limit
+
 
 @dataclass(frozen=True)
 class SketchedRows:
@@ -31,12 +33,15 @@ class SketchedRows:
         table: Tables as they are stored on disk, [rows, groups, 2^bits].
         rounded: The same values in float32.
         sums: Squared error and squared norm of each row, float64 [rows, 2].
+        reduced: Number of table values that were reduced to the limit of the dtype that the model
+            loads in.
     """
 
     index_map: npt.NDArray[np.uint8]
     table: npt.NDArray[Any]
     rounded: npt.NDArray[np.float32]
     sums: npt.NDArray[np.float64]
+    reduced: int = 0
 
 
 def sketch_rows(
@@ -44,6 +49,7 @@ def sketch_rows(
     module: SketchedModule,
     metadata: SketchMetadata,
     first_row: int,
+    limit: Limit | None = None,
 ) -> SketchedRows:
     """Sketch rows of a module. Codes are chosen for the rounded tables, as they are stored.
 
@@ -52,6 +58,7 @@ def sketch_rows(
         module: The module.
         metadata: Mapping, table dtype and seed.
         first_row: Number of the first row in the module.
+        limit: Limit of the dtype that the model loads in.
 
     Returns:
         The sketched rows.
@@ -59,18 +66,18 @@ def sketch_rows(
     Raises:
         ValueError: If weights are not finite and the mapping is "cluster".
         OverflowError: If weights are not finite and the mapping is "hash", or if a value of a table
-            is too large for the table dtype.
+            is too large for the table dtype or beyond the limit.
     """
     groups, bits = module.groups_per_row, module.bits
     if metadata.mapping == "hash":
         seed = metadata.hash_seed
         codes = hash_codes(len(weights), module.in_features, bits, seed, first_row)
         wide = hash_table(weights, groups, bits, seed, first_row)
-        return store_rows(weights, wide, lambda _: codes, module, metadata, first_row)
+        return store_rows(weights, wide, lambda _: codes, module, metadata, first_row, limit)
     alike = np.ones((1, module.in_features), np.float32)
     wide, _ = kmeans(weights, alike, groups, module.entries)
     nearest = functools.partial(assign, weights)
-    return store_rows(weights, wide, nearest, module, metadata, first_row)
+    return store_rows(weights, wide, nearest, module, metadata, first_row, limit)
 
 
 def store_rows(
@@ -80,6 +87,7 @@ def store_rows(
     module: SketchedModule,
     metadata: SketchMetadata,
     first_row: int = 0,
+    limit: Limit | None = None,
 ) -> SketchedRows:
     """Round tables to their stored dtype, choose codes for the rounded tables, and pack them.
 
@@ -90,12 +98,15 @@ def store_rows(
         module: The module.
         metadata: Mapping and table dtype.
         first_row: Number of the first row in the module, for the message.
+        limit: Limit of the dtype that the model loads in. Table values beyond it are reduced to it
+            if the weights of their row are within it.
 
     Returns:
         The sketched rows.
 
     Raises:
-        OverflowError: If a value of a table is too large for the table dtype.
+        OverflowError: If a value of a table is too large for the table dtype, or if weights of its
+            row are beyond the limit too.
     """
     dtype = TABLE_DTYPES[metadata.table_dtype]
     stored = from_float32(table, dtype)
@@ -104,13 +115,49 @@ def store_rows(
     if not held.all():
         row = first_row + int(np.argmin(held))
         raise OverflowError(f"values in row {row} that {metadata.table_dtype} tables cannot hold")
+    reduced = 0
+    if limit is not None:
+        over = np.abs(rounded) > limit.largest_entry
+        reduced = int(over.sum())
+        if reduced:
+            _check_weights(weights, np.asarray(over.any(axis=(1, 2))), limit, first_row)
+            within = np.clip(rounded, -limit.largest_entry, limit.largest_entry)
+            stored, rounded = from_float32(within, dtype), within
     codes = choose(rounded)
     if metadata.mapping == "hash":
         index_map = np.empty((len(weights), 0), np.uint8)
     else:
         index_map = pack(codes, module.bits)
         assert index_map.shape[1] == row_bytes(module.in_features, module.bits)
-    return SketchedRows(index_map, stored, rounded, squared_error(weights, rounded, codes))
+    sums = squared_error(weights, rounded, codes)
+    return SketchedRows(index_map, stored, rounded, sums, reduced)
+
+
+def reduction_note(name: str, count: int, limit: Limit) -> str:
+    """Return a remark on table values that were reduced.
+
+    Args:
+        name: Name of the module.
+        count: Number of its table values that were reduced.
+        limit: Limit of the dtype that the model loads in.
+    """
+    return (
+        f"{name}: {count:,} table values reduced to {limit.largest_entry:,.0f}, because the model "
+        f"loads in {limit.dtype}"
+    )
+
+
+def _check_weights(
+    weights: npt.NDArray[np.float32], rows: npt.NDArray[np.bool_], limit: Limit, first_row: int
+) -> None:
+    """Raise OverflowError if weights of some rows are beyond the limit."""
+    beyond = rows & ~limit.finite_rows(weights)
+    if beyond.any():
+        row = first_row + int(np.argmax(beyond))
+        raise OverflowError(
+            f"weights in row {row} beyond {limit.largest:,.0f}, which are infinite in "
+            f"{limit.dtype}, the dtype of the model in its config"
+        )
 
 
 def _widened(table: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:

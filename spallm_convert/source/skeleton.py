@@ -32,11 +32,13 @@ class Skeleton:
         linears: (out_features, in_features) of every linear layer inside a numbered block, by path.
         base_prefix: Name of the base model inside the model class, such as "model" for Llama.
         unfit: The reason for each of these layers that cannot be sketched, by path.
+        model: The model, on the meta device.
     """
 
     linears: dict[str, tuple[int, int]]
     base_prefix: str
     unfit: dict[str, str]
+    model: PreTrainedModel
 
     def stored_name(self, module: str, tensors: Container[str]) -> str | None:
         """Return the name of a module in the checkpoint; None if its weight is not stored there."""
@@ -149,7 +151,7 @@ def read_skeleton(
     """
     import torch
 
-    model_class = _model_class(folder, config, trust_remote_code)
+    model_class = find_model_class(folder, config, trust_remote_code)
     with torch.device("meta"):
         model = _build(model_class, folder, config, trust_remote_code)
     linears = {
@@ -157,7 +159,7 @@ def read_skeleton(
         for name, module in model.named_modules()
         if type(module) is torch.nn.Linear and is_in_block(name)
     }
-    return Skeleton(linears, str(model_class.base_model_prefix), _unfit(model, linears))
+    return Skeleton(linears, str(model_class.base_model_prefix), _unfit(model, linears), model)
 
 
 def _unfit(model: PreTrainedModel, linears: Collection[str]) -> dict[str, str]:
@@ -202,12 +204,25 @@ def numbers_starred(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> Any:
+def find_model_class(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> Any:
+    """Return the model class that a config names.
+
+    Args:
+        folder: Folder of the model.
+        config: Its parsed `config.json`.
+        trust_remote_code: Whether Python code in the folder may be run.
+
+    Raises:
+        SourceError: If transformers does not know the architecture, or if the architecture is code
+            in the folder and `trust_remote_code` is False.
+    """
     import transformers
 
     architecture = config["architectures"][0]
     known = getattr(transformers, architecture, None)
-    if known is not None:
+    # transformers puts a stand-in, which is no model, in place of a class that needs a package.
+    is_stand_in = hasattr(known, "_backends")
+    if isinstance(known, type) and (issubclass(known, transformers.PreTrainedModel) or is_stand_in):
         return known
     remote = remote_class(config.get("auto_map"), architecture)
     if remote is None:
@@ -258,7 +273,7 @@ def build_empty(
     """
     from accelerate import init_empty_weights
 
-    model_class = _model_class(folder, config, trust_remote_code)
+    model_class = find_model_class(folder, config, trust_remote_code)
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = _build(model_class, folder, config, trust_remote_code)
         return model

@@ -8,30 +8,41 @@ import pytest
 
 from helpers.calibration import options
 from spallm_convert import Report, SketchConfig, convert
-from spallm_formats import reader
+from spallm_formats import files, reader
 
 
 @pytest.fixture
 def passes(monkeypatch):
     """Counts of whole passes over files, by kind and path."""
     found = Counter()
-    read_header, file_digest, read_bytes = reader.read_header, hashlib.file_digest, Path.read_bytes
+    read_header, file_digest = reader.read_header, hashlib.file_digest
+    open_regular, read_bytes = files.open_regular, Path.read_bytes
+    opened = {}
 
     def count_header(path):
         found["header", path] += 1
         return read_header(path)
 
+    def count_open(path):
+        file = open_regular(path)
+        opened[file.fileno()] = path
+        found["read", path] += 1
+        return file
+
     def count_digest(file, digest):
-        found["hash", Path(file.name)] += 1
+        path = opened[file.fileno()]
+        found["read", path] -= 1
+        found["hash", path] += 1
         return file_digest(file, digest)
 
     def count_bytes(path):
         found["read", path] += 1
         return read_bytes(path)
 
+    monkeypatch.setattr(Path, "read_bytes", count_bytes)
     monkeypatch.setattr(reader, "read_header", count_header)
     monkeypatch.setattr(hashlib, "file_digest", count_digest)
-    monkeypatch.setattr(Path, "read_bytes", count_bytes)
+    monkeypatch.setattr(files, "open_regular", count_open)
     return found
 
 

@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,13 +23,14 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from spallm_convert.calibration.blocks.blocks import Blocks
-from spallm_convert.calibration.store import sound_files, write_sound
+from spallm_convert.calibration.store import is_finite, sound_files, write_sound
 from spallm_convert.config import BITS, SketchConfig
 from spallm_convert.errors import CalibrationError
 from spallm_convert.progress import Progress
 from spallm_convert.sketch.plan import Plan
 from spallm_convert.sketch.widths import Choice, budget_for, stored_bits, uniform
-from spallm_formats import load_json, to_json
+from spallm_convert.sketch.widths import choices as all_choices
+from spallm_formats import FormatError, read_json, to_json
 
 from .prediction import FusedSet, predict
 from .sensitivity import sensitivities
@@ -55,14 +56,34 @@ class Allocation:
         write_sound(folder, _NAME, to_json(asdict(self)), ".json")
 
     @classmethod
-    def read(cls, folder: Path) -> Allocation | None:
-        """Return the allocation that `write` wrote, None if there is none or it is damaged."""
+    def read(cls, folder: Path, plan: Plan, config: SketchConfig) -> Allocation | None:
+        """Return the allocation that `write` wrote, None if there is none or it is damaged.
+
+        Args:
+            folder: The folder that it was written to.
+            plan: The plan that it was made for.
+            config: Options of the conversion.
+        """
         path = next(sound_files(folder, _NAME, ".json"), None)
-        if path is None:
+        try:
+            kept = None if path is None else read_json(path)
+        except FormatError:
             return None
-        kept = load_json(path.read_bytes(), path.name)
-        choices = {name: Choice(*choice) for name, choice in kept["choices"].items()}
-        return cls(choices, kept["predicted_loss"])
+        if not isinstance(kept, dict) or kept.keys() != {"choices", "predicted_loss"}:
+            return None
+        modules, chosen, losses = plan.metadata.modules, kept["choices"], kept["predicted_loss"]
+        if not isinstance(chosen, dict) or chosen.keys() != modules.keys():
+            return None
+        choices = {
+            name: next((c for c in all_choices(module, config) if list(c) == chosen[name]), None)
+            for name, module in modules.items()
+        }
+        found = {name: choice for name, choice in choices.items() if choice is not None}
+        if not isinstance(losses, dict) or losses.keys() != {"chosen", *map(str, BITS)}:
+            return None
+        if len(found) < len(modules) or not all(map(is_finite, losses.values())):
+            return None
+        return cls(found, losses)
 
 
 def allocate(
@@ -72,6 +93,8 @@ def allocate(
     tokens: Tensor,
     folder: Path,
     progress: Progress,
+    *,
+    check: Callable[[], None] = lambda: None,
 ) -> Allocation:
     """Choose bits and groups for every module of a plan, within `config.target_bits`.
 
@@ -82,6 +105,7 @@ def allocate(
         tokens: The calibration text, int64 [samples, seqlen].
         folder: The allocation is written here. If an earlier run left one, it is returned as is.
         progress: Gets a line per block.
+        check: Called before the allocation is kept. It raises an error if the source has changed.
 
     Returns:
         The choice for every module, with the predicted losses.
@@ -90,12 +114,13 @@ def allocate(
         CalibrationError: Weights, inputs or gradients are not finite, or HiGHS found no allocation.
         OptionError: No choices meet the target.
     """
-    kept = Allocation.read(folder)
+    kept = Allocation.read(folder, plan, config)
     if kept is not None:
         return kept
     costs = sensitivities(blocks, tokens, plan.by_path, seed=config.seed, say=progress.say)
     sets = predict(blocks, plan, config, costs, say=progress.say)
     chosen = choose(sets, plan, config)
+    check()
     chosen.write(folder)
     return chosen
 

@@ -246,6 +246,11 @@ def _measure(
     found = {}
     for name, trial in trials.items():
         values = lost[name].cpu().numpy() @ trial.factors / (2 * tokens)
+        if not np.isfinite(values).all():
+            raise CalibrationError(
+                f"{blocks.path_of(number)}.{name}: its predicted losses are not all finite; use "
+                f"--bits instead of --target-bits"
+            )
         found[name] = dict(zip(trial.choices, values.tolist(), strict=True))
     return found, after
 

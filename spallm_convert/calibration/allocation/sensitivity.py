@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from spallm_convert.calibration.blocks.blocks import Blocks
+from spallm_convert.calibration.blocks.stages import check_states
 from spallm_convert.errors import CalibrationError
 
 #: Tokens of the text that gradients are taken on; one batch at least. The hidden states that enter
@@ -86,6 +87,8 @@ def sensitivities(
         for number in range(len(blocks)):
             block = blocks.load(number)
             entered.append([blocks.run(number, block, hidden).cpu() for hidden in entered[-1]])
+            for hidden in entered[-1]:
+                check_states(blocks.path_of(number), hidden)
             blocks.unload(number)
     gradients = _by_final(blocks, tokens, entered.pop(), torch.Generator().manual_seed(seed))
     found: dict[str, Sensitivity] = {}

@@ -110,7 +110,33 @@ def check_sums(where: str, *sums: Tensor) -> None:
         CalibrationError: A sum is not finite.
     """
     if not all(bool(total.isfinite().all()) for total in sums):
-        raise CalibrationError(
-            f"{where}: its inputs on the calibration text are not all finite; check the model "
-            f"with spallm-convert eval MODEL --text SRC"
-        )
+        raise not_finite(where, "inputs", "calibration")
+
+
+def check_states(where: str, states: Tensor, text: str = "calibration") -> None:
+    """Check the hidden states that leave a block.
+
+    Args:
+        where: Path of the block in the model.
+        states: The hidden states.
+        text: "calibration" or "healing", the text that they are of.
+
+    Raises:
+        CalibrationError: A hidden state is not finite.
+    """
+    if not bool(states.isfinite().all()):
+        raise not_finite(where, "outputs", text)
+
+
+def not_finite(where: str, values: str, text: str) -> CalibrationError:
+    """Return the error for values of a module that are not finite, not raised.
+
+    Args:
+        where: Path of the module in the model.
+        values: "inputs" or "outputs".
+        text: "calibration" or "healing", the text that was run through the model.
+    """
+    return CalibrationError(
+        f"{where}: its {values} on the {text} text are not all finite; check the model with "
+        f"spallm-convert eval MODEL --text SRC"
+    )

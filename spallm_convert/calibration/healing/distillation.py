@@ -76,7 +76,7 @@ def distill(
         The tables with the smallest divergence on the held-out samples.
 
     Raises:
-        CalibrationError: Predictions are not finite.
+        CalibrationError: Predictions are not finite, or no gradient is.
     """
     size = len(final[0])
     trained, held_out = (
@@ -112,6 +112,7 @@ def distill(
                 tuner.offer(now)
             left = (time.monotonic() - begin) / step * (steps - step)
             say(f"healing: step {step} of {steps}, KL {now:.4f} nats per token, {left:.0f} s left")
+    tuner.check_steps(type(model).__name__)
     return Distilled(tuner.put_best(), before, tuner.least)
 
 
@@ -130,8 +131,9 @@ class Divergence(torch.autograd.Function):
             rows = slice(start, start + _AT_ONCE)
             q, p = (log_softmax(logits[rows].float(), -1) for logits in (found, expected))
             weights = p.exp()
-            # If both models rule a token out, p and q are -inf and their difference is NaN.
-            total += torch.where(weights > 0, weights * (p - q), 0).sum()
+            # If both models rule a token out, p and q are -inf and their difference is NaN. If the
+            # dense model predicts NaN, so is its weight, and the total must be NaN too.
+            total += torch.where(weights == 0, 0, weights * (p - q)).sum()
             if gradient is not None:
                 gradient[rows] = q.exp() - weights
         ctx.save_for_backward(gradient)

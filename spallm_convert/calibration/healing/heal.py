@@ -21,6 +21,7 @@ from spallm_convert.calibration.blocks.stages import Streams
 from spallm_convert.calibration.store import CalibratedModules
 from spallm_convert.config import SketchConfig
 from spallm_convert.devices import peak_memory
+from spallm_convert.errors import CalibrationError
 from spallm_convert.progress import Progress
 from spallm_convert.runtime.linear import SketchedLinear
 from spallm_convert.sketch.layer import Layer
@@ -77,7 +78,7 @@ def heal(
     distilled = _tuned(blocks, plan, config, tokens, done, progress.say)
     layers = plan.by_path
     tables = {
-        layers[path].name: _stored(layers[path], table.cpu().numpy(), plan.metadata, done)
+        layers[path].name: _stored(layers[path], table.cpu().numpy(), plan, done)
         for path, table in distilled.tables.items()
     }
     done.write_healed(tables, {"kl_before": distilled.before, "kl_after": distilled.after})
@@ -148,12 +149,21 @@ def _trainable(
 
 
 def _stored(
-    layer: Layer, table: np.ndarray[Any, Any], metadata: SketchMetadata, done: CalibratedModules
+    layer: Layer, table: np.ndarray[Any, Any], plan: Plan, done: CalibratedModules
 ) -> tuple[np.ndarray[Any, Any], Sequence[float]]:
-    """Return a layer's table in its stored dtype, and the layer's squared error and norm."""
-    codes = done.read(layer.name).codes(layer.module, metadata)
+    """Return a layer's table in its stored dtype, and the layer's squared error and norm.
+
+    Raises:
+        CalibrationError: A value is too large for the stored dtype.
+    """
+    codes = done.read(layer.name).codes(layer.module, plan.metadata)
     weight = layer.weight
     raw = read_bytes(weight, 0, weight.nbytes)
     dense = to_float32(raw, weight.dtype).reshape(weight.shape)
-    rows = store_rows(dense, table, lambda _: codes, layer.module, metadata)
+    try:
+        rows = store_rows(
+            dense, table, lambda _: codes, layer.module, plan.metadata, limit=plan.limit
+        )
+    except OverflowError as error:
+        raise CalibrationError(f"{layer.path} has {error}; use --table-dtype float32") from error
     return rows.table, rows.sums.sum(axis=0).tolist()

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from spallm_convert.calibration.blocks.blocks import Blocks
-from spallm_convert.calibration.blocks.stages import Streams
+from spallm_convert.calibration.blocks.stages import Streams, check_states, not_finite
 from spallm_convert.devices import fast_products
-from spallm_convert.errors import CalibrationError
 from spallm_convert.runtime.linear import SketchedLinear
 
 from .tuning import TableTuner, shuffled_forever, split_batches
@@ -68,7 +67,7 @@ def reconstruct(
         The tables with the smallest error on the held-out batches.
 
     Raises:
-        CalibrationError: Outputs are not finite.
+        CalibrationError: Outputs are not finite, or no gradient is.
     """
     block = blocks.load(number)
     sketched = copy.deepcopy(block)
@@ -89,15 +88,13 @@ def reconstruct(
 
     before = after = measured()
     if not math.isfinite(before):
-        raise CalibrationError(
-            f"{path}: its outputs on the healing text are not all finite; check the model with "
-            f"spallm-convert eval MODEL --text SRC"
-        )
+        raise not_finite(path, "outputs", "healing")
     tables = {name: layer.weight_table.detach() for name, layer in layers.items()}
     if tables and before > 0:
         tuner = TableTuner(sketched, len(trained), before, dtype)
         for batch in islice(shuffled_forever(trained, seed), len(trained)):
             tuner.step(error(batch) / before)
+        tuner.check_steps(path)
         with tuner.as_stored():
             tuner.offer(measured())
         tables, after = tuner.put_best(), tuner.least
@@ -124,6 +121,7 @@ def _let_through(blocks: Blocks, number: int, block: nn.Module, stream: list[Ten
     for index, hidden in enumerate(stream):
         with fast_products(blocks.device):
             stream[index] = blocks.run(number, block, hidden).float().cpu()
+        check_states(blocks.path_of(number), stream[index], "healing")
 
 
 def _relative_error(found: Tensor, target: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spallm_convert.errors import CalibrationError
 from spallm_convert.runtime.linear import SketchedLinear, train_tables_only
 
 #: AdamW's learning rate, as a multiple of the distance between a table's entries. The distance is
@@ -53,6 +54,7 @@ class TableTuner:
             self._optimizer, lambda step: rate_factor(step, steps)
         )
         self._dtype = dtype
+        self._taken = self._skipped = 0
         self.least, self._best = loss, self._copies()
 
     def step(self, loss: Tensor) -> None:
@@ -67,7 +69,22 @@ class TableTuner:
         if nn.utils.clip_grad_norm_(self._tables.values(), 1.0).isfinite():
             self._optimizer.step()
             self._schedule.step()
+            self._taken += 1
+        else:
+            self._skipped += 1
         self._optimizer.zero_grad()
+
+    def check_steps(self, where: str) -> None:
+        """Raise CalibrationError if every step was skipped because of its gradient.
+
+        Args:
+            where: Path of the module that is trained, or name of the model, for the message.
+        """
+        if self._skipped and not self._taken:
+            raise CalibrationError(
+                f"{where}: not one of {self._skipped} gradients on the healing text is finite; "
+                f"check the model with spallm-convert eval MODEL --text SRC, or leave out --heal"
+            )
 
     @contextlib.contextmanager
     def as_stored(self) -> Iterator[None]:

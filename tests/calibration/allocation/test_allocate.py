@@ -8,6 +8,7 @@ import random
 import re
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,12 +24,13 @@ from helpers.calibration import (
 )
 from spallm_convert import (
     OptionError,
+    SketchConfig,
     convert,
     load_sketched,
 )
 from spallm_convert.calibration.allocation import allocate
 from spallm_convert.calibration.allocation.allocate import fit_into, solve
-from spallm_convert.calibration.store import CalibratedModules
+from spallm_convert.calibration.store import CalibratedModules, write_sound
 from spallm_convert.cli import main
 from spallm_convert.conversion.convert import plan_conversion
 from spallm_convert.sketch.layer import Layer
@@ -295,13 +297,32 @@ def test_the_command_line(source, text, tmp_path, capsys, monkeypatch):
 
 
 def test_an_allocation_is_kept_as_it_is_or_not_at_all(tmp_path):
-    made = allocate.Allocation({"a": Choice(2, 4)}, {"chosen": 1 / 3, "2": 0.1})
-    assert allocate.Allocation.read(tmp_path) is None
+    shape = SketchedModule(in_features=64, out_features=4, bits=4, groups_per_row=1)
+    plan = SimpleNamespace(metadata=SimpleNamespace(modules={"a": shape}))
+    config = SketchConfig()
+    losses = {"chosen": 1 / 3, "2": 0.1, "3": 0.05, "4": 0.02}
+    made = allocate.Allocation({"a": Choice(2, 1)}, losses)
+    assert allocate.Allocation.read(tmp_path, plan, config) is None
     made.write(tmp_path)
-    assert allocate.Allocation.read(tmp_path) == made
+    assert allocate.Allocation.read(tmp_path, plan, config) == made
     (file,) = tmp_path.iterdir()
-    file.write_text(file.read_text().replace("0.1", "0.2"))
-    assert allocate.Allocation.read(tmp_path) is None
+    sound = file.read_text()
+    file.write_text(sound.replace("0.1", "0.2"))  # it no longer has the hash in its name
+    assert allocate.Allocation.read(tmp_path, plan, config) is None
+    file.unlink()
+    for old, new in [
+        ('"a"', '"b"'),
+        ("2,", "7,"),
+        ('"chosen"', '"other"'),
+        ("0.1", "NaN"),
+        ("0.1", "1e999"),
+        ("0.1", "true"),
+        ("0.1", '"0.1"'),
+        (sound, "[]"),
+        (sound, "[" * 100_000),
+    ]:
+        write_sound(tmp_path, "allocation", sound.replace(old, new).encode(), ".json")
+        assert allocate.Allocation.read(tmp_path, plan, config) is None, new
 
 
 def test_a_damaged_allocation_is_made_anew(converted, source, text, tmp_path):
@@ -313,13 +334,16 @@ def test_a_damaged_allocation_is_made_anew(converted, source, text, tmp_path):
     file.write_bytes(file.read_bytes()[:-9])
     (block,) = out.rglob("block-*.safetensors")
     store = CalibratedModules(block.parent)
-    modules = SketchedCheckpoint.open(converted[0]).metadata.modules
+    metadata = SketchedCheckpoint.open(converted[0]).metadata
+    modules = metadata.modules
     first, *others = (
         Layer(name, name, module, None) for name, module in modules.items() if "layers.0." in name
     )
-    assert store.has([first, *others])
+    assert store.has([first, *others], metadata)
     for change in ({"bits": first.module.bits ^ 1}, {"groups_per_row": 4}):
         changed = replace(first, module=replace(first.module, **change))
-        assert not store.has([changed, *others])
+        assert not store.has([changed, *others], metadata)
+    assert not store.has([first], replace(metadata, table_dtype="float16"))
+    assert not store.has([first], replace(metadata, mapping="hash"))
     convert(source, out, options(text), resume=True)
     assert contents(out) == contents(converted[0])
