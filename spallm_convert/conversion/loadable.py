@@ -23,7 +23,7 @@ from spallm_convert.errors import FormatError, SourceError, one_line
 from spallm_convert.runtime import quantizer  # noqa: F401  registers the quantizer
 from spallm_convert.sketch.plan import Plan
 from spallm_convert.source.checkpoint import DenseCheckpoint
-from spallm_convert.source.skeleton import find_model_class
+from spallm_convert.source.skeleton import find_model_class, remote_class
 from spallm_formats import CONFIG_FILE, SketchMetadata, TensorSpec, shown, summary
 
 #: Safetensors' names of dtypes, and torch's. Other integers and floats change no shape either.
@@ -85,14 +85,16 @@ def loading_problems(
         refuse_more_blocks: Whether blocks that the model does not have are a problem.
 
     Returns:
-        Every problem, in one line each.
-
-    Raises:
-        SourceError: If transformers does not know the architecture, or if the architecture is code
-            in the folder and `trust_remote_code` is False.
+        Every problem, in one line each. None are found if the architecture is code in the folder
+        and `trust_remote_code` is False.
     """
-    loaded_class = find_model_class(folder, config, trust_remote_code)
     name = config["architectures"][0]
+    try:
+        loaded_class = find_model_class(folder, config, trust_remote_code)
+    except SourceError:
+        if remote_class(config.get("auto_map"), name):
+            return []  # its code may not be run
+        loaded_class = None
     with _quiet() as report:
         try:
             model, found = _load_empty(loaded_class, folder, metadata, tensors, trust_remote_code)
@@ -122,6 +124,8 @@ def _load_empty(
     """Load a checkpoint on the meta device; return the model and transformers' report."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     config.quantization_config = metadata.to_json()
+    if loaded_class is None:  # as `load_sketched` does if it does not know the architecture
+        loaded_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     empty = {
         spec.name: torch.empty(
             spec.shape, dtype=_DTYPES.get(spec.dtype, torch.float32), device="meta"

@@ -146,7 +146,7 @@ def spoil_vocabulary(folder):
 
 
 def spoil_architecture(folder):
-    edit_config(folder, architectures=["LlamaConfig"])
+    edit_config(folder, architectures=["NoSuchModel"], model_type="no-such-model")
 
 
 def spoil_names(folder):
