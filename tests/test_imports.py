@@ -25,7 +25,8 @@ FLOORS = (
     ("calibration", "evaluation"),
     ("sketch", "runtime"),
     ("source",),
-    ("config", "devices", "hub_errors"),
+    ("config", "devices", "hub_retries"),
+    ("hub_errors",),
     ("errors", "paths", "progress", "version"),
 )
 #: Inside calibration; "" are the files that lie in no room of their own, which may import each

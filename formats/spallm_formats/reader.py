@@ -63,7 +63,7 @@ def open_shards(folder: Path) -> dict[str, StoredTensor]:
                 problems += error.problems
             else:
                 listed = {name for name, shard in weight_map.items() if shard == filename}
-                problems += _set_problems(filename, set(found), listed)
+                problems += index_problems(filename, set(found), listed)
                 tensors |= found
     if problems:
         raise FormatError(problems)
@@ -240,7 +240,8 @@ def _row_blocks(tensor: StoredTensor) -> Iterator[bytearray]:
         yield read_bytes(tensor, start, min(start + step, tensor.nbytes))
 
 
-def _set_problems(filename: str, found: set[str], listed: set[str]) -> list[str]:
+def index_problems(filename: str, found: set[str], listed: set[str]) -> list[str]:
+    """Compare the tensors in a file with those that the index lists; one line per difference."""
     return [
         f"{filename}: tensor {shown(name)} is in the index, but not in the file"
         for name in sorted(listed - found)

@@ -360,7 +360,8 @@ def _publish(
     if len(plan.shards) > 1:
         documents[INDEX_FILE] = index_json(plan.shards)
     files = report.files
-    for name in extra_files(checkpoint.folder):
+    source = job.source
+    for name in extra_files(checkpoint.folder) if source.is_gguf else source.extra_files:
         files[name] = staging.copy_file(checkpoint.folder / name, name)
     for name, data in documents.items():
         files[name] = staging.write_file(name, data)

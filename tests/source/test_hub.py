@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from helpers import hub_server
+from helpers import hub_routes
 from helpers.hub_client import (
     INDEX,
     READ,
@@ -18,6 +18,7 @@ from helpers.hub_client import (
     run,
     with_card,
 )
+from helpers.hub_faults import Fault
 from helpers.hub_server import HubServer
 from helpers.tiny_tokenizer import tiny_tokenizer
 from spallm_convert import FormatError, convert, load_sketched, push_to_hub, save_tables
@@ -138,7 +139,8 @@ def test_weights_that_the_report_is_not_about_are_not_pushed(tiny_llama, tmp_pat
         if parameter.requires_grad:
             parameter.data *= 1.5
     model.save_pretrained(tmp_path / "out")
-    with pytest.raises(FormatError, match=r"conversion.json describes other weights than model"):
+    problem = r"not uploaded: model.safetensors: its SHA-256 .*; if you saved a trained model there"
+    with pytest.raises(FormatError, match=problem):
         push_to_hub(tmp_path / "out", "org/model", token="hf_token")
 
 
@@ -197,10 +199,13 @@ def test_loaded_from_the_hub_and_from_the_folder_alike(hub, work, pushed):
         "private": ("load_sketched", "org/secret", {"token": READ}),
         "missing": ("load_sketched", "org/missing", {}),
         "gated": ("load_sketched", "org/gated", {}),
+        "refused": ("load_sketched", "org/refused", {}),
         "no such revision": ("load_sketched", "org/other", {"revision": "v9"}),
         "dense": ("load_sketched", "org/tiny", {}),
     }
+    hub.faults.set(Fault("head", 403, suffix="org/refused/resolve/main/config.json"))
     found, _ = run(LOADS, cases, hub.environment(home=work / "fresh"))
+    hub.faults.set()
     digests = {name: found[name] for name in ("four", "sharded", "two")}
     assert {len(digest) for digest in digests.values()} == {64}, digests
     assert len(set(digests.values())) == 3
@@ -211,6 +216,9 @@ def test_loaded_from_the_hub_and_from_the_folder_alike(hub, work, pushed):
     assert found["private, no token"].startswith("SourceError: org/secret: no such repository")
     assert found["missing"].startswith("SourceError: org/missing: no such repository")
     assert found["gated"].startswith("SourceError: org/gated is gated")
+    assert found["refused"].startswith(
+        "SourceError: org/refused: config.json: the Hub answered 403"
+    )
     assert found["no such revision"].startswith("SourceError: org/other: no such revision")
     assert found["dense"].startswith("FormatError: org/tiny: ")
 
@@ -292,8 +300,8 @@ def test_dry_run_reads_headers_alone(hub, work, pushed, tmp_path, monkeypatch):
             ranges.append(wanted)
         return ranged(data, wanted, headers)
 
-    ranged = hub_server._ranged
-    monkeypatch.setattr(hub_server, "_ranged", spy)
+    ranged = hub_routes.ranged
+    monkeypatch.setattr(hub_routes, "ranged", spy)
     before = len(hub.requests)
     home, output = tmp_path / "home", tmp_path / "output"
     answers = command_lines(
@@ -308,7 +316,7 @@ def test_dry_run_reads_headers_alone(hub, work, pushed, tmp_path, monkeypatch):
         assert (answer.code, answer.err) == (0, ""), (name, answer)
     asked = [path for method, path in hub.requests[before:] if method == "GET" and path in weights]
     assert len(asked) == len(weights) + 1
-    assert [wanted for wanted in ranges if wanted] == ["bytes=0-100000"] * len(asked)
+    assert [wanted for wanted in ranges if wanted] == ["bytes=0-99999"] * len(asked)
     assert not output.exists()
     assert {path.name for path in home.rglob("snapshots/*/*")} == {"config.json", INDEX}
     cached = [path for path in home.rglob("*") if path.is_file()]

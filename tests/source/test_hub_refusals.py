@@ -147,9 +147,15 @@ def test_no_network(sketched, tmp_path):
                 "not there": (WRITE, "push", tmp_path / "missing", "org/new"),
             },
         )
-    assert_one_line(answers["convert"], "org/tiny: the Hub cannot be reached")
-    assert_one_line(answers["dry run"], "org/tiny: the Hub cannot be reached")
-    assert_one_line(answers["push"], "org/new: the Hub cannot be reached")
+    assert_one_line(
+        answers["convert"], "org/tiny: the list of its files: the Hub cannot be reached"
+    )
+    assert_one_line(
+        answers["dry run"], "org/tiny: the list of its files: the Hub cannot be reached"
+    )
+    assert_one_line(
+        answers["push"], "org/new: creation of the repository: the Hub cannot be reached"
+    )
     assert_one_line(answers["no token"], "org/new", "HF_TOKEN")
     assert_one_line(answers["not a checkpoint"], str(tmp_path / "empty"))
     assert_one_line(answers["not there"], str(tmp_path / "missing"))
