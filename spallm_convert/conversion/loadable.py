@@ -19,9 +19,10 @@ import torch
 import transformers
 from torch import nn
 
+from spallm_convert.config import SketchConfig
 from spallm_convert.errors import FormatError, SourceError, one_line
 from spallm_convert.runtime import quantizer  # noqa: F401  registers the quantizer
-from spallm_convert.sketch.plan import Plan
+from spallm_convert.sketch.plan import Plan, make_plan
 from spallm_convert.source.checkpoint import DenseCheckpoint
 from spallm_convert.source.skeleton import find_model_class, remote_class
 from spallm_formats import CONFIG_FILE, SketchMetadata, TensorSpec, shown, summary
@@ -33,6 +34,25 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "
 _EXTRA_BLOCKS = "num_nextn_predict_layers"
 _FAILED_LINE = re.compile(r"^(.+?)\s*\|\s*CONVERSION\b", re.MULTILINE)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def checked_plan(
+    checkpoint: DenseCheckpoint, config: SketchConfig, trust_remote_code: bool
+) -> Plan:
+    """Plan a conversion, and check that its result will load.
+
+    Args:
+        checkpoint: The dense checkpoint. Only its headers are read.
+        config: Options of the conversion.
+        trust_remote_code: Whether Python code in the folder may be run.
+
+    Raises:
+        OptionError: As in `make_plan`.
+        SourceError: As in `make_plan` and `check_source`.
+    """
+    plan = make_plan(checkpoint, config, trust_remote_code=trust_remote_code)
+    check_source(checkpoint, plan, trust_remote_code=trust_remote_code)
+    return plan
 
 
 def check_source(
