@@ -40,7 +40,8 @@ class Progress(Protocol):
         """Receive a message for the user, which must stay readable.
 
         Args:
-            line: One line of plain text.
+            line: One line of plain text. A line that begins with "warning:" should be shown even if
+                no progress is.
         """
 
 

@@ -19,6 +19,8 @@ from .terminal import print_table
 def print_plan(plan: Plan, *, as_json: bool, totals_alone: bool = False) -> None:
     """Print what a conversion would do, for `--dry-run`."""
     totals = plan.totals()
+    if plan.dense_warning is not None:
+        say(plan.dense_warning, err=True)
     if as_json:
         modules = {name: asdict(module) for name, module in plan.metadata.modules.items()}
         document = {"totals": totals, "modules": modules, "left_dense": plan.left_dense}

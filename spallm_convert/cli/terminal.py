@@ -144,7 +144,7 @@ class _WorkProgress:
             self.remark(line)
 
     def remark(self, line: str, /) -> None:
-        if not self._hidden:
+        if not self._hidden or line.startswith("warning:"):
             stderr.print(line, soft_wrap=True)  # on a terminal: above the bar
 
 

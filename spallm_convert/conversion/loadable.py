@@ -19,11 +19,12 @@ import torch
 import transformers
 from torch import nn
 
+from spallm_convert.config import SketchConfig
 from spallm_convert.errors import FormatError, SourceError, one_line
 from spallm_convert.runtime import quantizer  # noqa: F401  registers the quantizer
-from spallm_convert.sketch.plan import Plan
+from spallm_convert.sketch.plan import Plan, make_plan
 from spallm_convert.source.checkpoint import DenseCheckpoint
-from spallm_convert.source.skeleton import find_model_class
+from spallm_convert.source.skeleton import find_model_class, remote_class
 from spallm_formats import CONFIG_FILE, SketchMetadata, TensorSpec, shown, summary
 
 #: Safetensors' names of dtypes, and torch's. Other integers and floats change no shape either.
@@ -33,6 +34,25 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "
 _EXTRA_BLOCKS = "num_nextn_predict_layers"
 _FAILED_LINE = re.compile(r"^(.+?)\s*\|\s*CONVERSION\b", re.MULTILINE)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def checked_plan(
+    checkpoint: DenseCheckpoint, config: SketchConfig, trust_remote_code: bool
+) -> Plan:
+    """Plan a conversion, and check that its result will load.
+
+    Args:
+        checkpoint: The dense checkpoint. Only its headers are read.
+        config: Options of the conversion.
+        trust_remote_code: Whether Python code in the folder may be run.
+
+    Raises:
+        OptionError: As in `make_plan`.
+        SourceError: As in `make_plan` and `check_source`.
+    """
+    plan = make_plan(checkpoint, config, trust_remote_code=trust_remote_code)
+    check_source(checkpoint, plan, trust_remote_code=trust_remote_code)
+    return plan
 
 
 def check_source(
@@ -85,14 +105,16 @@ def loading_problems(
         refuse_more_blocks: Whether blocks that the model does not have are a problem.
 
     Returns:
-        Every problem, in one line each.
-
-    Raises:
-        SourceError: If transformers does not know the architecture, or if the architecture is code
-            in the folder and `trust_remote_code` is False.
+        Every problem, in one line each. None are found if the architecture is code in the folder
+        and `trust_remote_code` is False.
     """
-    loaded_class = find_model_class(folder, config, trust_remote_code)
     name = config["architectures"][0]
+    try:
+        loaded_class = find_model_class(folder, config, trust_remote_code)
+    except SourceError:
+        if remote_class(config.get("auto_map"), name):
+            return []  # its code may not be run
+        loaded_class = None
     with _quiet() as report:
         try:
             model, found = _load_empty(loaded_class, folder, metadata, tensors, trust_remote_code)
@@ -122,6 +144,8 @@ def _load_empty(
     """Load a checkpoint on the meta device; return the model and transformers' report."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     config.quantization_config = metadata.to_json()
+    if loaded_class is None:  # as `load_sketched` does if it does not know the architecture
+        loaded_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     empty = {
         spec.name: torch.empty(
             spec.shape, dtype=_DTYPES.get(spec.dtype, torch.float32), device="meta"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from spallm_convert.errors import FormatError, SourceError
+from spallm_convert.errors import FormatError
 from spallm_convert.paths import user_path
 from spallm_convert.sketch.limits import loading_limit
-from spallm_convert.source.skeleton import remote_class
 from spallm_formats import CONFIG_FILE, SketchedCheckpoint, sha256
 
 from .loadable import loading_problems
@@ -72,12 +71,5 @@ def _loading_problems(checkpoint: SketchedCheckpoint) -> list[str]:
     named = config.get("architectures")
     if not isinstance(named, list) or not named or not isinstance(named[0], str):
         return [f"{CONFIG_FILE}: no architectures are named, so transformers cannot load it"]
-    try:
-        return loading_problems(
-            checkpoint.folder, config, checkpoint.metadata, checkpoint.tensors.values()
-        )
-    except SourceError as error:
-        has_code = isinstance(config.get("auto_map"), dict) and remote_class(
-            config["auto_map"], named[0]
-        )
-        return [] if has_code else [str(error)]
+    tensors = checkpoint.tensors.values()
+    return loading_problems(checkpoint.folder, config, checkpoint.metadata, tensors)

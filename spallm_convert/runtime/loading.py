@@ -17,7 +17,7 @@ from spallm_convert.hub_errors import clear_errors
 from spallm_convert.paths import user_path
 from spallm_convert.source.skeleton import remote_class
 from spallm_convert.source.snapshot import download_description
-from spallm_formats import CONFIG_FILE, SketchedCheckpoint
+from spallm_formats import CONFIG_FILE, SketchedCheckpoint, shown
 
 from . import quantizer  # noqa: F401  registers the quantizer of sketched checkpoints
 from .checking import check_generation_config, read_checked_config
@@ -157,16 +157,28 @@ def _why_not_built(config: Any) -> Exception | None:
 
 
 def model_class(config: Any) -> Any:
-    """Return the model class that a config names.
+    """Return the model class that a config names, or the Auto class that finds it.
 
-    If transformers does not have that class, return AutoModelForCausalLM, which can find it in the
-    model's repository.
+    Args:
+        config: A config of transformers with `architectures`.
+
+    Raises:
+        FormatError: If the class is neither part of transformers, nor registered with it, nor named
+            in the config's `auto_map`.
     """
     architecture = config.architectures[0]
     remote = remote_class(getattr(config, "auto_map", None), architecture)
     names = [architecture, *(remote or ())[:1]]
-    known = (getattr(transformers, name, None) for name in names)
-    return next(filter(_is_model_class, known), transformers.AutoModelForCausalLM)
+    known = next(filter(_is_model_class, (getattr(transformers, n, None) for n in names)), None)
+    if known is not None:
+        return known
+    registered = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if remote is None and getattr(registered, "__name__", None) != architecture:
+        raise FormatError(
+            f"transformers {transformers.__version__} does not know the architecture "
+            f"{shown(architecture)}; a newer version may: pip install --upgrade transformers"
+        )
+    return transformers.AutoModelForCausalLM
 
 
 def _is_model_class(found: Any) -> bool:

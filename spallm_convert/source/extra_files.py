@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from spallm_convert.errors import SourceError
@@ -125,19 +125,17 @@ def is_extra_file(name: str) -> bool:
     return _is_known(name) or _may_be_of_code(name)
 
 
-def left_behind(folder: Path) -> list[str]:
+def left_behind(folder: Path, copied: Iterable[str]) -> list[str]:
     """List the files next to a model that are not copied, without weights and hidden files.
 
     Args:
         folder: Folder of the model.
+        copied: The files that are copied, from `extra_files`.
 
     Returns:
         Sorted names.
-
-    Raises:
-        SourceError: As in `extra_files`.
     """
-    taken = set(extra_files(folder))
+    taken = set(copied)
     names = (path.name for path in folder.iterdir() if not path.is_dir())
     return sorted(name for name in names if name not in taken and not _matches(name, _SILENT))
 

@@ -6,6 +6,7 @@ its weight files.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class Source:
         weights = [self.path] if checkpoint is None else checkpoint.weight_files
         hashes = {path.name: sha256(path) for path in weights}
         if not self.is_gguf:
-            for name in (CONFIG_FILE, *extra_files(self.path)):
+            for name in (CONFIG_FILE, *self.extra_files):
                 hashes[name] = sha256(self.path / name)
         return {
             "model": self.name,
@@ -67,13 +68,20 @@ class Source:
             "files": hashes,
         }
 
-    def left_behind(self) -> list[str]:
-        """List the files next to the model that a conversion does not copy, as a remark needs them.
+    @functools.cached_property
+    def extra_files(self) -> list[str]:
+        """Return the files of the model that are copied; none for a GGUF file.
+
+        They are listed once, so that the files that are hashed are the files that are copied.
 
         Raises:
-            SourceError: If a file that should be copied cannot be, as in `extra_files`.
+            SourceError: If one of them cannot be copied, as in `extra_files`.
         """
-        return [] if self.is_gguf else left_behind(self.path)
+        return [] if self.is_gguf else extra_files(self.path)
+
+    def left_behind(self) -> list[str]:
+        """List the files next to the model that a conversion does not copy."""
+        return [] if self.is_gguf else left_behind(self.path, self.extra_files)
 
     def open(self, scratch: Path) -> DenseCheckpoint:
         """Read the config and the headers of the weight files.

@@ -250,7 +250,9 @@ def remote_class(auto_map: dict[str, Any] | None, architecture: str) -> tuple[st
     Returns:
         The Auto class that loads it, and its reference ("FILE.CLASS"). None if it is not there.
     """
-    references = (auto_map or {}).items()  # values are names, or lists of names and null
+    references = (
+        auto_map.items() if isinstance(auto_map, dict) else []
+    )  # values are names, or lists of names and null
     named = [(auto, name) for auto, name in references if isinstance(name, str)]
     return next((pair for pair in named if pair[1].endswith("." + architecture)), None)
 

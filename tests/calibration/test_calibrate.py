@@ -277,20 +277,13 @@ def test_healing_and_bits_by_layer_need_predictions(source, text, tmp_path):
     del tensors["lm_head.weight"]
     save_file(tensors, incomplete / "model.safetensors", metadata={"format": "pt"})
     allocated = {"bits": 4, "groups_per_row": "auto", "target_bits": 3.75}
-    for model, message in (
-        (headless, "LlamaModel has no output layer"),
-        (incomplete, "LlamaForCausalLM cannot predict: the checkpoint has no tensor for lm_head"),
+    for model, kind, message in (
+        (headless, CalibrationError, "LlamaModel has no output layer"),
+        (incomplete, SourceError, "no tensor for lm_head.weight, expected by LlamaForCausalLM"),
     ):
         for changes in ({"heal": 2}, allocated):
             progress, output = StopAt(), tmp_path / "out"
-            refused(
-                CalibrationError,
-                message,
-                model,
-                output,
-                options(text, **changes),
-                progress=progress,
-            )
+            refused(kind, message, model, output, options(text, **changes), progress=progress)
             assert not progress.done
             assert not progress.said
     convert(headless, tmp_path / "calibrated", options(text))

@@ -87,7 +87,7 @@ def stopped(source, text, tmp_path_factory):
             raise KeyboardInterrupt
 
         convert(source, root / "whole", options(text, heal=2), device="cpu")
-        patched.setattr("spallm_convert.conversion.convert._write_shards", interrupt)
+        patched.setattr("spallm_convert.conversion.job._write_shards", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(source, root / "out", options(text, heal=2), device="cpu")
     return root

@@ -103,7 +103,7 @@ def test_healed_tables_go_with_their_blocks(source, text, tmp_path, mapping, mon
     for damaged in (None, "block-00000-", "block-00001-", "healed-"):
         output = tmp_path / f"out-{damaged}"
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("spallm_convert.conversion.convert._write_shards", _interrupt)
+            patched.setattr("spallm_convert.conversion.job._write_shards", _interrupt)
             with pytest.raises(KeyboardInterrupt):
                 convert(source, output, config, device="cpu", progress=StopAt())
         (file,) = output.rglob(f"{damaged or 'healed-'}*.safetensors")

@@ -55,8 +55,9 @@ def check_weights(passes, source):
 def check(passes, source, output):
     check_weights(passes, source)
     small = [path for path in source.iterdir() if path.suffix in {".json", ".jinja"}]
-    assert all(passes["hash", path] <= 1 and passes["read", path] <= 1 for path in small)
-    assert passes["read", source / "config.json"] == 1
+    assert all(passes["hash", path] <= 1 for path in small)
+    # The config for the model and for the names of its code, a look for git-lfs pointers, a copy.
+    assert all(passes["read", path] <= 3 for path in small)
     assert passes["read", output / "conversion.json"] == 0
 
 

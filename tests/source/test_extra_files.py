@@ -86,7 +86,7 @@ SILENT = [
 def test_only_known_files_are_copied_and_the_others_are_named(model):
     folder = model(**dict.fromkeys([*KNOWN, *FOREIGN, *SILENT], "{}"))
     assert extra_files(folder) == sorted(KNOWN)
-    assert left_behind(folder) == sorted(FOREIGN)
+    assert left_behind(folder, extra_files(folder)) == sorted(FOREIGN)
     assert all(map(is_extra_file, KNOWN))
     assert not any(map(is_extra_file, SILENT))
 
@@ -125,7 +125,7 @@ def test_code_is_copied_if_a_config_names_it(model):
     code = ["layers.py", "modeling_own.py", "more.py", "own_tokenizer.py"]
     data = ["own.model", "own_vocab_v1.txt", "processor_config.json", "tokenizer_config.json"]
     assert extra_files(folder) == sorted(code + data)
-    assert left_behind(folder) == sorted(
+    assert left_behind(folder, extra_files(folder)) == sorted(
         ["foreign.py", "train.py", "parent.py", "out.py", "other_vocab.txt"]
     )
 
@@ -157,7 +157,7 @@ def test_a_config_that_is_a_link_out_of_the_folder_is_refused(model, tmp_path):
     (folder / "config.json").rename(tmp_path / "elsewhere.json")
     (folder / "config.json").symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(SourceError, match=r"config.json is a link out of the folder"):
-        left_behind(folder)
+        left_behind(folder, extra_files(folder))
 
 
 def test_other_links_are_fine(model, tmp_path, tiny_llama):

@@ -1,0 +1,32 @@
+"""Warnings about a result are printed once, to stderr, even if everything else is quiet."""
+
+import json
+
+import pytest
+
+from helpers.architectures import save_tiny
+from spallm_convert.cli import main
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A model whose language model stays dense."""
+    return save_tiny("LlavaForConditionalGeneration", tmp_path_factory.mktemp("llava"))
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+@pytest.mark.parametrize("quiet", [(), ("--quiet",), ("--json",)])
+def test_a_model_that_stays_dense(source, tmp_path, capfd, options, quiet):
+    words = [source, "-o", tmp_path / "out", "--groups-per-row", "1", *options, *quiet]
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    assert stop.value.code == 0
+    out, err = capfd.readouterr()
+    assert err.count("stay dense") == 1
+    assert "warning: " in err
+    assert "stay dense: language_model.model.layers.*.mlp.down_proj, " in err
+    assert "stay dense" not in out
+    if quiet == ("--json",):
+        assert json.loads(out)["left_dense"]
+    if quiet == ("--quiet",) and not options:
+        assert out == ""

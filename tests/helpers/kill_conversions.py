@@ -1,0 +1,128 @@
+"""Kill conversions before their changes on disk, and look at what each kill leaves:
+
+    python kill_conversions.py SOURCE TEXT ROOT MODE COUNT
+
+After every kill, the folder holds the older checkpoint, or nothing that loads, or the whole new
+one. The same command with `resume` ends in the bytes of an undisturbed run. MODE is one of `MODES`,
+or "replaced" for a conversion that replaces an older checkpoint. COUNT changes of the work, and as
+many while files move up, are drawn at random; 0 takes every change. Prints the number of kills.
+
+This is a process of its own, because numba's threads do not survive a fork. Here, only the forked
+children convert.
+"""
+
+import random
+import shutil
+import sys
+from pathlib import Path
+
+from helpers.calibration import calibrated, contents
+from helpers.kills import count_changes, kill_at_change
+from spallm_convert import FormatError, SketchConfig, convert
+from spallm_convert.calibration.healing import tuning
+from spallm_formats import SketchedCheckpoint, is_unfinished
+from spallm_formats.work_folder import PARTIAL_FOLDER
+
+SHORT = {"samples": 4, "seqlen": 16}
+MODES = {
+    "plain": {},
+    "calibrated": SHORT,
+    "healed": SHORT | {"heal": 1},
+    "chosen": SHORT | {"target_bits": 9},
+}
+
+
+def options(mode, text, **changes):
+    given = {"max_shard_size": "30KB"} | MODES[mode] | changes
+    return calibrated(text, **given) if MODES[mode] else SketchConfig(**given)
+
+
+def run(source, output, config, **how):
+    def work():
+        convert(source, output, config, device="cpu", threads=1, **how)
+
+    return work
+
+
+def complete(source, output, config, **how):
+    """Convert to the end, in a forked child."""
+    assert not kill_at_change(0, run(source, output, config, **how), output.parent)
+
+
+def visible(folder):
+    """Return the files of a folder, without those of unfinished work."""
+    if not folder.exists():
+        return {}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and path.name != PARTIAL_FOLDER
+    }
+
+
+def check_folder(folder, older, whole):
+    """Check what a kill left: the older checkpoint, no checkpoint at all, or the new one."""
+    found = visible(folder)
+    if found in (older, whole) and found:
+        SketchedCheckpoint.open(folder)
+        return
+    try:
+        SketchedCheckpoint.open(folder)
+    except FormatError:
+        return
+    raise AssertionError(f"{folder} opens, but is not whole: {sorted(found)}")
+
+
+def check_kills(source, config, root, numbers, older=None):
+    """Kill at some of the changes of a conversion; `numbers` chooses them from their count."""
+    complete(source, root / "whole", config)
+    whole = contents(root / "whole")
+    template = root / "template"
+    if older is not None:
+        complete(source, template, older)
+    before, out = visible(template), root / "out"
+
+    def prepare():
+        shutil.rmtree(out, ignore_errors=True)
+        if older is not None:
+            shutil.copytree(template, out)
+
+    how = {"overwrite": True} if older is not None else {}
+    prepare()
+    total = count_changes(run(source, out, config, **how), root)
+    assert contents(out) == whole
+    chosen = numbers(total)
+    for number in chosen:
+        prepare()
+        assert kill_at_change(number, run(source, out, config, **how), root), number
+        check_folder(out, before, whole)
+        # Before anything is worth keeping there is nothing to resume, so the command is repeated.
+        again = {"resume": True} if is_unfinished(out) or visible(out) == whole else how
+        complete(source, out, config, **again)
+        assert contents(out) == whole, number
+    return len(chosen)
+
+
+def some(count):
+    """Return a function that chooses changes at random, and the last one; all if count is 0."""
+
+    def choose(total):
+        if not count:
+            return list(range(1, total + 1))
+        early = random.Random(0).sample(range(1, total - 30), count)
+        late = random.Random(1).sample(range(total - 30, total + 1), count)
+        return sorted({*early, *late, total})
+
+    return choose
+
+
+def main():
+    source, text, root, mode = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+    tuning.LEARNING_RATE = 0.1  # large enough to change the tables
+    older = options("plain", text, bits=2) if mode == "replaced" else None
+    config = options("plain" if older else mode, text)
+    print(check_kills(source, config, root, some(int(sys.argv[5])), older))
+
+
+if __name__ == "__main__":
+    main()
