@@ -3,7 +3,7 @@
 `catalogue.py` lists the kinds and `invariants.py` what must hold. Every case runs in a child of its
 own. Cases are replayed, and other seeds tried, with
 
-    SPALLM_FUZZ_CASES='work/lock/3;tables/fingerprint/0' pytest tests/fuzz/test_fuzz.py -k case
+    SPALLM_FUZZ_CASES='work/lock/3;tables/fingerprint/0' pytest tests/fuzz/test_fuzz.py -k test_case
     SPALLM_FUZZ_SEED=1000 pytest tests/fuzz/test_fuzz.py -k thousands
 """
 
@@ -84,7 +84,7 @@ def report(results: list[Result]) -> str:
         often = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(4))
         lines.append(
             f"{family}: {rule}: {len(shown)} cases, such as {often}\n    {what}\n"
-            f"    SPALLM_FUZZ_CASES={str(result.case)!r} pytest tests/fuzz/test_fuzz.py -k case"
+            f"    SPALLM_FUZZ_CASES={str(result.case)!r} pytest tests/fuzz/test_fuzz.py -k test_case"
         )
     return "\n".join(lines)
 
