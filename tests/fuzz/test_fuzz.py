@@ -17,6 +17,7 @@ from fuzz.catalogue import KINDS, Case, all_kinds, cases
 from fuzz.children import Result, run_cases
 
 THOUSANDS = 3_000
+REPLAY = "pytest tests/fuzz/test_fuzz.py -k test_case"
 FIRST_SEED = int(os.environ.get("SPALLM_FUZZ_SEED", "0"))
 
 
@@ -84,7 +85,7 @@ def report(results: list[Result]) -> str:
         often = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(4))
         lines.append(
             f"{family}: {rule}: {len(shown)} cases, such as {often}\n    {what}\n"
-            f"    SPALLM_FUZZ_CASES={str(result.case)!r} pytest tests/fuzz/test_fuzz.py -k test_case"
+            f"    SPALLM_FUZZ_CASES={str(result.case)!r} {REPLAY}"
         )
     return "\n".join(lines)
 
