@@ -50,17 +50,21 @@ def open_regular(path: Path) -> BufferedReader:
         FormatError: If it is a pipe, a device or a folder.
         OSError: If it does not exist or may not be read.
     """
+    _check_regular(path, path.stat())  # opening a device may do something, and a socket fails
     # Without O_NONBLOCK, opening a pipe waits for a writer. Regular files ignore the flag.
     handle = os.open(path, _OPEN_FLAGS | getattr(os, "O_NONBLOCK", 0))
     try:
-        mode = os.fstat(handle).st_mode
-        if not stat.S_ISREG(mode):
-            kind = _KINDS.get(stat.S_IFMT(mode), "a special file")
-            raise FormatError(f"{path.name}: {kind}, expected a regular file; remove it")
+        _check_regular(path, os.fstat(handle))  # another file may have taken its place
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
         raise
+
+
+def _check_regular(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a special file")
+        raise FormatError(f"{path.name}: {kind}, expected a regular file; remove it")
 
 
 def sha256(path: Path) -> str:

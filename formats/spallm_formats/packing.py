@@ -46,7 +46,9 @@ def pack_reference(codes: Bytes, bits: int) -> Bytes:
     """
     _check_codes(codes, bits)
     stream = np.unpackbits(codes[:, :, None], axis=2, count=bits, bitorder="little")
-    packed = np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little")
+    packed = np.packbits(
+        stream.reshape(len(codes), codes.shape[1] * bits), axis=1, bitorder="little"
+    )
     return np.pad(packed, ((0, 0), (0, row_bytes(codes.shape[1], bits) - packed.shape[1])))
 
 

@@ -27,6 +27,8 @@ from .packing import padding_is_zero
 from .publishing import CONFIG_FILE
 from .text import shown, summary
 
+#: The config of an adapter of PEFT.
+ADAPTER_FILE = "adapter_config.json"
 _BLOCK_BYTES = 1 << 26
 #: File names of shards: 255 bytes are the most that file systems take.
 _SAFE_FILENAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,242}\.safetensors")
@@ -167,6 +169,11 @@ class SketchedCheckpoint:
                 f"checkpoint; convert it first: spallm-convert {folder}"
             )
         metadata = SketchMetadata.from_json(config["quantization_config"])
+        if (folder / ADAPTER_FILE).exists():
+            raise FormatError(
+                f"{folder}: {ADAPTER_FILE} lies beside the checkpoint, so transformers would load "
+                f"the model that it names; move the adapter to a folder of its own"
+            )
         if (folder / SINGLE_SHARD).exists() and (folder / INDEX_FILE).exists():
             raise FormatError(
                 f"{folder}: found both {SINGLE_SHARD} and {INDEX_FILE}, expected one of them"

@@ -38,7 +38,7 @@ from .card import CARD_FILE, model_card
 from .identity import identity
 from .job import Job, carry_out
 from .loadable import checked_plan
-from .older import check_files, older_report, written_hashes
+from .older import check_files, older_report, written_hashes, written_report
 from .report import REPORT_FILE, Report
 from .unchanged import SourceWatch
 
@@ -125,8 +125,7 @@ def convert(
             warning = None
             if staging.is_published:
                 staging.finish_publishing()
-                report = Report.read(folder)  # which the interrupted run wrote
-                assert report is not None
+                report = written_report(folder)
             else:
                 checkpoint, plan = ready or job.planned(staging.scratch("source"))
                 written = [shard.filename for shard in plan.shards]

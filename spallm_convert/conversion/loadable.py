@@ -11,7 +11,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from torch import nn
 from spallm_convert.config import SketchConfig
 from spallm_convert.errors import FormatError, SourceError, one_line
 from spallm_convert.runtime import quantizer  # noqa: F401  registers the quantizer
+from spallm_convert.runtime.checking import check_generation_config
 from spallm_convert.sketch.plan import Plan, make_plan
 from spallm_convert.source.checkpoint import DenseCheckpoint
+from spallm_convert.source.layer_count import layer_count_problem
 from spallm_convert.source.skeleton import find_model_class, remote_class
 from spallm_formats import CONFIG_FILE, SketchMetadata, TensorSpec, shown, summary
 
@@ -69,6 +71,10 @@ def check_source(
         SourceError: If the source lacks tensors of its model, or has tensors of other shapes, or
             blocks that the model does not have.
     """
+    try:
+        check_generation_config(checkpoint.folder)
+    except FormatError as error:
+        raise SourceError(str(error)) from error
     tensors = [spec for shard in plan.shards for spec in shard.tensors.values()]
     found = loading_problems(
         checkpoint.folder,
@@ -89,7 +95,7 @@ def loading_problems(
     folder: Path,
     config: dict[str, Any],
     metadata: SketchMetadata,
-    tensors: Iterable[TensorSpec],
+    tensors: Collection[TensorSpec],
     *,
     trust_remote_code: bool = False,
     refuse_more_blocks: bool = False,
@@ -108,13 +114,14 @@ def loading_problems(
         Every problem, in one line each. None are found if the architecture is code in the folder
         and `trust_remote_code` is False.
     """
+    if too_many := layer_count_problem(config, len(tensors)):
+        return [too_many]
     name = config["architectures"][0]
     try:
         loaded_class = find_model_class(folder, config, trust_remote_code)
-    except SourceError:
-        if remote_class(config.get("auto_map"), name):
-            return []  # its code may not be run
-        loaded_class = None
+    except SourceError as error:
+        is_code = remote_class(config.get("auto_map"), name)
+        return [] if is_code else [str(error)]  # the code may not be run
     with _quiet() as report:
         try:
             model, found = _load_empty(loaded_class, folder, metadata, tensors, trust_remote_code)
@@ -144,8 +151,6 @@ def _load_empty(
     """Load a checkpoint on the meta device; return the model and transformers' report."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     config.quantization_config = metadata.to_json()
-    if loaded_class is None:  # as `load_sketched` does if it does not know the architecture
-        loaded_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     empty = {
         spec.name: torch.empty(
             spec.shape, dtype=_DTYPES.get(spec.dtype, torch.float32), device="meta"

@@ -10,7 +10,7 @@ from spallm_formats import CONFIG_FILE, INDEX_FILE, sha256
 from spallm_formats.layout import SHARD_NAME
 
 from .card import CARD_FILE
-from .report import Report
+from .report import REPORT_FILE, Report
 
 
 def written_hashes(older: Report | None) -> dict[str, str]:
@@ -37,6 +37,17 @@ def older_report(folder: Path) -> Report | None:
         return Report.read(folder)
     except FormatError:
         return None
+
+
+def written_report(folder: Path) -> Report:
+    """Return the report of a conversion that was complete but for the moving of its files."""
+    report = Report.read(folder)
+    if report is None:
+        raise SpallmError(
+            f"{folder}: {REPORT_FILE} of the interrupted conversion is missing; use --overwrite to "
+            f"convert again"
+        )
+    return report
 
 
 def check_files(folder: Path, report: Report) -> None:

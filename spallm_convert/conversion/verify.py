@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spallm_convert.errors import FormatError
 from spallm_convert.paths import user_path
+from spallm_convert.runtime.checking import check_generation_config
 from spallm_convert.sketch.limits import loading_limit
 from spallm_formats import CONFIG_FILE, SketchedCheckpoint, sha256
 
@@ -18,11 +19,10 @@ def verify(folder: str | Path) -> list[str]:
     """Check a sketched checkpoint completely.
 
     Headers must agree with config and index, and every file with its hash in `conversion.json`.
-    Padding bits must be zero, and table values finite in the dtype that the
-    model loads in. transformers must find every tensor of the
-    model in the size that it expects. This is not checked for models that come with their own
-    Python code, because `verify` runs no code. A missing `conversion.json` is a problem, because
-    nothing else has the hashes.
+    Padding bits must be zero, and table values finite in the dtype that the model loads in.
+    transformers must find every tensor of the model in the size that it expects; this is not
+    checked for models that come with their own Python code, because `verify` runs no code. A
+    missing `conversion.json` is a problem, because nothing else has the hashes.
 
     Args:
         folder: Folder of the checkpoint.
@@ -48,7 +48,8 @@ def verify(folder: str | Path) -> list[str]:
         path = folder / name
         if not path.is_file():
             problems.append(f"{name}: listed in {REPORT_FILE}, but missing")
-        elif sha256(path) != file["sha256"]:
+        # A file of another size may be huge, so it is not hashed.
+        elif path.stat().st_size != file.get("bytes") or sha256(path) != file["sha256"]:
             problems.append(f"{name}: its SHA-256 is not the one in {REPORT_FILE}")
     weights = {tensor.file.name for tensor in checkpoint.tensors.values()} if report else set()
     problems += [f"{name}: not listed in {REPORT_FILE}" for name in weights if name not in files]
@@ -68,6 +69,10 @@ def _largest_entry(checkpoint: SketchedCheckpoint) -> float:
 def _loading_problems(checkpoint: SketchedCheckpoint) -> list[str]:
     """Return what keeps transformers from loading a checkpoint, judged by its headers."""
     config = checkpoint.config
+    try:
+        check_generation_config(checkpoint.folder)
+    except FormatError as error:
+        return error.problems
     named = config.get("architectures")
     if not isinstance(named, list) or not named or not isinstance(named[0], str):
         return [f"{CONFIG_FILE}: no architectures are named, so transformers cannot load it"]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from spallm_convert.errors import FormatError
+from spallm_convert.source.layer_count import layer_count_problem
 from spallm_convert.source.snapshot import ask_for_index
 from spallm_formats import (
     CONFIG_FILE,
@@ -23,6 +24,7 @@ from spallm_formats import (
     SINGLE_SHARD,
     SketchedCheckpoint,
     SketchMetadata,
+    read_index,
     read_json,
     read_small,
     shown,
@@ -55,8 +57,11 @@ def read_checked_config(folder: Path, name: str) -> dict[str, Any]:
             f"{name}: {CONFIG_FILE} has no quantization_config, so this is not a sketched "
             f"checkpoint; convert it first: spallm-convert {name}"
         )
-    SketchMetadata.from_json(config["quantization_config"])
-    problems = []
+    metadata = SketchMetadata.from_json(config["quantization_config"])
+    if (folder / INDEX_FILE).exists():
+        read_index(folder / INDEX_FILE)  # transformers parses one of any size
+    too_many = layer_count_problem(config, len(metadata.modules), "sketched modules")
+    problems = [too_many] if too_many else []
     architectures = config.get("architectures")
     if not architectures:
         problems.append(

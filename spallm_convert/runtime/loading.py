@@ -163,22 +163,19 @@ def model_class(config: Any) -> Any:
         config: A config of transformers with `architectures`.
 
     Raises:
-        FormatError: If the class is neither part of transformers, nor registered with it, nor named
-            in the config's `auto_map`.
+        FormatError: If the class is neither part of transformers nor named in the config's
+            `auto_map`.
     """
     architecture = config.architectures[0]
     remote = remote_class(getattr(config, "auto_map", None), architecture)
     names = [architecture, *(remote or ())[:1]]
     known = next(filter(_is_model_class, (getattr(transformers, n, None) for n in names)), None)
-    if known is not None:
-        return known
-    registered = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if remote is None and getattr(registered, "__name__", None) != architecture:
+    if known is None and remote is None:
         raise FormatError(
             f"transformers {transformers.__version__} does not know the architecture "
             f"{shown(architecture)}; a newer version may: pip install --upgrade transformers"
         )
-    return transformers.AutoModelForCausalLM
+    return known or transformers.AutoModelForCausalLM
 
 
 def _is_model_class(found: Any) -> bool:

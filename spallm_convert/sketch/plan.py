@@ -14,6 +14,7 @@ from typing import Any
 from spallm_convert.config import AUTO, SketchConfig
 from spallm_convert.errors import OptionError, SourceError
 from spallm_convert.source.checkpoint import DenseCheckpoint
+from spallm_convert.source.layer_count import layer_count_problem
 from spallm_convert.source.skeleton import Skeleton, aliases, by_model_name, read_skeleton
 from spallm_formats import (
     CONFIG_FILE,
@@ -128,6 +129,8 @@ def make_plan(
             shape.
     """
     folder, tensors = checkpoint.folder, checkpoint.tensors
+    if too_many := layer_count_problem(checkpoint.config, len(tensors)):
+        raise SourceError(f"{folder}: {too_many}")
     skeleton = read_skeleton(folder, checkpoint.config, trust_remote_code=trust_remote_code)
     layers: dict[str, Layer] = {}
     left_dense: dict[str, str] = {}

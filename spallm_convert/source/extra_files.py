@@ -146,7 +146,10 @@ def leads_inside(folder: Path, path: Path) -> bool:
     Links are followed. Snapshots in the Hub's cache are made of links to its own blobs: these count
     as inside.
     """
-    root, real = folder.resolve(), path.resolve()
+    try:
+        root, real = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return False
     in_blobs = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
     return in_blobs or real.is_relative_to(root)
 

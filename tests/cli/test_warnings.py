@@ -1,10 +1,14 @@
 """Warnings about a result are printed once, to stderr, even if everything else is quiet."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from helpers.architectures import save_tiny
+from helpers.tiny_gguf import save_tiny_gguf
 from spallm_convert.cli import main
 
 
@@ -30,3 +34,15 @@ def test_a_model_that_stays_dense(source, tmp_path, capfd, options, quiet):
         assert json.loads(out)["left_dense"]
     if quiet == ("--quiet",) and not options:
         assert out == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--quiet",), ("--dry-run", "--quiet"), ("--json",)])
+def test_a_gguf_file_is_read_without_a_bar(tmp_path, options):
+    """tqdm reads its variables when it is imported, so this needs a process of its own."""
+    model = save_tiny_gguf(tmp_path / "model.gguf")
+    run = "from spallm_convert.cli import main; main()"
+    command = [sys.executable, "-c", run, model, "-o", tmp_path / "out", *options]
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stderr == ""
