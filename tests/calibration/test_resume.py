@@ -1,25 +1,17 @@
 """Resume calibrated conversions that were killed or damaged: the result has the same bytes."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 
 from helpers.calibration import StopAt, calibrated, contents
-from spallm_convert import FormatError, SpallmError, convert, load_sketched
+from spallm_convert import SpallmError, convert
 from spallm_convert.calibration.healing import tuning
-from spallm_formats.work_folder import PARTIAL_FOLDER
-
-SCRIPT = Path(__file__).parents[1] / "helpers" / "killed_conversion.py"
 
 
 def options(text, **changes):
-    """Return the options that `killed_conversion.py` uses."""
+    """Return the options of all tests here."""
     return calibrated(text, **{"max_shard_size": "30KB", "samples": 16, "seqlen": 32} | changes)
 
 
@@ -117,30 +109,3 @@ def test_healed_tables_go_with_their_blocks(source, text, tmp_path, mapping, mon
 
 def _interrupt(*arguments):
     raise KeyboardInterrupt
-
-
-def run(source, output, kill_at, text):
-    command = [sys.executable, SCRIPT, source, output, str(kill_at), f"--calibration={text}"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_is_byte_identical(source, text, tmp_path):
-    """Kill while blocks are sketched, while shards are written, and while files are published."""
-    whole = run(source, tmp_path / "whole", 0, text)
-    assert whole.returncode == 0, whole.stderr
-    moments = int(whole.stdout)
-    expected = contents(tmp_path / "whole")
-    kept = []
-    # Six moments for the plan, then four for every block: two halves, a flush, a rename.
-    # Nearly all of the time goes to starting processes.
-    for kill_at in (13, moments // 3, moments - 12):
-        output = tmp_path / f"killed-at-{kill_at}"
-        killed = run(source, output, kill_at, text)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        kept.append(len(list((output / PARTIAL_FOLDER).rglob("block-*.safetensors"))))
-        with pytest.raises(FormatError):
-            load_sketched(output)
-        convert(source, output, options(text), device="cpu", resume=True)
-        assert contents(output) == expected
-    assert kept[:2] == [1, 2]

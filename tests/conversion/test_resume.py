@@ -12,11 +12,9 @@ from unittest.mock import patch
 
 import pytest
 
-from spallm_convert import FormatError, SketchConfig, SpallmError, convert, load_sketched
+from spallm_convert import SketchConfig, SpallmError, convert
 from spallm_formats import SketchedCheckpoint, Staging
 from spallm_formats.work_folder import PARTIAL_FOLDER
-
-SCRIPT = Path(__file__).parents[1] / "helpers" / "killed_conversion.py"
 
 
 def contents(folder):
@@ -25,70 +23,6 @@ def contents(folder):
         for path in folder.rglob("*")
         if path.is_file()
     }
-
-
-def run(source, output, kill_at, *options):
-    command = [sys.executable, SCRIPT, source, output, str(kill_at), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-
-
-@pytest.mark.slow
-def test_killed_ten_times_and_resumed_is_byte_identical(sharded_llama, tmp_path):
-    """Kills at ten moments spread over the whole run, from the first write to the last removal."""
-    whole = run(sharded_llama.folder, tmp_path / "whole", 0)
-    moments = int(whole.stdout)
-    assert moments > 100
-    expected = contents(tmp_path / "whole")
-    spread = [1 + round(i * (moments - 1) / 9) for i in range(10)]
-    last = [moments - back for back in (1, 2, 4, 12)]  # while files move up and the rest goes
-    for kill_at in sorted({*spread, *last}):
-        output = tmp_path / f"killed-at-{kill_at}"
-        killed = run(sharded_llama.folder, output, kill_at)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        if contents(output).keys() >= expected.keys():
-            assert kill_at > moments - 20, "only the removal of working files was left"
-        else:
-            with pytest.raises(FormatError):
-                SketchedCheckpoint.open(output)
-            with pytest.raises(FormatError):
-                load_sketched(output)
-        convert(sharded_llama.folder, output, SketchConfig(max_shard_size="30KB"), resume=True)
-        assert contents(output) == expected
-
-
-@pytest.mark.slow
-def test_killed_again_and_again_still_gets_there(sharded_llama, tmp_path):
-    """Each run is killed a little further on, until one gets to the end."""
-    convert(sharded_llama.folder, tmp_path / "whole", SketchConfig(max_shard_size="30KB"))
-    kill_at = 40
-    for _ in range(10):
-        if run(sharded_llama.folder, tmp_path / "out", kill_at, "--resume").returncode == 0:
-            break
-        kill_at += 25
-    else:
-        convert(
-            sharded_llama.folder, tmp_path / "out", SketchConfig(max_shard_size="30KB"), resume=True
-        )
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_overwriting_keeps_the_old_checkpoint_until_the_new_one_is_whole(sharded_llama, tmp_path):
-    output = tmp_path / "out"
-    convert(sharded_llama.folder, output, SketchConfig(bits=2, max_shard_size="20KB"))
-    (output / "notes.txt").write_text("the user's own")
-    old = contents(output)
-    moments = int(run(sharded_llama.folder, tmp_path / "whole", 0).stdout)
-    for kill_at in (moments // 2, moments - 15, moments):
-        killed = run(sharded_llama.folder, output, kill_at, "--overwrite")
-        assert killed.returncode == -signal.SIGKILL
-        now = contents(output)
-        if kill_at == moments // 2:
-            assert {name: now[name] for name in old} == old
-            SketchedCheckpoint.open(output)
-    convert(sharded_llama.folder, output, SketchConfig(max_shard_size="30KB"), resume=True)
-    expected = contents(tmp_path / "whole")
-    assert contents(output) == expected | {"notes.txt": b"the user's own"}
 
 
 def test_overwriting_removes_what_belonged_to_the_old_checkpoint(tiny_llama, tmp_path):

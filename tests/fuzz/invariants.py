@@ -42,8 +42,8 @@ def excused(problem: str) -> bool:
 def ignored_by_auto(problems: list[str]) -> bool:
     """Return whether the Auto classes may load a checkpoint with these problems.
 
-    They choose the model class by `model_type`, whatever `architectures` says. They initialize dense
-    tensors that are missing and warn, because a model may get a new head on purpose.
+    They choose the model class by `model_type`, whatever `architectures` says. They initialize
+    dense tensors that are missing and warn, because a model may get a new head on purpose.
     """
     allowed = re.compile("architecture|^no tensor for .*, expected by")
     return all(allowed.search(problem) for problem in problems)

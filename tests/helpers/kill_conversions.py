@@ -3,25 +3,29 @@
     python kill_conversions.py SOURCE TEXT ROOT MODE COUNT
 
 After every kill, the folder holds the older checkpoint, or nothing that loads, or the whole new
-one. The same command with `resume` ends in the bytes of an undisturbed run. MODE is one of `MODES`,
-or "replaced" for a conversion that replaces an older checkpoint. COUNT changes of the work, and as
-many while files move up, are drawn at random; 0 takes every change. Prints the number of kills.
+one. Until files move up, it holds the older one. The same command with `resume` ends in the bytes
+of an undisturbed run. MODE is one of `MODES`, or "replaced" for a conversion that replaces an older
+checkpoint, or "again" for one that is killed again and again, each time a little later. COUNT
+changes of the work, as many while files move up, and as many moments are drawn at random; with 0,
+every change is taken. Prints the number of kills.
 
 This is a process of its own, because numba's threads do not survive a fork. Here, only the forked
 children convert.
 """
 
+import itertools
 import random
 import shutil
 import sys
+import time
 from pathlib import Path
 
 from helpers.calibration import calibrated, contents
-from helpers.kills import count_changes, kill_at_change
+from helpers.kills import count_changes, kill_after, kill_at_change
 from spallm_convert import FormatError, SketchConfig, convert
 from spallm_convert.calibration.healing import tuning
 from spallm_formats import SketchedCheckpoint, is_unfinished
-from spallm_formats.work_folder import PARTIAL_FOLDER
+from spallm_formats.work_folder import MARKER, PARTIAL_FOLDER
 
 SHORT = {"samples": 4, "seqlen": 16}
 MODES = {
@@ -66,6 +70,7 @@ def check_folder(folder, older, whole):
     if found in (older, whole) and found:
         SketchedCheckpoint.open(folder)
         return
+    assert (folder / PARTIAL_FOLDER / MARKER).exists() or found == older == {}, sorted(found)
     try:
         SketchedCheckpoint.open(folder)
     except FormatError:
@@ -80,6 +85,8 @@ def check_kills(source, config, root, numbers, older=None):
     template = root / "template"
     if older is not None:
         complete(source, template, older)
+        (template / "notes.md").write_text("the user's own")
+        whole["notes.md"] = b"the user's own"
     before, out = visible(template), root / "out"
 
     def prepare():
@@ -89,18 +96,40 @@ def check_kills(source, config, root, numbers, older=None):
 
     how = {"overwrite": True} if older is not None else {}
     prepare()
+    begin = time.monotonic()
     total = count_changes(run(source, out, config, **how), root)
+    seconds = time.monotonic() - begin
     assert contents(out) == whole
     chosen = numbers(total)
-    for number in chosen:
+    moments = [random.uniform(0, seconds) for _ in range(len(chosen) // 3)]
+    kills = [lambda work, n=n: kill_at_change(n, work, root) for n in chosen]
+    kills += [lambda work, t=t: kill_after(t, work) for t in moments]
+    for kill in kills:
         prepare()
-        assert kill_at_change(number, run(source, out, config, **how), root), number
+        killed = kill(run(source, out, config, **how))
+        if not killed:
+            continue  # a moment after the end
         check_folder(out, before, whole)
-        # Before anything is worth keeping there is nothing to resume, so the command is repeated.
-        again = {"resume": True} if is_unfinished(out) or visible(out) == whole else how
-        complete(source, out, config, **again)
-        assert contents(out) == whole, number
-    return len(chosen)
+        complete(source, out, config, **again(out, whole, how))
+        assert contents(out) == whole
+    return len(kills)
+
+
+def again(out, whole, how):
+    """Return how to go on: before anything is worth keeping, there is nothing to resume."""
+    return {"resume": True} if is_unfinished(out) or visible(out) == whole else how
+
+
+def check_again_and_again(source, config, root):
+    """Kill every run a little later than the one before it, until one gets to the end."""
+    complete(source, root / "whole", config)
+    whole, out = contents(root / "whole"), root / "out"
+    for kills in itertools.count():
+        how = again(out, whole, {}) if out.exists() else {}
+        if not kill_at_change(30 + 15 * kills, run(source, out, config, **how), root):
+            assert contents(out) == whole
+            return kills
+    raise AssertionError("not reached")
 
 
 def some(count):
@@ -120,8 +149,11 @@ def main():
     source, text, root, mode = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     tuning.LEARNING_RATE = 0.1  # large enough to change the tables
     older = options("plain", text, bits=2) if mode == "replaced" else None
-    config = options("plain" if older else mode, text)
-    print(check_kills(source, config, root, some(int(sys.argv[5])), older))
+    config = options(mode if mode in MODES else "plain", text)
+    if mode == "again":
+        print(check_again_and_again(source, config, root))
+    else:
+        print(check_kills(source, config, root, some(int(sys.argv[5])), older))
 
 
 if __name__ == "__main__":
