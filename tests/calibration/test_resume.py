@@ -86,7 +86,7 @@ def test_healed_tables_need_space_too(source, text, tmp_path, monkeypatch):
 def test_healed_tables_go_with_their_blocks(source, text, tmp_path, mapping, monkeypatch):
     """Check that healed tables are reused, but made again if they or a block are damaged."""
     monkeypatch.setattr(tuning, "LEARNING_RATE", 0.1)
-    config = options(text, heal=20, mapping=mapping, bits=2, table_dtype="float32")
+    config = options(text, heal=5, mapping=mapping, bits=2, table_dtype="float32")
     whole = convert(source, tmp_path / "whole", config, device="cpu")
     healing = whole.document["healing"]
     assert healing["kl_after"] < healing["kl_before"]

@@ -10,7 +10,7 @@ from fuzz.faults import FAMILY, FAULTS
 @pytest.mark.slow
 def test_every_fault_is_found(monkeypatch):
     monkeypatch.setenv("SPALLM_FUZZ_LIMIT", "1")
-    cases = [Case(FAMILY, name, seed) for seed in range(2) for name in FAULTS]
+    cases = [Case(FAMILY, name, 0) for name in FAULTS]
     results = {result.case: result for result in run_cases(cases)}
     assert set(results) == set(cases)
     for case, result in results.items():

@@ -67,8 +67,8 @@ def test_hostile_checkpoints(tmp_path, hostile, load):
     with pytest.raises(FormatError) as caught:
         load(folder)
     expected = (hostile / "error.txt").read_text().strip()
-    if hostile.name == "index-leaves-folder":  # transformers says where the weights are, not why
-        expected = "no config.json"
+    if hostile.name == "index-leaves-folder" and load is not load_sketched:
+        expected = "no config.json"  # transformers says where the weights are, not why
     assert any(expected in problem for problem in caught.value.problems), caught.value.problems
 
 
