@@ -16,6 +16,8 @@ _DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdi
 os.environ["NUMBA_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"spallm-numba-{_DIGEST}")
 # Several processes of tests share the cores: threads that spin while they wait keep others off.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+_SHARE = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _SHARE)))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
