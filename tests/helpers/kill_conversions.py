@@ -1,24 +1,27 @@
 """Kill conversions before their changes on disk, and look at what each kill leaves:
 
-    python kill_conversions.py SOURCE TEXT ROOT MODE COUNT
+    python kill_conversions.py SOURCE TEXT ROOT COUNT MODE...
 
 After every kill, the folder holds the older checkpoint, or nothing that loads, or the whole new
 one. Until files move up, it holds the older one. The same command with `resume` ends in the bytes
 of an undisturbed run. MODE is one of `MODES`, or "replaced" for a conversion that replaces an older
 checkpoint, or "again" for one that is killed again and again, each time a little later. COUNT
 changes of the work, as many while files move up, and as many moments are drawn at random; with 0,
-every change is taken. Prints the number of kills.
+every change is taken. Prints a line for every MODE, with the number of kills.
 
-This is a process of its own, because numba's threads do not survive a fork. Here, only the forked
-children convert.
+This is a process of its own, because OpenMP's threads do not survive a fork. Here, neither numba
+nor torch uses them, so kernels are loaded once, before the first fork.
 """
 
 import itertools
+import os
 import random
 import shutil
 import sys
 import time
 from pathlib import Path
+
+os.environ |= {"NUMBA_THREADING_LAYER": "workqueue", "OMP_NUM_THREADS": "1"}
 
 from helpers.calibration import calibrated, contents
 from helpers.kills import count_changes, kill_after, kill_at_change
@@ -80,7 +83,7 @@ def check_folder(folder, older, whole):
 
 def check_kills(source, config, root, numbers, older=None):
     """Kill at some of the changes of a conversion; `numbers` chooses them from their count."""
-    complete(source, root / "whole", config)
+    run(source, root / "whole", config)()
     whole = contents(root / "whole")
     template = root / "template"
     if older is not None:
@@ -146,14 +149,17 @@ def some(count):
 
 
 def main():
-    source, text, root, mode = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+    source, text, root = map(Path, sys.argv[1:4])
     tuning.LEARNING_RATE = 0.1  # large enough to change the tables
-    older = options("plain", text, bits=2) if mode == "replaced" else None
-    config = options(mode if mode in MODES else "plain", text)
-    if mode == "again":
-        print(check_again_and_again(source, config, root))
-    else:
-        print(check_kills(source, config, root, some(int(sys.argv[5])), older))
+    for mode in sys.argv[5:]:
+        older = options("plain", text, bits=2) if mode == "replaced" else None
+        config = options(mode if mode in MODES else "plain", text)
+        (root / mode).mkdir()
+        if mode == "again":
+            kills = check_again_and_again(source, config, root / mode)
+        else:
+            kills = check_kills(source, config, root / mode, some(int(sys.argv[4])), older)
+        print(mode, kills, flush=True)
 
 
 if __name__ == "__main__":
