@@ -76,18 +76,17 @@ def download_tables(repo_id: str, revision: str | None) -> Path:
         FormatError: If the repository holds no tables.
         SourceError: If the repository does not exist, is gated or private, or cannot be reached.
     """
-    wanted = [TABLES_METADATA_FILE, TABLES_FILE]
     listing = list_files(repo_id, revision)
     if listing is None:
-        return _cached_folder(repo_id, wanted, revision)
-    missing = [name for name in wanted if name not in listing.names]
-    if missing:
+        return _cached_folder(repo_id, [TABLES_FILE], revision)
+    if TABLES_FILE not in listing.names:
         raise FormatError(
-            f"{repo_id} holds no sketch tables: {', '.join(missing)} not in the repository; upload "
-            f"the folder that save_tables writes"
+            f"{repo_id} holds no sketch tables: {TABLES_FILE} not in the repository; upload the "
+            f"folder that save_tables writes"
         )
-    folder = fetch(repo_id, TABLES_METADATA_FILE, revision).parent
-    fetch(repo_id, TABLES_FILE, folder.name)
+    folder = fetch(repo_id, TABLES_FILE, revision).parent
+    if TABLES_METADATA_FILE in listing.names:  # the only description of older tables
+        fetch(repo_id, TABLES_METADATA_FILE, folder.name)
     return folder
 
 

@@ -21,4 +21,4 @@ def test_killed_conversions_lose_nothing_and_resume_to_the_same_bytes(source, te
     assert done.returncode == 0, done.stdout + done.stderr
     kills = dict(line.split() for line in done.stdout.splitlines())
     assert list(kills) == MODES
-    assert all(int(count) > COUNT for count in kills.values())
+    assert all(int(count) > COUNT for count in kills.values()), kills

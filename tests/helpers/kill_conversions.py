@@ -129,7 +129,7 @@ def check_again_and_again(source, config, root):
     whole, out = contents(root / "whole"), root / "out"
     for kills in itertools.count():
         how = again(out, whole, {}) if out.exists() else {}
-        if not kill_at_change(30 + 15 * kills, run(source, out, config, **how), root):
+        if not kill_at_change(20 + 10 * kills, run(source, out, config, **how), root):
             assert contents(out) == whole
             return kills
     raise AssertionError("not reached")
