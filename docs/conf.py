@@ -40,7 +40,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"Tensor|PreTrainedModel"),
     # of the standard library, likewise
     ("py:.*", r"(os|pathlib|collections|abc|typing)\..*"),
-    ("py:.*", r"Path|Any|Iterable|Iterator|Mapping|Sequence"),
+    ("py:.*", r"Path|Any|BufferedReader|Iterable|Iterator|Mapping|Sequence"),
     # aliases for NumPy arrays, in signatures of the kernels
     ("py:.*", r"(spallm_\w+\.)?.*\b(Bytes|Codes|Floats|Singles)"),
 ]

@@ -3,7 +3,8 @@
 huggingface_hub repeats some requests itself: for the properties of a file, for a part of an upload,
 and downloads that are answered with 429 or time out. It does not repeat the request for the list of
 files, the creation of a repository, a commit, or a download that is answered with 5xx. Those go
-through `retried`, so that no wait is multiplied.
+through `retried`, so that no wait is multiplied. Versions before 2 do not repeat an upload whose
+connection breaks either: it ends in an error, and the next push sends only what is missing.
 """
 
 from __future__ import annotations
