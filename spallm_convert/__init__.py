@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .runtime.tables import load_tables, save_tables, set_tables, table_sets
     from .runtime.trainable import TrainableSummary, set_trainable, trainable_summary
     from .sketch.layer import Layer
+    from .sketch.limits import Limit
     from .sketch.plan import Plan
     from .source.text import read_documents
 
@@ -45,6 +46,7 @@ __all__ = [
     "FormatError",
     "HubError",
     "Layer",
+    "Limit",
     "OptionError",
     "Plan",
     "Progress",
@@ -78,6 +80,7 @@ _HOMES = {
     "FormatError": "errors",
     "HubError": "errors",
     "Layer": "sketch.layer",
+    "Limit": "sketch.limits",
     "OptionError": "errors",
     "Plan": "sketch.plan",
     "Progress": "progress",
