@@ -6,34 +6,36 @@ conversion makes the same plan as the interrupted one.
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from spallm_convert.config import AUTO, SketchConfig
-from spallm_convert.errors import OptionError, SourceError
+from spallm_convert.errors import SourceError
 from spallm_convert.source.checkpoint import DenseCheckpoint
 from spallm_convert.source.layer_count import layer_count_problem
-from spallm_convert.source.skeleton import Skeleton, aliases, by_model_name, read_skeleton
+from spallm_convert.source.skeleton import read_skeleton
 from spallm_formats import (
-    CONFIG_FILE,
-    FLOAT_STORAGE,
-    INDEX_MAP_SUFFIX,
-    TABLE_SUFFIX,
     Shard,
     SketchedModule,
     SketchMetadata,
     StoredTensor,
     TensorSpec,
     plan_shards,
-    shown,
     summary,
 )
 
+from .ignoring import check_patterns, ignored_layers, matches
 from .layer import Layer
 from .left_dense import dense_warning, dense_weights, other_matrices
 from .limits import Limit, loading_limit
+from .problems import (
+    check_groups,
+    double_weights,
+    name_problems,
+    tensor_problems,
+    why_none,
+)
 from .widths import Choice, check_target, with_choice
 
 
@@ -134,7 +136,7 @@ def make_plan(
     skeleton = read_skeleton(folder, checkpoint.config, trust_remote_code=trust_remote_code)
     layers: dict[str, Layer] = {}
     left_dense: dict[str, str] = {}
-    problems = _name_problems(tensors)
+    problems = name_problems(tensors)
     names = {path: skeleton.stored_name(path, tensors) for path in skeleton.linears}
     for path, shape in skeleton.linears.items():
         name = names[path]
@@ -142,7 +144,7 @@ def make_plan(
             left_dense[path] = skeleton.unfit.get(path, "its weight is not stored under this name")
             continue
         weight = tensors[name + ".weight"]
-        pattern = next((p for p in config.ignore if _matches(p, path, name)), None)
+        pattern = next((p for p in config.ignore if matches(p, path, name)), None)
         if pattern is not None:
             reason: str | None = f"ignored by the pattern {pattern!r}"
         else:
@@ -150,19 +152,19 @@ def make_plan(
         if reason:
             left_dense[name] = reason
         else:
-            problems += _tensor_problems(weight, shape) + _other_names(path, skeleton, tensors)
+            problems += tensor_problems(weight, shape) + double_weights(path, skeleton, tensors)
             layers[name] = Layer(name, path, _sketched(shape, config), weight)
-    _check_patterns(config.ignore, [(path, name or path) for path, name in names.items()])
+    check_patterns(config.ignore, [(path, name or path) for path, name in names.items()])
     left_dense |= other_matrices(tensors, {*layers, *left_dense})
     if problems:
         raise SourceError(f"{folder}: {summary(problems)}")
     if not layers:
-        raise SourceError(f"{folder}: no linear layer to sketch {_why_none(left_dense)}")
+        raise SourceError(f"{folder}: no linear layer to sketch {why_none(left_dense)}")
     modules = {name: layer.module for name, layer in layers.items()}
-    _check_groups(modules)
+    check_groups(modules)
     check_target(modules, config)
     metadata, kept, shards = _laid_out(tensors, layers, config)
-    ignored = _ignored(skeleton, names, tensors, config.ignore)
+    ignored = ignored_layers(skeleton, names, tensors, config.ignore)
     stored = {tensor.dtype for tensor in kept.values()}
     return Plan(
         metadata=metadata,
@@ -192,42 +194,6 @@ def reallocate(
     }
     metadata, kept, shards = _laid_out(checkpoint.tensors, layers, config)
     return replace(plan, metadata=metadata, layers=layers, kept=kept, shards=shards)
-
-
-def _matches(pattern: str, *names: str) -> bool:
-    """Return whether a pattern matches one of a layer's names (path, name in the checkpoint)."""
-    return any(fnmatch.fnmatch(name, pattern) for name in names)
-
-
-def _ignored(
-    skeleton: Skeleton,
-    names: Mapping[str, str | None],
-    tensors: Mapping[str, StoredTensor],
-    patterns: tuple[str, ...],
-) -> set[str]:
-    """Return the layers that the user leaves dense, by the names of their weights on disk.
-
-    names: Name of each layer in the checkpoint by path; None if transformers renames its weight.
-    """
-    if not patterns:
-        return set()
-    renamed = {name: tensor.name for name, tensor in by_model_name(skeleton.model, tensors).items()}
-    found = set()
-    for path, name in names.items():
-        stored = name or renamed.get(path + INDEX_MAP_SUFFIX, path).removesuffix(INDEX_MAP_SUFFIX)
-        if any(_matches(pattern, path, stored) for pattern in patterns):
-            found.add(stored)
-    return found
-
-
-def _check_patterns(patterns: tuple[str, ...], layers: list[tuple[str, str]]) -> None:
-    """Raise OptionError if a pattern to ignore matches no layer."""
-    unused = [p for p in patterns if not any(_matches(p, *names) for names in layers)]
-    if unused:
-        raise OptionError(
-            f"ignore patterns {unused} match no linear layer of the model's blocks; --dry-run "
-            f"without --ignore lists the layers"
-        )
 
 
 def _laid_out(
@@ -273,68 +239,3 @@ def _reason_to_keep(
         if sum(spec.nbytes for spec in specs) >= weight.nbytes:
             return f"with {shape[1]} columns its tables would be larger than the space they save"
     return None
-
-
-def _name_problems(tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Return the tensors whose names the format reserves for sketch tables."""
-    reserved = [shown(name) for name in tensors if name.endswith(TABLE_SUFFIX)]
-    if not reserved:
-        return []
-    return [
-        f"found {summary(reserved, ', ')}, but only sketch tables may have names that end in "
-        f"{TABLE_SUFFIX!r}: convert a dense model, or rename these tensors"
-    ]
-
-
-def _other_names(path: str, skeleton: Skeleton, tensors: Container[str]) -> list[str]:
-    """Return a problem if the weight of a layer is stored under several names."""
-    names = dict.fromkeys(aliases(path, skeleton.base_prefix))
-    found = [
-        name + INDEX_MAP_SUFFIX
-        for name in names
-        if name + INDEX_MAP_SUFFIX in tensors and (name == path or name not in skeleton.linears)
-    ]
-    if len(found) < 2:
-        return []
-    return [f"tensors {' and '.join(map(shown, found))} are the same weight: remove one of them"]
-
-
-def _tensor_problems(weight: StoredTensor, shape: tuple[int, int]) -> list[str]:
-    """Return what keeps a weight from being sketched: its dtype, or its shape."""
-    where = f"{weight.file.name}: tensor {shown(weight.name)}"
-    if weight.dtype not in FLOAT_STORAGE:
-        accepted = ", ".join(FLOAT_STORAGE)
-        return [
-            f"{where} has the dtype {weight.dtype}, only {accepted} can be sketched (--ignore "
-            f"{weight.name.removesuffix('.weight')} leaves the layer dense)"
-        ]
-    if weight.shape != shape:
-        return [
-            f"{where} is {list(weight.shape)}, the model expects {list(shape)}: use the "
-            f"{CONFIG_FILE} that belongs to these weights"
-        ]
-    return []
-
-
-def _check_groups(modules: dict[str, SketchedModule]) -> None:
-    """Raise OptionError if the groups do not divide the columns of every module."""
-    misfits = [
-        f"{name} ({module.in_features} columns)"
-        for name, module in modules.items()
-        if module.in_features % module.groups_per_row
-    ]
-    if misfits:
-        groups = next(iter(modules.values())).groups_per_row
-        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-        named = ", ".join(misfits[:3]) + more
-        raise OptionError(
-            f"groups_per_row {groups} does not divide the columns of {named}; use a divisor, or "
-            f"--groups-per-row auto"
-        )
-
-
-def _why_none(left_dense: dict[str, str]) -> str:
-    """Return why there is no layer to sketch, in parentheses, with up to three reasons."""
-    if not left_dense:
-        return "(the model has none inside its blocks)"
-    return "(" + "; ".join(f"{name}: {why}" for name, why in list(left_dense.items())[:3]) + ")"
