@@ -29,8 +29,15 @@ from spallm_convert.source.layer_count import layer_count_problem
 from spallm_convert.source.skeleton import find_model_class, remote_class
 from spallm_formats import CONFIG_FILE, SketchMetadata, TensorSpec, shown, summary
 
-#: Safetensors' names of dtypes, and torch's. Other integers and floats change no shape either.
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
+#: Safetensors' names of dtypes, and torch's. One kind of integers stands for most; all other dtypes
+#: count as float32.
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    **dict.fromkeys(("BOOL", "I8", "I16", "I32", "I64", "U16", "U32", "U64"), torch.int32),
+    "U8": torch.uint8,
+}
 #: Key of the config with the number of blocks that a checkpoint may hold after those of the model.
 #: They predict further tokens, and transformers leaves them out.
 _EXTRA_BLOCKS = "num_nextn_predict_layers"

@@ -49,7 +49,7 @@ class SpallmQuantizer(HfQuantizer):
     requires_calibration = True
     serialized_names = {"weight": ["weight", "weight_table"]}  # noqa: RUF012
     quantization_config: SpallmConfig
-    _shapes: dict[str, torch.Size]
+    _expected: dict[str, tuple[torch.Size, bool]]  # shape, and whether it is of floats
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         check_dtype(dtype)
@@ -85,24 +85,37 @@ class SpallmQuantizer(HfQuantizer):
                 stored_name=stored,
             )
             model.set_submodule(path, sketched)
-        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._expected = {
+            name: (parameter.shape, parameter.is_floating_point())
+            for name, parameter in model.named_parameters()
+        }
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        # transformers 5.0 sets parameters of any shape if a model has a quantizer.
-        problems = [
-            f"tensor {name!r} has the shape {list(parameter.shape)}, the model expects "
-            f"{list(self._shapes[name])}"
-            for name, parameter in model.named_parameters()
-            if parameter.shape != self._shapes.get(name, parameter.shape)
-        ]
-        if problems:
-            raise FormatError(problems)
+        self._check_parameters(model)
         train_tables_only(model)
         attach_set_tables(model)
         self._describe_tables(_table_dtypes(model))
         return model
+
+    def _check_parameters(self, model: PreTrainedModel) -> None:
+        """Raise FormatError if a parameter has got a tensor of another kind than it had."""
+        problems = []
+        for name, parameter in model.named_parameters():
+            shape, is_float = self._expected.get(name, (parameter.shape, True))
+            # transformers 5.0 sets parameters of any shape if a model has a quantizer.
+            if parameter.shape != shape:
+                problems.append(
+                    f"tensor {name!r} has the shape {list(parameter.shape)}, the model expects "
+                    f"{list(shape)}"
+                )
+            elif is_float and not (parameter.is_floating_point() or parameter.is_complex()):
+                problems.append(
+                    f"tensor {name!r} has the dtype {parameter.dtype}, the model expects floats"
+                )
+        if problems:
+            raise FormatError(problems)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
         """Return the state dict that `save_pretrained`, the caller, saves, and its metadata.

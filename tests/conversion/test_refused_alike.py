@@ -43,7 +43,15 @@ def layers(folder):
     return r"num_hidden_layers is 1000000000, but the checkpoint has only \d+ "
 
 
-@pytest.mark.parametrize("spoil", [adapter, generation_config, architecture, layers])
+def integers(folder):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    at = data.index(b'"BF16"', data.index(b'"model.norm.weight"'))
+    path.write_bytes(data[:at] + b'"I16" ' + data[at + 6 :])
+    return r"tensor 'model.norm.weight' has the dtype torch.int(16|32), the model expects floats"
+
+
+@pytest.mark.parametrize("spoil", [adapter, generation_config, architecture, layers, integers])
 def test_refused_alike(tiny_llama, sketched, tmp_path, spoil):
     source = shutil.copytree(tiny_llama.folder, tmp_path / "source")
     message = spoil(source)
@@ -56,7 +64,7 @@ def test_refused_alike(tiny_llama, sketched, tmp_path, spoil):
     others = [problem for problem in verify(folder) if "SHA-256" not in problem]
     with pytest.raises(AssertionError, match=message):  # the message is among the problems
         assert others == []
-    if spoil is generation_config:
+    if spoil in (generation_config, integers):
         with pytest.raises(FormatError, match=message):
             AutoModelForCausalLM.from_pretrained(folder)
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from spallm_convert import SketchConfig, convert, load_sketched, load_tables, set_tables, verify
 from spallm_convert.conversion.report import REPORT_FILE
-from spallm_formats import TABLES_FILE, FormatError, SketchedCheckpoint, sha256
+from spallm_formats import INDEX_FILE, TABLES_FILE, FormatError, SketchedCheckpoint, sha256
 
 from .bases import MODEL, Bases
 from .faults import FAMILY, check_faults
@@ -54,8 +54,8 @@ def transformers_can_read(folder: Path) -> bool:
 
     They open pipes and devices, parse JSON of any size, and build any number of layers.
     """
-    path = folder / "config.json"
-    if not path.is_file() or path.stat().st_size > 1 << 20:
+    path, index = folder / "config.json", folder / INDEX_FILE
+    if not path.is_file() or any(p.is_file() and p.stat().st_size > 1 << 20 for p in (path, index)):
         return False
     try:
         layers = json.loads(path.read_bytes()).get("num_hidden_layers")
