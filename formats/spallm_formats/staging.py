@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -119,6 +120,7 @@ class Staging:
             return None
         sound = (
             isinstance(record, dict)
+            and record.get("digest") == _record_digest(record)
             and record.get("header") == _digest(shard.header)
             and record.get("sha256") == sha256(self._files / shard.filename)
         )
@@ -148,6 +150,7 @@ class Staging:
             "bytes": shard.nbytes,
             "header": _digest(shard.header),
         }
+        record["digest"] = _record_digest(record)
         write_atomic(self._record_path(shard), to_json(record))
         temporary.replace(self._files / shard.filename)
 
@@ -248,6 +251,12 @@ class Staging:
 
     def _record_path(self, shard: Shard) -> Path:
         return self._partial / (shard.filename + ".record.json")
+
+
+def _record_digest(record: dict[str, Any]) -> str:
+    """Return the digest of a record without its own digest, whatever the order of its keys."""
+    rest = {key: value for key, value in record.items() if key != "digest"}
+    return _digest(json.dumps(rest, sort_keys=True).encode())
 
 
 def _digest(data: bytes) -> str:

@@ -30,6 +30,8 @@ from spallm_formats import (
     shown,
 )
 
+#: Weights that a model may have beyond its checkpoint, such as a new head.
+_NEW_WEIGHTS = 1 << 24
 _GENERATION_FILE = "generation_config.json"
 #: Dtypes of activations that sketched layers can compute in.
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -86,12 +88,15 @@ def read_checked_config(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def check_files(files: Sequence[str] | None, metadata: SketchMetadata) -> None:
+def check_files(
+    files: Sequence[str] | None, metadata: SketchMetadata, model: torch.nn.Module
+) -> None:
     """Check the folder of the files that transformers has found for a model.
 
     Args:
         files: Paths of the weights. None: there are no files, only a state dict.
         metadata: The `quantization_config` that transformers loads the model with.
+        model: The model without weights, as the config describes it.
 
     Raises:
         FormatError: If the checkpoint breaks the format, or has another `quantization_config`.
@@ -110,6 +115,7 @@ def check_files(files: Sequence[str] | None, metadata: SketchMetadata) -> None:
         ask_for_index(folder)
     checkpoint = SketchedCheckpoint.open(folder)
     check_generation_config(folder)
+    _check_size(model, checkpoint)
     shards = {tensor.file.name for tensor in checkpoint.tensors.values()}
     others = sorted({path.name for path in paths} - shards)
     if others:
@@ -122,6 +128,19 @@ def check_files(files: Sequence[str] | None, metadata: SketchMetadata) -> None:
     if dataclasses.replace(metadata, table_dtype=stored.table_dtype) != stored:
         raise FormatError(
             f"{folder}: the given config has another quantization_config than {CONFIG_FILE}"
+        )
+
+
+def _check_size(model: torch.nn.Module, checkpoint: SketchedCheckpoint) -> None:
+    """Refuse a model far larger than its checkpoint: transformers would allocate all of it."""
+    sketched = checkpoint.metadata.tensors()
+    held = sum(module.weights for module in checkpoint.metadata.modules.values())
+    held += sum(t.elements for name, t in checkpoint.tensors.items() if name not in sketched)
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    if expected > 2 * held + _NEW_WEIGHTS:
+        raise FormatError(
+            f"{checkpoint.folder}: {CONFIG_FILE} describes a model of {expected:,} weights, but "
+            f"the checkpoint holds {held:,}; use the {CONFIG_FILE} that belongs to these weights"
         )
 
 

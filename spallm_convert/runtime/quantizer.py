@@ -59,7 +59,7 @@ class SpallmQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         metadata = self.quantization_config.metadata
-        check_files(checkpoint_files, metadata)
+        check_files(checkpoint_files, metadata, model)
         seed = metadata.hash_seed if metadata.mapping == "hash" else None
         # Tables stored in float32 stay in float32 for training, whatever the dtype of the model.
         table_dtype = torch.float32 if metadata.table_dtype == "float32" else None

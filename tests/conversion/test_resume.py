@@ -94,6 +94,17 @@ def test_a_damaged_shard_is_written_again(sharded_llama, unfinished, tmp_path):
     assert contents(unfinished) == contents(tmp_path / "whole")
 
 
+def test_a_record_that_was_changed_counts_as_missing(sharded_llama, unfinished, tmp_path):
+    path = next((unfinished / PARTIAL_FOLDER).glob("*.record.json"))
+    record = json.loads(path.read_text())
+    name = next(iter(record["modules"]))
+    record["modules"][name] = [1.0, 2.0]  # errors that nobody measured
+    path.write_text(json.dumps(record))
+    convert(sharded_llama.folder, unfinished, SketchConfig(max_shard_size="30KB"), resume=True)
+    convert(sharded_llama.folder, tmp_path / "whole", SketchConfig(max_shard_size="30KB"))
+    assert contents(unfinished) == contents(tmp_path / "whole")
+
+
 def test_an_unfinished_folder_needs_a_decision(sharded_llama, unfinished):
     with pytest.raises(SpallmError, match="holds an unfinished conversion: use --resume"):
         convert(sharded_llama.folder, unfinished, SketchConfig(max_shard_size="30KB"))

@@ -146,6 +146,16 @@ def test_an_architecture_that_is_no_model(folder, name):
         load_sketched(folder)
 
 
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("change", [{"vocab_size": 10**9}, {"intermediate_size": 10**12}])
+def test_a_model_far_larger_than_its_checkpoint_is_not_allocated(folder, load, change):
+    edit(folder, **change)
+    with pytest.raises(
+        FormatError, match=r"describes a model of [\d,]+ weights, but the checkpoint"
+    ):
+        load(folder)
+
+
 def test_errors_of_options_stay_those_of_transformers(folder):
     with pytest.raises(TypeError, match="nonsense"):
         load_sketched(folder, nonsense=1)
