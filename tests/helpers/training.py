@@ -74,3 +74,20 @@ def losses(trainer):
 def parameters(model):
     """Return a copy of every parameter by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same(model, other):
+    """The same parameters, bit for bit, in the same dtypes."""
+    found, expected = parameters(model), parameters(other)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype, name
+        assert torch.equal(value, expected[name]), name
+
+
+def assert_close(found, expected):
+    """Equal, but for sums over a batch that were taken in another order."""
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        # AdamW divides by the size of a gradient, so an entry with hardly any may go either way.
+        torch.testing.assert_close(value.float(), expected[name].float(), rtol=1e-3, atol=1e-4)

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from spallm_convert import OptionError, SketchConfig, SketchedLinear, convert, load_sketched
+from spallm_convert import OptionError, SketchedLinear, load_sketched
 
 peft = pytest.importorskip("peft")
 
@@ -15,16 +15,9 @@ ADVICE = "but SketchedLinear has an index map and tables: use plain LoRA, train 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT has warnings of its own
 
 
-@pytest.fixture(scope="module")
-def folder(tiny_llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sketched") / "out"
-    convert(tiny_llama.folder, folder, SketchConfig(groups_per_row=2))
-    return folder
-
-
 @pytest.fixture
-def base(folder):
-    return load_sketched(folder, dtype=torch.float32)
+def base(sketched_llama):
+    return load_sketched(sketched_llama, dtype=torch.float32)
 
 
 def lora(**options):
@@ -53,18 +46,20 @@ def logits(model):
         return model(TOKENS).logits
 
 
-def test_lora_trains_saves_and_loads(folder, base, tmp_path):
+def test_lora_trains_saves_and_loads(sketched_llama, base, tmp_path):
     model = trained(base)
     model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(load_sketched(folder, dtype=torch.float32), tmp_path)
+    again = peft.PeftModel.from_pretrained(
+        load_sketched(sketched_llama, dtype=torch.float32), tmp_path
+    )
     assert torch.equal(logits(again.eval()), logits(model))
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
 
 
-def test_the_values_are_those_of_lora_on_the_dense_model(folder, base, tmp_path):
+def test_the_values_are_those_of_lora_on_the_dense_model(sketched_llama, base, tmp_path):
     model = trained(base)
     model.save_pretrained(tmp_path)
-    dense = load_sketched(folder, dtype=torch.float32).dequantize()
+    dense = load_sketched(sketched_llama, dtype=torch.float32).dequantize()
     dense = peft.PeftModel.from_pretrained(dense, tmp_path).eval()
     torch.testing.assert_close(logits(dense), logits(model), rtol=1e-5, atol=1e-5)
     merged = dense.merge_and_unload()
@@ -85,11 +80,11 @@ def test_merging_is_refused_before_anything_is_merged(base, merge):
         layer.merge()
 
 
-def test_unloading_gives_the_base(folder, base):
+def test_unloading_gives_the_base(sketched_llama, base):
     model = trained(base)
     unloaded = model.unload()
     assert type(unloaded.model.layers[0].mlp.up_proj) is SketchedLinear
-    assert torch.equal(logits(unloaded), logits(load_sketched(folder, dtype=torch.float32)))
+    assert torch.equal(logits(unloaded), logits(load_sketched(sketched_llama, dtype=torch.float32)))
 
 
 @pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties"])
@@ -151,10 +146,10 @@ def test_any_method_works_on_a_dense_model(base):
     torch.testing.assert_close(logits(model.merge_and_unload()), before, rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_through_transformers(folder, base, tmp_path):
+def test_adapters_through_transformers(sketched_llama, base, tmp_path):
     base.add_adapter(lora(init_lora_weights="gaussian"))
     assert type(base.model.layers[0].mlp.up_proj).__name__ == "SketchedLoraLinear"
     base.save_pretrained(tmp_path)
-    again = load_sketched(folder, dtype=torch.float32)
+    again = load_sketched(sketched_llama, dtype=torch.float32)
     again.load_adapter(str(tmp_path))
     assert torch.equal(logits(again), logits(base.eval()))

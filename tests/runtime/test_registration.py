@@ -13,8 +13,6 @@ import torch
 
 from spallm_convert import (
     OptionError,
-    SketchConfig,
-    convert,
     load_sketched,
     load_tables,
     save_tables,
@@ -22,16 +20,9 @@ from spallm_convert import (
 from spallm_convert.runtime import registration
 
 
-@pytest.fixture(scope="module")
-def folder(tiny_llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sketched") / "out"
-    convert(tiny_llama.folder, folder, SketchConfig(groups_per_row=2))
-    return folder
-
-
 @pytest.fixture
-def model(folder):
-    return load_sketched(folder)
+def model(sketched_llama):
+    return load_sketched(sketched_llama)
 
 
 @pytest.fixture
@@ -108,11 +99,11 @@ def test_a_clone_switches_its_own_tables(model, tmp_path, cloned):
     assert torch.equal(table(model) + 1, table(clone))
 
 
-def test_memory_is_freed_without_garbage_collection(folder):
+def test_memory_is_freed_without_garbage_collection(sketched_llama):
     gc.collect()
     gc.disable()
     try:
-        model = load_sketched(folder)
+        model = load_sketched(sketched_llama)
         seen = weakref.ref(model)
         model.set_tables("base")
         switch = model.set_tables

@@ -1,10 +1,9 @@
-"""Training: Trainer and its options, kills, several processes, what is saved afterwards."""
+"""Training in one process: Trainer and its options, and what is saved afterwards."""
 
 import copy
 import inspect
 import json
 import pickle
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.tiny_models import save_tiny_llama
-from helpers.training import checkpointing, counting, losses, parameters, trainer
-from helpers.training_processes import Job, outcome, run_jobs
+from helpers.training import (
+    assert_close,
+    assert_same,
+    checkpointing,
+    counting,
+    losses,
+    parameters,
+    trainer,
+)
 from spallm_convert import SketchConfig, SketchedLinear, convert, load_sketched
 
 TOKENS = torch.stack([example["input_ids"] for example in counting(4)])
@@ -27,16 +33,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def sketched_folder(tiny_llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sketched") / "out"
-    convert(tiny_llama.folder, folder, SketchConfig(groups_per_row=2))
-    return folder
-
-
 @pytest.fixture
-def model(sketched_folder):
-    return load_sketched(sketched_folder, dtype=torch.float32)
+def model(sketched_llama):
+    return load_sketched(sketched_llama, dtype=torch.float32)
 
 
 def test_trainer_lowers_the_loss_and_changes_tables_only(model, tmp_path):
@@ -59,9 +58,9 @@ def one_step(model, **call):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_gives_the_same_loss_and_gradients(sketched_folder, model, reentrant):
+def test_checkpointing_gives_the_same_loss_and_gradients(sketched_llama, model, reentrant):
     plain_loss, plain = one_step(model.train())
-    other = load_sketched(sketched_folder, dtype=torch.float32).train()
+    other = load_sketched(sketched_llama, dtype=torch.float32).train()
     other.gradient_checkpointing_enable({"use_reentrant": reentrant})
     loss, gradients = one_step(other, use_cache=False)
     assert torch.equal(loss, plain_loss)
@@ -71,8 +70,8 @@ def test_checkpointing_gives_the_same_loss_and_gradients(sketched_folder, model,
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_gives_trainer_the_same_curve(sketched_folder, model, tmp_path, reentrant):
-    plain = trainer(load_sketched(sketched_folder, dtype=torch.float32), tmp_path)
+def test_checkpointing_gives_trainer_the_same_curve(sketched_llama, model, tmp_path, reentrant):
+    plain = trainer(load_sketched(sketched_llama, dtype=torch.float32), tmp_path)
     plain.train()
     run = trainer(model, tmp_path, **checkpointing(reentrant=reentrant))
     run.train()
@@ -80,8 +79,8 @@ def test_checkpointing_gives_trainer_the_same_curve(sketched_folder, model, tmp_
     assert_same(model, plain.model)
 
 
-def test_accumulated_gradients_are_those_of_the_batch(sketched_folder, model, tmp_path):
-    whole = trainer(load_sketched(sketched_folder, dtype=torch.float32), tmp_path)
+def test_accumulated_gradients_are_those_of_the_batch(sketched_llama, model, tmp_path):
+    whole = trainer(load_sketched(sketched_llama, dtype=torch.float32), tmp_path)
     whole.train()
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     run = trainer(model, tmp_path, **split)
@@ -91,9 +90,9 @@ def test_accumulated_gradients_are_those_of_the_batch(sketched_folder, model, tm
 
 
 def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_tables(
-    sketched_folder, model, tmp_path
+    sketched_llama, model, tmp_path
 ):
-    exact = trainer(load_sketched(sketched_folder, dtype=torch.float32), tmp_path)
+    exact = trainer(load_sketched(sketched_llama, dtype=torch.float32), tmp_path)
     exact.train()
     layer = model.model.layers[0].mlp.up_proj
     outputs, gradients = set(), set()
@@ -143,11 +142,11 @@ def test_the_best_checkpoint_is_loaded_at_the_end(model, tmp_path):
 
 
 def test_saved_after_training_maps_are_the_same_bytes_and_tables_the_trained_ones(
-    sketched_folder, model, tmp_path
+    sketched_llama, model, tmp_path
 ):
     trainer(model, tmp_path).train()
     model.save_pretrained(tmp_path / "saved")
-    original = load_file(sketched_folder / "model.safetensors")
+    original = load_file(sketched_llama / "model.safetensors")
     saved = load_file(tmp_path / "saved/model.safetensors")
     assert saved.keys() == original.keys()
     for name, tensor in saved.items():
@@ -178,8 +177,8 @@ def test_tied_embeddings_train_and_save(tmp_path):
 
 # transformers takes a device map with CPUs in it for one that offloads.
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
-def test_a_device_map_trains_and_saves(sketched_folder, tmp_path):
-    model = load_sketched(sketched_folder, dtype=torch.float32, device_map="auto")
+def test_a_device_map_trains_and_saves(sketched_llama, tmp_path):
+    model = load_sketched(sketched_llama, dtype=torch.float32, device_map="auto")
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     before = parameters(model)
     trainer(model, tmp_path / "run", max_steps=1).train()
@@ -189,9 +188,9 @@ def test_a_device_map_trains_and_saves(sketched_folder, tmp_path):
     assert_same(load_sketched(tmp_path / "saved"), model)
 
 
-def test_code_in_the_folder_is_not_run_unless_trusted(sketched_folder, tmp_path):
+def test_code_in_the_folder_is_not_run_unless_trusted(sketched_llama, tmp_path):
     assert inspect.signature(load_sketched).parameters["trust_remote_code"].default is False
-    load_sketched(sketched_folder).save_pretrained(tmp_path / "model")
+    load_sketched(sketched_llama).save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
     config["auto_map"] = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
     (tmp_path / "model/config.json").write_text(json.dumps(config))
@@ -220,8 +219,8 @@ def test_a_copy_saves_its_own_tables(model, tmp_path):
         assert not torch.equal(clone(TOKENS).logits, model(TOKENS).logits)
 
 
-def test_tables_that_were_widened_can_be_saved(sketched_folder, tmp_path):
-    model = load_sketched(sketched_folder)
+def test_tables_that_were_widened_can_be_saved(sketched_llama, tmp_path):
+    model = load_sketched(sketched_llama)
     for module in model.modules():
         if isinstance(module, SketchedLinear):
             module.weight_table.data = module.weight_table.data.float() + 1e-4
@@ -246,186 +245,3 @@ def test_a_step_leaves_parameters_whose_memory_can_be_freed(model):
         parameter.data = parameter.data.clone()  # out of the file that safetensors has mapped
     one_step(model.train())
     assert all(p.untyped_storage().resizable() for p in model.parameters())
-
-
-@pytest.fixture(scope="module")
-def hashed_folder(tiny_llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hashed") / "out"
-    convert(tiny_llama.folder, folder, SketchConfig(groups_per_row=2, mapping="hash"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def jobs(sketched_folder, hashed_folder, tmp_path_factory):
-    """Runs that need processes of their own, all in one go."""
-    folder = tmp_path_factory.mktemp("jobs")
-    often = {"save_strategy": "steps", "save_steps": 2}
-    efficient = {**FSDP["fsdp_config"], "cpu_ram_efficient_loading": True}
-    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-    wanted = {
-        "whole": {"options": often},
-        "killed": {"options": often, "kill_at": 5},
-        "resumed": {"output": "killed", "options": often, "resume": True},
-        "ddp": {"processes": 2, "options": checkpointing(reentrant=False)},
-        "fsdp": {"processes": 2, "options": FSDP},
-        "fsdp killed": {"processes": 2, "options": FSDP | often, "kill_at": 5},
-        "fsdp resumed": {
-            "processes": 2,
-            "output": "fsdp killed",
-            "options": FSDP | often,
-            "resume": True,
-        },
-        "fsdp from one process": {
-            "processes": 2,
-            "options": FSDP | {"fsdp_config": efficient},
-            "environment": environment,
-        },
-        "fsdp in bfloat16": {"processes": 2, "dtype": "auto", "options": FSDP | {"bf16": True}},
-        "by hand": {"by_hand": True},
-        "by hand, sharded": {"processes": 2, "by_hand": True},
-        "hashed": {"hashed": True, "by_hand": True},
-        "hashed, sharded": {"hashed": True, "processes": 2, "by_hand": True},
-    }
-    found = {}
-    for name, options in wanted.items():
-        output = str(folder / options.pop("output", name).replace(" ", "-"))
-        model = hashed_folder if options.get("hashed") else sketched_folder
-        found[name] = Job(model=str(model), output=output, **options)
-    run_jobs(found.values(), folder)
-    return found
-
-
-def test_killed_and_resumed_the_curve_goes_on_as_if_uninterrupted(jobs):
-    exits = json.loads((Path(jobs["killed"].output) / "exits.json").read_text())
-    assert exits == [0]  # of the run that went on
-    whole, resumed = outcome(jobs["whole"]), outcome(jobs["resumed"])
-    assert len(whole["losses"]) == 6
-    assert resumed["losses"] == whole["losses"]
-    assert_same(saved(jobs["resumed"]), saved(jobs["whole"]))
-
-
-def test_the_killed_runs_were_killed(jobs):
-    for name, processes in {"killed": 1, "fsdp killed": 2}.items():
-        exits = json.loads((Path(jobs[name].output) / "exits-killed.json").read_text())
-        assert exits == [-signal.SIGKILL] * processes
-
-
-def test_two_processes_that_copy_the_model_give_the_same_loss(jobs):
-    whole, copied = outcome(jobs["whole"]), outcome(jobs["ddp"])
-    assert copied["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-    assert outcome(jobs["ddp"], rank=1)["map_bytes"] == copied["map_bytes"] == whole["map_bytes"]
-    assert_close(parameters(saved(jobs["ddp"])), parameters(saved(jobs["whole"])))
-
-
-def test_two_processes_that_share_the_model_give_the_same_loss(jobs):
-    whole = outcome(jobs["whole"])
-    shards = [outcome(jobs["fsdp"], rank) for rank in range(2)]
-    assert shards[0]["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-    assert sum(shard["map_bytes"] for shard in shards) == whole["map_bytes"]
-    assert all(shard["map_bytes"] < whole["map_bytes"] for shard in shards)
-    assert all(shard["map_dtypes"] == ["torch.uint8"] for shard in shards)
-    assert_close(parameters(saved(jobs["fsdp"])), parameters(saved(jobs["whole"])))
-
-
-def test_a_shared_model_that_was_killed_goes_on_too(jobs):
-    whole, resumed = outcome(jobs["fsdp"]), outcome(jobs["fsdp resumed"])
-    assert resumed["losses"] == whole["losses"]
-    assert_same(saved(jobs["fsdp resumed"]), saved(jobs["fsdp"]))
-
-
-def test_a_shared_model_may_come_from_one_process(jobs):
-    assert outcome(jobs["fsdp from one process"])["losses"] == outcome(jobs["fsdp"])["losses"]
-    assert_same(saved(jobs["fsdp from one process"]), saved(jobs["fsdp"]))
-
-
-def test_a_shared_bfloat16_model_trains_float32_tables(jobs):
-    found = outcome(jobs["fsdp in bfloat16"])
-    assert found["table_dtypes"] == ["torch.float32"]
-    assert found["losses"] == pytest.approx(outcome(jobs["fsdp"])["losses"], rel=0.05)
-    model = saved(jobs["fsdp in bfloat16"])
-    tables = [p for p in model.parameters() if p.requires_grad]
-    assert {p.dtype for p in tables} == {torch.float32}
-    assert any(not torch.equal(p, p.bfloat16().float()) for p in tables)
-
-
-def test_torchs_own_sharding_gives_the_same_loss(jobs):
-    whole, shared = outcome(jobs["by hand"]), outcome(jobs["by hand, sharded"])
-    assert shared["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-    assert shared["map_bytes"] < whole["map_bytes"]
-    assert_close(parameters(saved(jobs["by hand, sharded"])), parameters(saved(jobs["by hand"])))
-
-
-@pytest.mark.parametrize("name", ["by hand", "by hand, sharded"])
-def test_tables_are_saved_and_swapped_on_whole_and_shared_models(jobs, name):
-    job = jobs[name]
-    for rank in range(job.processes):
-        trained, loaded, base_changed, again = outcome(job, rank)["losses"][-4:]
-        assert trained == loaded == again != base_changed
-    tables = load_file(Path(job.output) / "tables/sketch_tables.safetensors")
-    model = saved(job)
-    assert len(tables) == 14
-    assert all(torch.equal(model.get_parameter(name), value) for name, value in tables.items())
-
-
-@pytest.mark.parametrize("name", ["by hand", "by hand, sharded"])
-def test_what_is_trained_with_a_set_leaves_the_base_as_it_was(jobs, name):
-    job = jobs[name]
-    for rank in range(job.processes):
-        found = outcome(job, rank)["tables"]
-        assert found["head was trained"]
-        assert found["base has its head"]
-
-
-@pytest.mark.parametrize("name", ["by hand", "by hand, sharded"])
-def test_every_process_is_told_that_tables_could_not_be_saved(jobs, name):
-    job = jobs[name]
-    for rank in range(job.processes):
-        found = outcome(job, rank)["tables"]
-        assert "OptionError" in found["refused"]
-        assert "already holds sketch tables" in found["refused"]
-        assert "is a file, expected a folder" in found["a file"]
-        assert found["no folder"].startswith("NotADirectoryError")
-
-
-def test_one_process_alone_saves_the_tables_of_a_model_that_is_not_shared(jobs):
-    outcome(jobs["by hand, sharded"])
-    saved = Path(jobs["by hand, sharded"].output) / "by the first process"
-    load_sketched(jobs["by hand"].model, tables=saved)
-
-
-def test_tables_that_a_shared_model_would_round_are_refused(jobs):
-    for rank in range(2):
-        found = outcome(jobs["by hand, sharded"], rank)["tables"]["too wide"]
-        assert "the model is sharded with tables in torch.bfloat16, which would round" in found
-
-
-def test_a_hashed_model_is_shared_too(jobs):
-    whole, shared = outcome(jobs["hashed"]), outcome(jobs["hashed, sharded"])
-    assert shared["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-    tables = [
-        load_file(Path(jobs[name].output) / "tables/sketch_tables.safetensors")
-        for name in ("hashed", "hashed, sharded")
-    ]
-    assert_close(*tables)
-    load_sketched(jobs["hashed"].model, tables=Path(jobs["hashed, sharded"].output) / "tables")
-
-
-def saved(job):
-    return load_sketched(Path(job.output) / "model")
-
-
-def assert_same(model, other):
-    """The same parameters, bit for bit, in the same dtypes."""
-    found, expected = parameters(model), parameters(other)
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        assert value.dtype == expected[name].dtype, name
-        assert torch.equal(value, expected[name]), name
-
-
-def assert_close(found, expected):
-    """Equal, but for sums over a batch that were taken in another order."""
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        # AdamW divides by the size of a gradient, so an entry with hardly any may go either way.
-        torch.testing.assert_close(value.float(), expected[name].float(), rtol=1e-3, atol=1e-4)
