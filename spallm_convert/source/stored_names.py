@@ -66,7 +66,7 @@ class LoadedNames:
         return dict(found)
 
 
-class _Unknown(Exception):
+class _UnknownError(Exception):
     """Raised for a conversion that does more than move rows."""
 
 
@@ -107,7 +107,7 @@ def loaded_names(model: PreTrainedModel, rows: Mapping[str, int]) -> LoadedNames
         converter = by_pattern[next(pattern for pattern in sources if pattern is not None)]
         try:
             pieces |= _moved(converter, target, sources, rows, own)
-        except _Unknown as unknown:
+        except _UnknownError as unknown:
             changed |= dict.fromkeys(names, str(unknown))
         if [type(op).__name__ for op in converter.operations] == ["Transpose"]:
             transposed.add(target)
@@ -136,7 +136,7 @@ def _moved(
     """Return the pieces of the parameters that a converter makes.
 
     Raises:
-        _Unknown: If it does more than move rows.
+        _UnknownError: If it does more than move rows.
     """
     # transformers aligns the memory of some tensors, which changes no value.
     operations = [op for op in converter.operations if type(op).__name__ != "Force16BytesAlignment"]
@@ -150,12 +150,12 @@ def _moved(
             return {target: (whole[0][0],)}
         case [("MergeModulelist", 0)] | [("MergeModulelist", 0), ("Concatenate", 1)]:
             if len({len(group) for group in whole}) != 1:
-                raise _Unknown("the experts of its block are not all stored")
+                raise _UnknownError("the experts of its block are not all stored")
             return {target: tuple(piece for expert in zip(*whole, strict=True) for piece in expert)}
         case [("Chunk" | "Split", 0)] if len(whole) == 1 and len(whole[0]) == 1:
             return _split(converter, target, whole[0][0], own)
     done = " and ".join(name for name, _ in kinds)
-    raise _Unknown(f"transformers changes it while loading ({done})")
+    raise _UnknownError(f"transformers changes it while loading ({done})")
 
 
 def _split(
@@ -165,7 +165,7 @@ def _split(
     first = next((p for p in converter.target_patterns if p in target), None)
     names = [] if first is None else [target.replace(first, p) for p in converter.target_patterns]
     if not names or not all(name in own for name in names):
-        raise _Unknown("transformers splits it while loading")
+        raise _UnknownError("transformers splits it while loading")
     found: dict[str, tuple[Piece, ...]] = {}
     start = 0
     for name in names:
@@ -173,7 +173,7 @@ def _split(
         found[name] = (Piece(whole.tensor, start, count),)
         start += count
     if start != whole.rows:
-        raise _Unknown("transformers splits it while loading")
+        raise _UnknownError("transformers splits it while loading")
     return found
 
 
