@@ -148,6 +148,10 @@ def _sizes(report: Report) -> list[str]:
     return [str(bits) for bits in (report.widths if options.get("recipe") else [options["bits"]])]
 
 
+def _joined(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:])
+
+
 def _chosen(report: Report) -> str:
     predicted = report.document.get("predicted_loss")
     if predicted is None:

@@ -85,7 +85,8 @@ def dense_reasons(left_dense: Mapping[str, str], ignored: Container[str]) -> dic
     counts: dict[str, Counter[str]] = {}
     for name, why in left_dense.items():
         if name not in ignored and f"{name}.weight" not in ignored:
-            counts.setdefault(numbers_starred(name), Counter())[why] += 1
+            kind = numbers_starred(name.removesuffix(".weight"))
+            counts.setdefault(kind, Counter())[why] += 1
     return {kind: reasons.most_common(1)[0][0] for kind, reasons in counts.items()}
 
 
