@@ -38,7 +38,7 @@ def model_card(report: Report, config: dict[str, Any]) -> str:
     rest = _recipe(report) + _calibration(report)
     share = "Some" if options.get("include") else "Most" if report.left_dense else "All"
     return f"""{_front_matter(report, is_decoder)}
-# {name}, sketched to {" and ".join(_sizes(report))} bits
+# {name}, sketched to {_joined(_sizes(report))} bits
 
 {share} linear layers of this model's blocks are **sketches**: a small trainable table per row and
 group, and a frozen index map of {widths} bits per weight that says which entry each weight

@@ -181,6 +181,7 @@ def test_a_converted_recipe_is_reported_verified_and_resumed(tiny_llama, tmp_pat
         convert(tiny_llama.folder, out, SketchConfig(groups_per_row=1), resume=True)
 
 
+@pytest.mark.slow
 def test_mixed_widths_are_calibrated_and_healed(source, text, tmp_path):
     recipe = Recipe.parse({"*.mlp.*": {"bits": 2, "groups": 2}, "*.v_proj": {"dense": True}})
     config = calibrated(text, recipe=recipe, samples=4, seqlen=16, heal=2, groups_per_row=1)
