@@ -50,9 +50,8 @@ def _unfit(model: PreTrainedModel, weights: set[str]) -> dict[str, str]:
     )
     pairs: dict[str, Any] = getattr(model, "all_tied_weights_keys", {})  # not in all remote code
     tied = {*pairs, *pairs.values()}
-    return read | {
-        name: "the model ties its weight to that of another layer" for name in weights & tied
-    }
+    reason = "the model ties its weight to that of another layer"
+    return read | dict.fromkeys(weights & tied, reason)
 
 
 def _read_as_floats(model: PreTrainedModel) -> set[str]:
