@@ -20,15 +20,15 @@ TABLE_SUFFIX = INDEX_MAP_SUFFIX + TABLE_ENDING
 
 @dataclass(frozen=True, kw_only=True)
 class SketchedModule:
-    """Hold the shape of one sketched linear layer, or of all experts in one fused tensor.
+    """Hold the shape of a sketched layer or expert, or of all experts in one fused tensor.
 
     Attributes:
         in_features: Columns of the weight.
         out_features: Rows of the weight, or of each expert's.
         bits: Bits of a code, 1 to 8.
         groups_per_row: Tables per row; divides in_features.
-        experts: Number of experts whose weights are fused in one tensor. None: the module is one
-            linear layer.
+        experts: Number of experts whose weights are fused in one tensor. None: the module is a
+            layer, or an expert that is stored apart.
         transposed: Whether the source stores the weight, or each expert's, with a row per input.
     """
 
@@ -92,7 +92,7 @@ class SketchedModule:
         """Return the index map and the table of this module as they are stored.
 
         Args:
-            name: Path of the module in the model.
+            name: Name of the module.
             mapping: "cluster" or "hash".
             table_dtype: "bfloat16", "float16" or "float32".
         """
