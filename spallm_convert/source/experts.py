@@ -110,13 +110,13 @@ def _run(
 
         return ExpertWeights(shape, token, product)
 
-    token = torch.ones(1, size)
-    weights: dict[str, Any] = {name: stand_in(name, shape) for name, shape in shapes.items()}
-    rest = [*module.named_parameters(), *module.named_buffers()]
-    weights |= {name: torch.zeros(v.shape) for name, v in rest if name not in shapes}
-    experts = next(iter(shapes.values()))[0]
-    own = getattr(type(module).forward, "__wrapped__", type(module).forward)
-    with torch.device("cpu"), torch.no_grad():
+    with torch.device("cpu"), torch.no_grad():  # not on the device of `torch.device` around
+        token = torch.ones(1, size)
+        weights: dict[str, Any] = {name: stand_in(name, shape) for name, shape in shapes.items()}
+        rest = [*module.named_parameters(), *module.named_buffers()]
+        weights |= {name: torch.zeros(v.shape) for name, v in rest if name not in shapes}
+        experts = next(iter(shapes.values()))[0]
+        own = getattr(type(module).forward, "__wrapped__", type(module).forward)
         match list(inspect.signature(own).parameters)[1:]:
             case [_]:  # Llama 4: all tokens for every expert
                 call_with(module, weights, torch.ones(experts, size))

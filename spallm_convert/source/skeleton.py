@@ -21,7 +21,7 @@ from .linears import find_linears
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from spallm_formats import SketchMetadata, StoredTensor
+    from spallm_formats import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -39,57 +39,6 @@ class Skeleton:
     weights: dict[str, LinearWeight]
     unfit: dict[str, str]
     model: PreTrainedModel
-
-
-def aliases(name: str, base_prefix: str) -> tuple[str, str, str]:
-    """Return the names that a module can have in a model and its checkpoint, likeliest first.
-
-    transformers adds and removes the base model's prefix ("transformer.", "bert.") while loading.
-    """
-    prefix = base_prefix + "."
-    return name, name.removeprefix(prefix), prefix + name
-
-
-def resolve_modules(
-    metadata: SketchMetadata,
-    linears: Mapping[str, tuple[int, int]],
-    *,
-    base_prefix: str,
-    model_name: str,
-) -> tuple[dict[str, str], list[str]]:
-    """Find the linear layer of each sketched module of a checkpoint.
-
-    Args:
-        metadata: The `quantization_config` of the checkpoint.
-        linears: (out_features, in_features) of every linear layer of the model, by path.
-        base_prefix: Name of the base model inside the model class, such as "model" for Llama.
-        model_name: Name of the model class, for messages.
-
-    Returns:
-        The path of each module in the model, by its name in the checkpoint, and every problem, in
-        one line each. A module with a problem has no path.
-    """
-    paths: dict[str, str] = {}
-    owners: dict[str, str] = {}
-    problems = []
-    for stored, shape in metadata.modules.items():
-        path = next((name for name in aliases(stored, base_prefix) if name in linears), None)
-        if path is None:
-            problems.append(f"module {stored!r} is not a linear layer of {model_name}")
-        elif path in owners:
-            problems.append(
-                f"modules {owners[path]!r} and {stored!r} are the same layer of {model_name}, "
-                f"{path!r}, expected one of them"
-            )
-        elif linears[path] != (shape.out_features, shape.in_features):
-            problems.append(
-                f"module {stored!r} is sketched as [{shape.out_features}, {shape.in_features}], "
-                f"the model has {list(linears[path])}"
-            )
-        else:
-            paths[stored] = path
-            owners[path] = stored
-    return paths, problems
 
 
 def by_model_name(
