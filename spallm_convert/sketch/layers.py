@@ -7,7 +7,7 @@ sketched together or not at all, because a parameter cannot be sketched in part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from spallm_convert.config import SketchConfig
@@ -18,6 +18,7 @@ from spallm_convert.source.stored_names import LoadedNames, Piece, loaded_names,
 from spallm_formats import INDEX_MAP_SUFFIX, SketchedModule, StoredTensor
 
 from .layer import Layer, Part
+from .left_dense import matrices
 from .problems import double_weights, tensor_problems
 from .wishes import Stored, Wish, Wishes
 
@@ -61,7 +62,9 @@ def find_layers(
     shapes = ((name, tensor.shape) for name, tensor in tensors.items())
     found = FoundLayers(loaded_names(skeleton.model, matrix_rows(shapes)))
     wishes = Wishes(config)
+    belonging: set[str] = set()
     for parameters, names in _together(skeleton.weights, found.names):
+        belonging.update(names)
         wish = wishes.wish(list(_stored(parameters, found.names)))
         reason = wish.dense
         if reason is not None:
@@ -81,8 +84,20 @@ def find_layers(
         if reason is not None:
             kept = names or parameters
             found.left_dense |= {name.removesuffix(INDEX_MAP_SUFFIX): reason for name in kept}
+    _leave_others(tensors.keys() - belonging, tensors, wishes, found)
     wishes.check()
     return found
+
+
+def _leave_others(
+    names: Collection[str], tensors: Mapping[str, StoredTensor], wishes: Wishes, found: FoundLayers
+) -> None:
+    """Note the matrices of no linear layer that the user leaves dense; they stay so in any case."""
+    for name in matrices({name: tensor for name, tensor in tensors.items() if name in names}):
+        reason = wishes.unwanted(name)
+        if reason is not None:
+            found.ignored.add(name)
+            found.left_dense[name] = reason
 
 
 def _stored(parameters: list[str], names: LoadedNames) -> Iterator[Stored]:
@@ -149,18 +164,16 @@ def _made(
     wish: Wish,
 ) -> Iterator[Layer]:
     """Yield the layers of weights that belong together."""
-    for name in tensors:
+    by_tensor: dict[str, list[Part]] = {name: [] for name in tensors}
+    for parameter in parameters:
+        pieces = names.pieces[parameter]
+        first = 0
+        for piece in pieces:
+            rows = _rows(piece, pieces, skeleton.weights[parameter], stored)
+            by_tensor[piece.tensor].append(Part(parameter, first, piece.first, rows))
+            first += rows
+    for name, parts in by_tensor.items():
         tensor = stored[name]
-        parts: list[Part] = []
-        for parameter in parameters:
-            weight = skeleton.weights[parameter]
-            pieces = names.pieces[parameter]
-            first = 0
-            for piece in pieces:
-                rows = _rows(piece, pieces, weight, stored)
-                if piece.tensor == name:
-                    parts.append(Part(parameter, first, piece.first, rows))
-                first += rows
         weight = skeleton.weights[parts[0].parameter]
         fused = _fused(parts[0].parameter, skeleton, names)
         is_transposed = weight.transposed != _turned(parts[0].parameter, tensor, skeleton, names)

@@ -24,6 +24,7 @@ def other_matrices(
     known: Container[str],
     unfit: Mapping[str, str],
     names: LoadedNames,
+    own: Container[str],
 ) -> dict[str, str]:
     """Return the matrices inside blocks that belong to no linear layer.
 
@@ -33,18 +34,21 @@ def other_matrices(
         known: Names of the layers that stay dense for a known reason.
         unfit: Reasons for parameters of the model that cannot be sketched, by path.
         names: What the stored tensors become in the model.
+        own: Paths of the model's parameters.
 
     Returns:
         The reason why they stay dense, by name.
     """
     becomes = names.parameters()
     found = {}
-    for name in _matrices(tensors):
-        if name in sketched or name.removesuffix(".weight") in known:
+    for name in matrices(tensors):
+        if name in sketched or name in known or name.removesuffix(".weight") in known:
             continue
-        reasons = [unfit[p] for p in becomes.get(name, ()) if p in unfit]
-        other = names.changed.get(name, "not the weight of a linear layer")
-        found[name] = reasons[0] if reasons else other
+        targets = becomes.get(name, ())
+        reasons = [unfit[p] for p in targets if p in unfit]
+        is_loaded = name in names.changed or any(p in own for p in targets)
+        other = "not the weight of a linear layer" if is_loaded else "transformers does not load it"
+        found[name] = reasons[0] if reasons else names.changed.get(name, other)
     return found
 
 
@@ -65,7 +69,7 @@ def dense_weights(
         The number of weights of each kind of layer. In the name of a kind, numbers are stars.
     """
     counts: dict[str, int] = {}
-    for name, tensor in _matrices(tensors).items():
+    for name, tensor in matrices(tensors).items():
         if name not in sketched and name not in ignored:
             kind = numbers_starred(name.removesuffix(".weight"))
             counts[kind] = counts.get(kind, 0) + tensor.elements
@@ -130,8 +134,12 @@ def _kinds_by_reason(dense: Mapping[str, int], reasons: Mapping[str, str], room:
     return text
 
 
-def _matrices(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Return the tensors inside blocks with two dimensions or more."""
+def matrices(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the tensors inside blocks with two dimensions or more.
+
+    Args:
+        tensors: Tensors by name.
+    """
     return {
         name: tensor
         for name, tensor in tensors.items()

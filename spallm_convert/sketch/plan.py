@@ -132,8 +132,9 @@ def make_plan(
     found = find_layers(skeleton, tensors, config)
     layers = found.layers
     sketched = {layer.weight.name for layer in layers.values()}
+    own = skeleton.model.state_dict().keys()
     left_dense = found.left_dense | other_matrices(
-        tensors, sketched, found.left_dense, skeleton.unfit, found.names
+        tensors, sketched, found.left_dense, skeleton.unfit, found.names, own
     )
     if problems := name_problems(tensors, layers) + found.problems:
         raise SourceError(f"{folder}: {summary(problems)}")

@@ -95,6 +95,18 @@ class Wishes:
                 )
         return wish
 
+    def unwanted(self, tensor: str) -> str | None:
+        """Return why a matrix of no linear layer stays dense by the user's wish, None if it is not.
+
+        Args:
+            tensor: Name of the tensor.
+        """
+        names = [tensor.removesuffix(INDEX_MAP_SUFFIX)]
+        reason = self._dense(names) or self._by_recipe(names).dense
+        if reason is not None:
+            self._seen |= dict.fromkeys(names)
+        return reason
+
     def check(self) -> None:
         """Raise OptionError if a pattern matches no layer, or decides none of a recipe."""
         kinds = list(dict.fromkeys(map(numbers_starred, self._seen)))

@@ -4,7 +4,14 @@ import pytest
 
 from helpers.calibration import StopAt
 from helpers.tiny_models import add_matrices, save_tiny_llama
-from spallm_convert import SketchConfig, SourceError, convert, plan_conversion
+from spallm_convert import (
+    OptionError,
+    Recipe,
+    SketchConfig,
+    SourceError,
+    convert,
+    plan_conversion,
+)
 from spallm_convert.sketch.left_dense import dense_warning
 
 NAMES = [f"model.layers.{block}.mlp.adapter.{part}" for block in (0, 1) for part in ("up", "down")]
@@ -14,7 +21,7 @@ MATRICES = 4 * 640 * 64
 ALL = LAYERS + MATRICES
 WARNING = (
     f"warning: {MATRICES:,} of {ALL:,} linear weights ({MATRICES / ALL:.1%}) stay dense: "
-    f"model.layers.*.mlp.adapter.down and 1 more (not the weight of a linear layer)"
+    f"model.layers.*.mlp.adapter.down and 1 more (transformers does not load it)"
 )
 
 
@@ -53,6 +60,25 @@ def test_strict_makes_it_an_error_before_any_work(source, tmp_path):
 def test_what_the_user_leaves_dense_does_not_count(tiny_llama, options):
     plan = plan_conversion(tiny_llama.folder, SketchConfig(strict=True, **options))
     assert plan.dense_weights == plan.dense_reasons == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ignore": ["*.adapter.*"]},
+        {"include": ["*.mlp.up_proj"]},
+        {"recipe": Recipe.parse({"*.adapter.*": {"dense": True}})},
+    ],
+)
+def test_matrices_without_a_layer_can_be_left_dense(source, options):
+    plan = plan_conversion(source, SketchConfig(strict=True, **options))
+    assert plan.dense_warning is None
+    assert NAMES[0] in plan.left_dense
+
+
+def test_a_recipe_cannot_sketch_matrices_without_a_layer(source):
+    with pytest.raises(OptionError, match=r"'\*.adapter.\*': matches no linear layer"):
+        plan_conversion(source, SketchConfig(recipe=Recipe.parse({"*.adapter.*": {"bits": 2}})))
 
 
 def test_strict_changes_no_byte(tiny_llama, tmp_path):
