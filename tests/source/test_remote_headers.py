@@ -5,7 +5,6 @@ import json
 import struct
 
 import pytest
-
 from safetensors.torch import load_file, save
 
 from helpers.hub_client import INDEX, WEIGHTS
@@ -77,7 +76,7 @@ def incomplete(model, changes, lost):
     weights = save({name: value for name, value in tensors.items() if name not in lost})
     config = json.dumps(model.config | changes)
     files = {"config.json": config, WEIGHTS: weights.decode("latin-1")}
-    return {"action": "dry_run", "files": files}
+    return {"action": "plan", "files": files}
 
 
 @pytest.fixture(scope="module")
