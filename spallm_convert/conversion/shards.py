@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,21 +16,20 @@ from spallm_convert.errors import SourceError, SpallmError
 from spallm_convert.progress import Progress
 from spallm_convert.sketch.plan import Plan
 from spallm_convert.sketch.rows import reduction_note, sketch_rows
+from spallm_convert.source.reading import read_rows, read_stored
 from spallm_formats import (
     INDEX_MAP_SUFFIX,
-    ITEM_BYTES,
     TABLE_SUFFIX,
     Shard,
     ShardFile,
     Staging,
     StoredTensor,
-    read_bytes,
-    to_float32,
 )
 
 #: Weights that are sketched at a time, enough for all cores, and bytes that are copied at a time.
 BLOCK_WEIGHTS = 1 << 23
 _BLOCK_BYTES = 1 << 26
+_Read = TypeVar("_Read")
 
 
 def write_shard(
@@ -99,9 +98,8 @@ def kept_record(
 
 def _copy(tensor: StoredTensor, file: ShardFile) -> None:
     for start in range(0, tensor.nbytes, _BLOCK_BYTES):
-        file.write(
-            tensor.name, start, _read(tensor, start, min(start + _BLOCK_BYTES, tensor.nbytes))
-        )
+        stop = min(start + _BLOCK_BYTES, tensor.nbytes)
+        file.write(tensor.name, start, _read(read_stored, tensor, start, stop))
 
 
 def _store(name: str, sketches: CalibratedModules, file: ShardFile) -> Sequence[float]:
@@ -116,13 +114,11 @@ def _store(name: str, sketches: CalibratedModules, file: ShardFile) -> Sequence[
 def _sketch(name: str, plan: Plan, file: ShardFile, progress: Progress) -> tuple[float, float]:
     """Sketch and write one module; return its squared error and squared norm."""
     module, tensor = plan.layers[name].module, plan.layers[name].weight
-    row_bytes = module.in_features * ITEM_BYTES[tensor.dtype]
     step = max(1, BLOCK_WEIGHTS // module.in_features)
     sums, reduced = [], 0
     for first in range(0, module.out_features, step):
         rows = min(step, module.out_features - first)
-        raw = _read(tensor, first * row_bytes, (first + rows) * row_bytes)
-        weights = to_float32(raw, tensor.dtype).reshape(rows, module.in_features)
+        weights = _read(read_rows, tensor, first, first + rows)
         _check_finite(weights, tensor, first)
         try:
             sketched = sketch_rows(weights, module, plan.metadata, first, plan.limit)
@@ -143,9 +139,11 @@ def _sketch(name: str, plan: Plan, file: ShardFile, progress: Progress) -> tuple
     return math.fsum(errors), math.fsum(norms)  # exact, so the size of blocks does not matter
 
 
-def _read(tensor: StoredTensor, start: int, stop: int) -> bytearray:
+def _read(
+    reader: Callable[[StoredTensor, int, int], _Read], tensor: StoredTensor, start: int, stop: int
+) -> _Read:
     try:
-        return read_bytes(tensor, start, stop)
+        return reader(tensor, start, stop)
     except SpallmError as error:
         raise SourceError(f"{error} (the source changed during the conversion)") from error
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from spallm_convert.errors import SourceError, one_line
 
+from .parsed_config import parsed_config
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -283,10 +285,9 @@ def build_empty(
 
 def _build(model_class: Any, folder: Path, config: dict[str, Any], trust_remote_code: bool) -> Any:
     import torch
-    from transformers import AutoConfig
 
     try:
-        parsed = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        parsed = parsed_config(folder, trust_remote_code=trust_remote_code)
         with torch.random.fork_rng(devices=[]):  # DiffLlama draws random numbers when built
             return model_class(parsed)
     except Exception as error:  # a model's code may raise anything for a bad config
