@@ -83,4 +83,5 @@ def _pairs() -> npt.NDArray[np.float32]:
     """Return the two FP4 numbers in each byte, float32 [256, 2]."""
     numbers = np.array([*_FP4, *(-value for value in _FP4)], np.float32)
     codes = np.arange(256)
-    return np.stack([numbers[codes & 15], numbers[codes >> 4]], axis=1)
+    pairs: npt.NDArray[np.float32] = np.stack([numbers[codes & 15], numbers[codes >> 4]], axis=1)
+    return pairs

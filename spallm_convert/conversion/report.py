@@ -44,10 +44,10 @@ class Report:
         Returns:
             A dict with `sketched_weights` and `kept_weights` (numbers of weights),
             `bits_per_weight` (of the sketched weights, tables and padding included), `source_bytes`
-            (of all tensors; of a quantized source, when they are dense) and `sketched_bytes`,
-            `ratio` (source bytes per sketched byte)
-            and `relative_error` (Frobenius norm, over all sketched weights). With calibration it
-            also has `relative_output_error`, on the calibration text and before any healing.
+            and `sketched_bytes` (bytes of all tensors; a quantized source counts with its dense
+            size), `ratio` (source bytes per sketched byte) and `relative_error` (Frobenius norm,
+            over all sketched weights). With calibration it also has `relative_output_error`, on the
+            calibration text and before any healing.
         """
         totals: dict[str, Any] = self.document["totals"]
         return totals

@@ -31,6 +31,10 @@ class Found:
         """Add a weight, or the problem why it cannot be read."""
         if isinstance(weight, str):
             self.problems.append(weight)
+        elif weight.name in self.weights:
+            self.problems.append(
+                f"{weight.file.name}: tensor {shown(weight.name)} has scales under several names"
+            )
         else:
             self.weights[weight.name] = weight
             self.used |= {part.name for part in weight.parts}
@@ -138,5 +142,5 @@ def _grid(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[bool, tuple[
 def _block(size: int, count: int, given: int | None) -> int | None:
     """Return the size of the blocks that cut `size` into `count`; None if there is none."""
     if given and -(-size // given) == count:
-        return min(given, size)
+        return given
     return size // count if count and size % count == 0 else None

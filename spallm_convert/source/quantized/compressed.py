@@ -43,7 +43,7 @@ def unreadable_part(description: Mapping[str, Any]) -> str | None:
         if name is not None and name not in FORMATS:
             return f"format {shown(name)}"
     sparsity = description.get("sparsity_config")
-    if isinstance(sparsity, dict) and sparsity.get("format") not in {None, "dense"}:
+    if isinstance(sparsity, dict) and sparsity.get("format") not in (None, "dense"):
         return f"sparsity {shown(sparsity['format'])}"
     transforms = description.get("transform_config")
     if isinstance(transforms, dict) and transforms.get("config_groups"):

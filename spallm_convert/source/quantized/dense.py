@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from spallm_formats import StoredTensor, shown, summary
 from .building import Found
 from .encodings import FP8
 from .methods import FINDERS, description_of, method_of, without_description
+from .weights import DequantizedTensor
 
 #: Tensors that quantized checkpoints hold besides weights: scales of activations and of the cache,
 #: and scales of weights that are dense.
@@ -55,9 +57,7 @@ class SourceQuantization:
 
     def remarks(self) -> list[str]:
         """Return what to tell the user, in one line each."""
-        lines = [
-            f"the source is quantized ({self.scheme}): its weights are dequantized as they are read"
-        ]
+        lines = [_remark(self.scheme)]
         if self.dropped:
             lines.append(
                 f"{len(self.dropped)} tensors that only quantized models use are not copied: "
@@ -101,13 +101,29 @@ def dense_form(
         )
     about = SourceQuantization(
         method=method,
-        scheme=summary(sorted({weight.scheme for weight in found.weights.values()}), ", "),
+        scheme=_scheme(found.weights.values()),
         weights=len(found.weights),
         stored_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         dropped=dropped,
     )
     kept = {name: tensor for name, tensor in plain.items() if name not in set(dropped)}
     return without_description(config), kept | found.weights, about
+
+
+def quantization_remark(tensors: Iterable[StoredTensor]) -> str | None:
+    """Return a remark on the quantized weights among tensors, None if all are stored dense."""
+    weights = [tensor for tensor in tensors if isinstance(tensor, DequantizedTensor)]
+    return _remark(_scheme(weights)) if weights else None
+
+
+def _remark(scheme: str) -> str:
+    return f"the source is quantized ({scheme}): its weights are dequantized as they are read"
+
+
+def _scheme(weights: Iterable[DequantizedTensor]) -> str:
+    """Return how weights are stored: the three most usual forms, if there are more."""
+    counts = Counter(weight.scheme for weight in weights)
+    return summary(sorted(counts, key=lambda scheme: (-counts[scheme], scheme)), ", ")
 
 
 def _unclear(found: Found, plain: Mapping[str, StoredTensor]) -> list[str]:
