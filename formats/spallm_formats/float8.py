@@ -75,7 +75,8 @@ def _table(dtype: str) -> npt.NDArray[np.float32]:
         values[last] = np.where(mantissa > 0, np.nan, np.copysign(np.inf, values))[last]
     else:
         values[[127, 255]] = np.nan
-    return values.astype(np.float32)
+    table: npt.NDArray[np.float32] = values.astype(np.float32)
+    return table
 
 
 @functools.cache

@@ -121,6 +121,7 @@ def test_experts_in_mxfp4(tmp_path):
         intermediate_size=64,
         num_hidden_layers=1,
         num_local_experts=3,
+        num_experts_per_tok=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
