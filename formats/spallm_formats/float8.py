@@ -51,8 +51,7 @@ def float4_to_float32(raw: bytes | bytearray | memoryview) -> npt.NDArray[np.flo
     Returns:
         float32 [2 x bytes].
     """
-    decoded: npt.NDArray[np.float32] = _pairs()[np.frombuffer(raw, np.uint8)].reshape(-1)
-    return decoded
+    return _pairs()[np.frombuffer(raw, np.uint8)].view(np.float32)
 
 
 @functools.cache
@@ -80,9 +79,11 @@ def _table(dtype: str) -> npt.NDArray[np.float32]:
 
 
 @functools.cache
-def _pairs() -> npt.NDArray[np.float32]:
-    """Return the two FP4 numbers in each byte, float32 [256, 2]."""
+def _pairs() -> npt.NDArray[np.uint64]:
+    """Return the two FP4 numbers in each byte, the bits of two float32 in one item, [256].
+
+    A look-up of one item of 8 bytes is several times faster than one of a row of two.
+    """
     numbers = np.array([*_FP4, *(-value for value in _FP4)], np.float32)
     codes = np.arange(256)
-    pairs: npt.NDArray[np.float32] = np.stack([numbers[codes & 15], numbers[codes >> 4]], axis=1)
-    return pairs
+    return np.stack([numbers[codes & 15], numbers[codes >> 4]], axis=1).view(np.uint64).reshape(-1)

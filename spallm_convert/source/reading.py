@@ -102,10 +102,11 @@ def read_stored(tensor: StoredTensor, start: int, stop: int) -> bytearray:
     if not row_bytes:
         return bytearray()
     first, end = start // row_bytes, -(-stop // row_bytes)
-    step = max(1, _BLOCK_WEIGHTS // _columns(tensor))
+    unit = tensor.rows_at_once
+    step = max(1, _BLOCK_WEIGHTS // _columns(tensor) // unit) * unit
     data = bytearray()
-    for row in range(first, end, step):
-        rows = read_rows(tensor, row, min(row + step, end))
+    for row in range(first // unit * unit, end, step):
+        rows = read_rows(tensor, max(row, first), min(row + step, end))
         data += from_float32(rows, tensor.dtype).tobytes()
     return data[start - first * row_bytes : stop - first * row_bytes]
 

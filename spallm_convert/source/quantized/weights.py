@@ -52,6 +52,11 @@ class DequantizedTensor(StoredTensor, ABC):
     def scheme(self) -> str:
         """Return how the weight is stored, such as "FP8 in blocks of 128 x 128"."""
 
+    @property
+    def rows_at_once(self) -> int:
+        """Return how many rows are decoded together if one of them is."""
+        return 1
+
     @abstractmethod
     def read_rows(self, first: int, stop: int) -> _Floats:
         """Decode rows of the weight, seen as one matrix [product of shape[:-1], shape[-1]].
@@ -254,6 +259,11 @@ class TransposedTensor(DequantizedTensor):
     def scheme(self) -> str:
         """Return how the weight is stored."""
         return self.packed.scheme
+
+    @property
+    def rows_at_once(self) -> int:
+        """Return the rows of a matrix, because its columns are decoded."""
+        return self.shape[-2]
 
     def read_rows(self, first: int, stop: int) -> _Floats:
         """Decode rows of the weight. Every matrix that has one of them is decoded as a whole."""
