@@ -23,6 +23,7 @@ from spallm_convert.source.skeleton import resolve_modules
 from spallm_formats import QUANT_METHOD, TABLE_SUFFIX, SketchMetadata
 
 from .checking import check_dtype, check_files
+from .evaluation_mode import keep_in_evaluation
 from .linear import SketchedLinear, train_tables_only
 from .tables import attach_set_tables
 
@@ -85,6 +86,7 @@ class SpallmQuantizer(HfQuantizer):
                 stored_name=stored,
             )
             model.set_submodule(path, sketched)
+        keep_in_evaluation(model)
         self._expected = {
             name: (parameter.shape, parameter.is_floating_point())
             for name, parameter in model.named_parameters()

@@ -43,7 +43,7 @@ class Proofs:
             return LinearWeight(module.out_features, module.in_features)
         if not may_be_linear(module):
             return None
-        kind = (type(module), module.bias is not None, *_settings(module))
+        kind = type(module), module.bias is not None, tuple(_settings(module))
         if kind not in self._known:
             self._known[kind] = _stored_transposed(module)
         transposed = self._known[kind]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .experts import find_experts
 from .linear_like import Proofs, may_be_linear
 from .linear_weights import LinearWeight
-from .weight_reads import read_weights
+from .weight_reads import known_reads, read_weights
+from .weight_watch import watch_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,6 +19,9 @@ _NUMBERED = re.compile(r"(^|\.)\d+(\.|$)")
 #: A list of layers whose name says that they give the model's outputs: one per codebook, or a
 #: classifier of several layers.
 _HEADS = re.compile(r"(^|\.)[^.]*(head|classifier|score|logit)[^.]*\.\d+$")
+
+#: A router inside a block of experts, such as "mlp.gate.wg.weight"; the group is the block.
+_ROUTER = re.compile(r"^(.*)\.(?:router|gate)\.(?:.+\.)?weight$")
 
 
 def find_linears(
@@ -49,8 +54,8 @@ def find_linears(
         elif isinstance(module, torch.nn.Linear) and may_be_linear(module):
             kind = type(module).__name__
             unfit[f"{name}.weight"] = f"{kind} computes more than the product with its weight"
-    unfit |= _unfit(model, set(weights))
     experts, unfit_experts = find_experts(model)
+    unfit |= _unfit(model, set(weights)) | _routers(weights, experts)
     return weights | experts, unfit | unfit_experts
 
 
@@ -67,19 +72,44 @@ def is_in_block(name: str) -> bool:
 
 def _unfit(model: PreTrainedModel, weights: set[str]) -> dict[str, str]:
     kept = dict.fromkeys(
-        _kept_in_float32(model) & weights, "transformers casts its weight to float32 while loading"
+        _kept_in_float32(model) & weights, "transformers keeps its weight in float32"
     )
     read = {
         name: f"the model's code reads its weight ({function})"
-        for name, function in read_weights(model, weights).items()
+        for name, function in (_noticed(model, weights) | read_weights(model, weights)).items()
     }
     pairs: dict[str, Any] = getattr(model, "all_tied_weights_keys", {})  # not in all remote code
     tied = {*pairs, *pairs.values()}
     return (
         kept
         | read
-        | {name: "the model ties its weight to that of another layer" for name in weights & tied}
+        | dict.fromkeys(weights & tied, "the model ties its weight to that of another layer")
     )
+
+
+def _noticed(model: PreTrainedModel, weights: set[str]) -> dict[str, str]:
+    """Return the weights that the code of a repository is seen to read, with the function.
+
+    transformers' own code is not run: its source shows every read, and real sizes take seconds.
+    """
+    own = ("transformers.", "torch.")
+    if all(type(module).__module__.startswith(own) for module in model.modules()):
+        return {}
+    known = known_reads(model, weights)  # `read_weights` decides about these
+    noticed = watch_weights(model, weights)
+    return {name: function for name, function in noticed.items() if (name, function) not in known}
+
+
+def _routers(
+    weights: Mapping[str, LinearWeight], experts: Mapping[str, LinearWeight]
+) -> dict[str, str]:
+    """Return the layers that choose the experts. A wrong choice costs more than they would save."""
+    counts = {path.rpartition(".experts.")[0]: found.experts for path, found in experts.items()}
+    return {
+        name: "it chooses the experts"
+        for name, weight in weights.items()
+        if (router := _ROUTER.search(name)) and counts.get(router[1]) == weight.out_features
+    }
 
 
 def _kept_in_float32(model: PreTrainedModel) -> set[str]:
