@@ -49,7 +49,8 @@ class Proofs:
         transposed = self._known[kind]
         if transposed is None:
             return None
-        rows, columns = module.weight.shape
+        weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]  # not None
+        rows, columns = weight.shape
         sizes = (columns, rows) if transposed else (rows, columns)
         return LinearWeight(*sizes, transposed=transposed)
 

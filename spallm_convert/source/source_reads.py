@@ -58,13 +58,16 @@ def reads_of(module_class: type) -> tuple[Read, ...]:
     return _reads(_lineage(module_class))
 
 
-def uses_mode_elsewhere(module_class: type) -> bool:
-    """Return whether a class uses `self.training` for more than to decide about such expressions.
+def mode_tests(module_class: type) -> tuple[ast.expr | None, ...]:
+    """List where a class uses `self.training` for more than to decide about such expressions.
 
     Args:
         module_class: The class of a module.
+
+    Returns:
+        The test of each `if` that does, and None for each use that is not in such a test.
     """
-    return _uses_mode_elsewhere(_lineage(module_class))
+    return _mode_tests(_lineage(module_class))
 
 
 def _lineage(module_class: type) -> tuple[tuple[str, str], ...]:
@@ -88,12 +91,14 @@ def _reads(lineage: tuple[tuple[str, str], ...]) -> tuple[Read, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _uses_mode_elsewhere(lineage: tuple[tuple[str, str], ...]) -> bool:
-    tests = {id(test) for read in _reads(lineage) for test, _ in read.conditions}
+def _mode_tests(lineage: tuple[tuple[str, str], ...]) -> tuple[ast.expr | None, ...]:
+    decided = {id(test) for read in _reads(lineage) for test, _ in read.conditions}
     definitions = [d for tree in _trees(lineage).values() for _, d in tree]
     nodes = [node for definition in definitions for node in ast.walk(definition)]
-    deciding = {id(part) for node in nodes if id(node) in tests for part in ast.walk(node)}
-    return any(chain(n) == ("self", "training") and id(n) not in deciding for n in nodes)
+    tests = [node.test for node in nodes if isinstance(node, ast.If | ast.IfExp)]
+    inside = {id(part): test for test in tests for part in ast.walk(test)}
+    uses = [inside.get(id(node)) for node in nodes if chain(node) == ("self", "training")]
+    return tuple(test for test in uses if id(test) not in decided)
 
 
 def _trees(

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from .read_conditions import may_run
-from .source_reads import Read, reads_of, uses_mode_elsewhere
+from .source_reads import Read, reads_of, mode_tests
 
 
 def read_weights(model: nn.Module, weights: Iterable[str]) -> dict[str, str]:
@@ -75,7 +75,10 @@ def _needs_numbers(read: Read, module: nn.Module, path: str) -> bool:
     """Return whether a read happens although the module is in evaluation mode."""
     if all(may_run(test, module, wanted, training=False) for test, wanted in read.conditions):
         return True
-    return path == "" or not read.from_self or uses_mode_elsewhere(type(module))
+    elsewhere = mode_tests(type(module))
+    if any(test is None or may_run(test, module, True) for test in elsewhere):
+        return True
+    return path == "" or not read.from_self
 
 
 def _reads(

@@ -9,7 +9,6 @@ was noticed until then counts.
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -150,11 +149,12 @@ def _run(model: Any) -> None:
         inputs = {name: torch.zeros(1, _TOKENS, dtype=torch.long)}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = torch.zeros(1, _TOKENS, dtype=torch.long)
-    known = inspect.signature(model.forward).parameters
-    options = {"use_cache": False} if "use_cache" in known else {}
-    with suppress(Exception), warnings.catch_warnings():  # code may raise anything without numbers
-        warnings.simplefilter("ignore")
-        model(**inputs, **options)
+    options: list[dict[str, Any]] = [{}, {"use_cache": False}]
+    for option in options:  # some models make a cache, others make a mask, that need numbers
+        with suppress(Exception), warnings.catch_warnings():  # a model's code may raise anything
+            warnings.simplefilter("ignore")
+            model(**inputs, **option)
+            return
 
 
 def _function_outside() -> str:
