@@ -169,7 +169,9 @@ def _names_of_weight(node: ast.AST) -> tuple[str, ...]:
     """Return ("self", "a", "b") for self.a.b.weight; empty for all else, also for self.weight."""
     if isinstance(node, ast.Attribute) and node.attr == "weight":
         names = chain(node.value)
-        return names if len(names) > 1 else ()
+        # `layers[0].weight` says nothing about the layer if `layers` is not of `self`.
+        known = len(names) > 1 and (names[0] == "self" or names[-1] != "*")
+        return names if known else ()
     return ()
 
 

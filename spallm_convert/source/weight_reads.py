@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from .read_conditions import may_run
-from .source_reads import Read, reads_of, mode_tests
+from .source_reads import Read, mode_tests, reads_of
 
 
 def read_weights(model: nn.Module, weights: Iterable[str]) -> dict[str, str]:
