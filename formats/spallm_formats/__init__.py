@@ -12,6 +12,7 @@ from .files import (
     sha256,
     to_json,
 )
+from .float8 import FLOAT8_DTYPES, float4_to_float32, float8_to_float32
 from .header import (
     StoredTensor,
     TensorSpec,
@@ -43,6 +44,7 @@ from .work_folder import check_output_folder, is_inside, is_unfinished, remove_l
 
 __all__ = [
     "CONFIG_FILE",
+    "FLOAT8_DTYPES",
     "FLOAT_STORAGE",
     "FORMAT_VERSION",
     "INDEX_FILE",
@@ -73,6 +75,8 @@ __all__ = [
     "check_output_folder",
     "check_replaceable",
     "fingerprint",
+    "float4_to_float32",
+    "float8_to_float32",
     "from_float32",
     "header_length",
     "header_metadata",

@@ -7,6 +7,7 @@ tried with stand-ins: the code runs for one token, and no weight is in memory.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,9 @@ from spallm_convert.errors import one_line
 
 from .expert_weights import ExpertWeights, call_with
 from .linear_weights import LinearWeight
+
+#: Names of classes that hold experts. Early versions of transformers 5 call some of them NaiveMoe.
+_NAMES = re.compile("Experts|NaiveMoe")
 
 
 def find_experts(model: nn.Module) -> tuple[dict[str, LinearWeight], dict[str, str]]:
@@ -56,7 +60,7 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if inside and path.startswith(inside):
             continue
-        if "Experts" in type(module).__name__ and _stacked(module):
+        if _NAMES.search(type(module).__name__) and _stacked(module):
             inside = path + "."
             yield path, module
 

@@ -17,6 +17,7 @@ from spallm_convert.errors import SourceError, one_line
 
 from .linear_weights import LinearWeight
 from .linears import find_linears
+from .parsed_config import parsed_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -185,10 +186,9 @@ def build_empty(
 
 def _build(model_class: Any, folder: Path, config: dict[str, Any], trust_remote_code: bool) -> Any:
     import torch
-    from transformers import AutoConfig
 
     try:
-        parsed = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        parsed = parsed_config(folder, trust_remote_code=trust_remote_code)
         with torch.random.fork_rng(devices=[]):  # DiffLlama draws random numbers when built
             return model_class(parsed)
     except Exception as error:  # a model's code may raise anything for a bad config
