@@ -280,8 +280,10 @@ def _advise(config: SketchConfig) -> None:
     from .terminal import stderr
 
     hashed = config.mapping == "hash"
-    if config.calibration is None and (hashed or config.bits < _DEFAULTS.bits):
-        what = "hashed index maps" if hashed else f"{config.bits} bits"
+    rules = () if config.recipe is None else config.recipe.rules
+    bits = min([config.bits, *(rule.bits for rule in rules if rule.bits is not None)])
+    if config.calibration is None and (hashed or bits < _DEFAULTS.bits):
+        what = "hashed index maps" if hashed else f"{bits} bits"
         stderr.print(
             f"{what} without calibration lose much of the model's quality: consider "
             f"--calibration builtin, or a text of your own, and --heal 300",

@@ -170,7 +170,7 @@ def plan_conversion(
         OptionError: An option cannot be used. `target_bits` is refused, because bits are only
             chosen when the text has been run through the model.
         SourceError: The model cannot be found or read, on this machine or on the Hub, or it has no
-            layer to sketch.
+            layer to sketch, or `config.strict` forbids what would stay dense.
     """
     config = config or SketchConfig()
     _find_place(device, config)
