@@ -24,15 +24,8 @@ from .header import (
     read_header,
 )
 from .layout import INDEX_FILE, SHARDS_GLOB, SINGLE_SHARD, Shard, index_json, plan_shards
-from .metadata import (
-    FORMAT_VERSION,
-    INDEX_MAP_SUFFIX,
-    MAPPINGS,
-    QUANT_METHOD,
-    TABLE_SUFFIX,
-    SketchedModule,
-    SketchMetadata,
-)
+from .metadata import FORMAT_VERSION, MAPPINGS, QUANT_METHOD, SketchMetadata
+from .module import INDEX_MAP_SUFFIX, TABLE_ENDING, TABLE_SUFFIX, SketchedModule
 from .packing import pack, pack_reference, row_bytes, unpack, unpack_reference
 from .publishing import CONFIG_FILE, check_replaceable
 from .reader import SketchedCheckpoint, open_shards, read_bytes, read_index
@@ -65,6 +58,7 @@ __all__ = [
     "TABLES_FILE",
     "TABLES_METADATA_FILE",
     "TABLE_DTYPES",
+    "TABLE_ENDING",
     "TABLE_SUFFIX",
     "FormatError",
     "Shard",

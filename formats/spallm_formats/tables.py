@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import FormatError
 from .files import load_json
-from .metadata import SketchedModule
+from .module import SketchedModule
 from .text import shown
 
 TABLES_FILE = "sketch_tables.safetensors"
@@ -126,7 +126,7 @@ def fingerprint(modules: Mapping[str, SketchedModule], digests: Mapping[str, str
         shape = modules[name]
         line = [
             name,
-            shape.out_features,
+            shape.rows,
             shape.in_features,
             shape.bits,
             shape.groups_per_row,
