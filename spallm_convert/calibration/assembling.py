@@ -20,7 +20,7 @@ class AssembledLayer:
 
     Attributes:
         layer: The stored weight.
-        index_map: Packed codes, uint8 [rows, row_bytes]. Rows of fused experts lie below each other.
+        index_map: Packed codes, uint8 [rows, row_bytes]. Experts lie below each other.
         table: Tables in their stored dtype, [rows, groups, 2^bits].
         sums: Squared error and squared norm of the weights, then of the outputs.
         reduced: Number of table values that were reduced to the limit of the dtype that the model

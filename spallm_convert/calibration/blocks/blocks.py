@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from spallm_convert.errors import CalibrationError
 from spallm_convert.runtime.linear import SketchedLinear
 from spallm_convert.sketch.layer import Layer
-from spallm_convert.source.linears import find_linears
 from spallm_convert.source.stored_names import loaded_names, matrix_rows
 from spallm_formats import StoredTensor
 
 from .calls import Call
-from .lists import find_lists, refuse_shared_keys
+from .lists import find_lists, linear_weights, refuse_shared_keys
 from .replacing import Replace, put_layers
 from .stand_ins import StandIns, first_list
 from .targets import Target, all_targets, find_targets
@@ -85,7 +84,7 @@ class Blocks:
             refuse_shared_keys(model)
             _choose_plain_experts(model)
             self._weights = self._open_weights(tensors)
-            self._linears, _ = find_linears(model)
+            self._linears = linear_weights(model)
             self._lists = find_lists(model, linears)
             self.path = self._first_list()
         else:
@@ -391,7 +390,10 @@ class Blocks:
     def _head(self) -> nn.Module | None:
         """Return the output layer, None if there is none or it is the embedding itself."""
         model: Any = self._model
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        try:
+            head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        except NotImplementedError:  # raised for models that read more than one kind of input
+            return None
         return None if head is embedding else head
 
     def _fill_head(self) -> None:

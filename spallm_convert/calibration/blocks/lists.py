@@ -8,6 +8,11 @@ from typing import Any
 from torch import nn
 
 from spallm_convert.errors import CalibrationError
+from spallm_convert.source.experts import find_experts
+from spallm_convert.source.linear_like import Proofs
+from spallm_convert.source.linear_weights import LinearWeight
+from spallm_convert.source.linears import is_in_block
+from spallm_formats import INDEX_MAP_SUFFIX
 
 
 def find_lists(model: nn.Module, linears: Iterable[str]) -> dict[str, list[str]]:
@@ -34,6 +39,22 @@ def find_lists(model: nn.Module, linears: Iterable[str]) -> dict[str, list[str]]
             f"blocks, found {first} in no list"
         )
     return found
+
+
+def linear_weights(model: nn.Module) -> dict[str, LinearWeight]:
+    """Return the weights of linear layers and experts in the blocks, by path of the parameter.
+
+    Args:
+        model: The model, with or without weights.
+    """
+    proofs = Proofs()
+    found = {
+        f"{path}{INDEX_MAP_SUFFIX}": proofs.linear_weight(module)
+        for path, module in model.named_modules()
+        if is_in_block(path)
+    }
+    linears = {name: weight for name, weight in found.items() if weight is not None}
+    return linears | find_experts(model)[0]
 
 
 def refuse_shared_keys(model: Any) -> None:

@@ -123,7 +123,7 @@ def watched(
 
 def _without_direction(multiply: Multiply) -> Product:
     """Return a product that need not be told whether the parameter is transposed."""
-    return lambda expert, x, is_transpose: multiply(expert, x)
+    return lambda expert, x, _: multiply(expert, x)
 
 
 def _noted(product: Multiply, note: Note) -> Multiply:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from spallm_convert.source.quantized.weights import DequantizedTensor
 from spallm_convert.source.stored_names import LoadedNames, Piece
 from spallm_formats import ITEM_BYTES, StoredTensor, read_bytes
 
@@ -83,6 +84,9 @@ class Weights:
     def _read(self, piece: Piece) -> Tensor:
         """Return the values of a piece, in one dimension, as they are stored."""
         tensor = self._tensors[piece.tensor]
+        if isinstance(tensor, DequantizedTensor):  # not rounded to its dtype
+            rows = tensor.read_rows(piece.first, piece.first + piece.rows)
+            return torch.from_numpy(rows).flatten()
         size = _columns(tensor) * ITEM_BYTES[tensor.dtype]
         raw = read_bytes(tensor, piece.first * size, (piece.first + piece.rows) * size)
         dtype = _DTYPES[tensor.dtype]
