@@ -331,7 +331,7 @@ def test_experts_are_sketched_and_the_router_is_not(tmp_path):
     experts = [name for name in plan.metadata.modules if ".experts." in name]
     assert len(experts) == 2 * 3
     assert len(plan.metadata.modules) == 4 + 2 * 3
-    assert plan.left_dense == {"model.layers.0.mlp.gate": "it chooses the experts"}
+    assert plan.left_dense == {"model.layers.0.mlp.gate.weight": "it chooses the experts"}
 
 
 def test_an_encoder_is_sketched_too(tmp_path):
