@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from transformers import AutoConfig
+import transformers
 
 from benchmarks.reach.__main__ import LEAST_RATIO
 from benchmarks.reach.headers import hub_shapes, made_up
@@ -23,7 +23,7 @@ from spallm_formats import read_header
 )
 def test_headers_are_those_of_a_saved_model(name, tmp_path):
     saved = read_header(save_tiny(name, tmp_path) / "model.safetensors")
-    shapes = hub_shapes(name, AutoConfig.from_pretrained(tmp_path))
+    shapes = hub_shapes(name, transformers.AutoConfig.from_pretrained(tmp_path))
     assert shapes == {name: tensor.shape for name, tensor in saved.items()}
 
 
@@ -52,9 +52,12 @@ def test_blocks_that_predict_further_tokens_are_in_the_header(tmp_path):
     assert found["dense"]["model.layers.*.mlp.experts.*.up_proj"]["weights"] == 4 * 64 * 64
 
 
-# Those with few tensors, so that the test is fast.
+#: Models with few tensors, so that the test is fast. transformers 5.0 does not know Nemotron.
+FEW_TENSORS = ["Mixtral-8x7B", "gpt-oss-120b (bf16)", "Llama-4-Scout", "Nemotron-3-Nano"]
+
+
 @pytest.mark.parametrize(
-    "name", ["Mixtral-8x7B", "gpt-oss-120b (bf16)", "Llama-4-Scout", "Nemotron-3-Nano"]
+    "name", [name for name in FEW_TENSORS if hasattr(transformers, PUBLISHED[name].config)]
 )
 def test_a_published_model_becomes_much_smaller(name, tmp_path):
     plan = make_plan(made_up(PUBLISHED[name], tmp_path), SketchConfig())
