@@ -24,6 +24,7 @@ from spallm_formats import QUANT_METHOD, TABLE_SUFFIX, SketchMetadata
 
 from .checking import check_dtype, check_files
 from .evaluation_mode import keep_in_evaluation
+from .kept_dtypes import restore_dtypes, table_dtypes
 from .linear import SketchedLinear, train_tables_only
 from .tables import attach_set_tables
 
@@ -50,6 +51,7 @@ class SpallmQuantizer(HfQuantizer):
     requires_calibration = True
     serialized_names = {"weight": ["weight", "weight_table"]}  # noqa: RUF012
     quantization_config: SpallmConfig
+    _tables: dict[str, torch.dtype]
     _expected: dict[str, tuple[torch.Size, bool]]  # shape, and whether it is of floats
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -87,6 +89,7 @@ class SpallmQuantizer(HfQuantizer):
             )
             model.set_submodule(path, sketched)
         keep_in_evaluation(model)
+        self._tables = table_dtypes(model)
         self._expected = {
             name: (parameter.shape, parameter.is_floating_point())
             for name, parameter in model.named_parameters()
@@ -95,6 +98,7 @@ class SpallmQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
+        restore_dtypes(model, self._tables)
         self._check_parameters(model)
         train_tables_only(model)
         attach_set_tables(model)
