@@ -12,20 +12,16 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from .linear import SketchedLinear
+from .parameters import Place, sketched_pairs
 
 
 def table_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """Return the dtypes of the tables of sketched layers, by path of the layer.
+    """Return the dtype of each table of a model, by the name of the table.
 
     Args:
         model: The model, before its weights are loaded.
     """
-    return {
-        path: module.weight_table.dtype
-        for path, module in model.named_modules()
-        if isinstance(module, SketchedLinear)
-    }
+    return {pair.key: pair.table.parameter.dtype for pair in sketched_pairs(model)}
 
 
 def restore_dtypes(model: nn.Module, tables: Mapping[str, torch.dtype]) -> None:
@@ -34,15 +30,15 @@ def restore_dtypes(model: nn.Module, tables: Mapping[str, torch.dtype]) -> None:
     Args:
         model: The model, whose weights are loaded. Parameters on the meta device are offloaded, and
             stay as they are.
-        tables: Dtypes of the tables by path of the layer.
+        tables: Dtype of each table by its name.
     """
-    for path, dtype in tables.items():
-        module = model.get_submodule(path)
-        _cast(module, "weight", torch.uint8)
-        _cast(module, "weight_table", dtype)
+    for pair in sketched_pairs(model):
+        _cast(pair.index_map, torch.uint8)
+        _cast(pair.table, tables[pair.key])
 
 
-def _cast(module: nn.Module, name: str, dtype: torch.dtype) -> None:
-    parameter = module._parameters[name]
-    if parameter is not None and parameter.dtype != dtype and not parameter.is_meta:
-        setattr(module, name, nn.Parameter(parameter.data.to(dtype), requires_grad=False))
+def _cast(place: Place, dtype: torch.dtype) -> None:
+    old = place.parameter
+    if old.dtype != dtype and not old.is_meta:
+        new = nn.Parameter(old.data.to(dtype), requires_grad=False)
+        setattr(place.module, place.name, new)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 
 from spallm_convert.errors import OptionError
-from spallm_convert.source.skeleton import Skeleton, aliases
+from spallm_convert.source.stored_names import LoadedNames
 from spallm_formats import (
     CONFIG_FILE,
     FLOAT_STORAGE,
-    INDEX_MAP_SUFFIX,
     TABLE_SUFFIX,
     SketchedModule,
     StoredTensor,
@@ -17,10 +17,15 @@ from spallm_formats import (
     summary,
 )
 
+from .layer import Layer
 
-def name_problems(tensors: Mapping[str, StoredTensor]) -> list[str]:
+_EXPERT = re.compile(r"(.*\.experts\.)(\d{1,6})(\..*)")
+
+
+def name_problems(tensors: Mapping[str, StoredTensor], layers: Mapping[str, Layer]) -> list[str]:
     """Return the tensors whose names the format reserves for sketch tables."""
-    reserved = [shown(name) for name in tensors if name.endswith(TABLE_SUFFIX)]
+    tables = {layer.module.table_name(name) for name, layer in layers.items()}
+    reserved = [shown(name) for name in tensors if name.endswith(TABLE_SUFFIX) or name in tables]
     if not reserved:
         return []
     return [
@@ -29,20 +34,15 @@ def name_problems(tensors: Mapping[str, StoredTensor]) -> list[str]:
     ]
 
 
-def double_weights(path: str, skeleton: Skeleton, tensors: Container[str]) -> list[str]:
-    """Return a problem if the weight of a layer is stored under several names."""
-    names = dict.fromkeys(aliases(path, skeleton.base_prefix))
-    found = [
-        name + INDEX_MAP_SUFFIX
-        for name in names
-        if name + INDEX_MAP_SUFFIX in tensors and (name == path or name not in skeleton.linears)
-    ]
-    if len(found) < 2:
+def double_weights(parameter: str, names: LoadedNames) -> list[str]:
+    """Return a problem if a parameter is stored under several names."""
+    found = names.doubled.get(parameter, [])
+    if not found:
         return []
     return [f"tensors {' and '.join(map(shown, found))} are the same weight: remove one of them"]
 
 
-def tensor_problems(weight: StoredTensor, shape: tuple[int, int]) -> list[str]:
+def tensor_problems(weight: StoredTensor, shape: tuple[int, ...]) -> list[str]:
     """Return what keeps a weight from being sketched: its dtype, or its shape."""
     where = f"{weight.file.name}: tensor {shown(weight.name)}"
     if weight.dtype not in FLOAT_STORAGE:
@@ -59,21 +59,50 @@ def tensor_problems(weight: StoredTensor, shape: tuple[int, int]) -> list[str]:
     return []
 
 
+def missing_experts(tensors: Iterable[str], counts: Collection[int]) -> list[str]:
+    """Return a problem if experts of a block are not stored although others are.
+
+    Args:
+        tensors: Names of the tensors of the checkpoint.
+        counts: The numbers of experts that blocks of the model have.
+    """
+    stored: dict[str, dict[str, set[int]]] = {}  # by block and kind of weight
+    for match in filter(None, map(_EXPERT.fullmatch, tensors)):
+        stored.setdefault(match[1], {}).setdefault(match[3], set()).add(int(match[2]))
+    missing = []
+    for block, kinds in stored.items():
+        most = max(map(max, kinds.values())) + 1
+        fitting = [count for count in counts if count >= most]  # ERNIE stores two sets as one
+        for kind, numbers in kinds.items():
+            lost = sorted(set(range(min(fitting, default=0))) - numbers)
+            missing += [f"{block}{number}{kind}" for number in lost]
+    if not missing:
+        return []
+    return [
+        f"experts without a tensor: {summary(missing, ', ')}; use the {CONFIG_FILE} that belongs "
+        f"to these weights, or get the weights again"
+    ]
+
+
 def check_groups(modules: dict[str, SketchedModule]) -> None:
     """Raise OptionError if the groups do not divide the columns of every module."""
-    misfits = [
+    misfits = {n: m for n, m in modules.items() if m.in_features % m.groups_per_row}
+    if not misfits:
+        return
+    groups = next(iter(misfits.values())).groups_per_row  # of a recipe, one number after another
+    named = [
         f"{name} ({module.in_features} columns)"
-        for name, module in modules.items()
-        if module.in_features % module.groups_per_row
+        for name, module in misfits.items()
+        if module.groups_per_row == groups
     ]
-    if misfits:
-        groups = next(iter(modules.values())).groups_per_row
-        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-        named = ", ".join(misfits[:3]) + more
-        raise OptionError(
-            f"groups_per_row {groups} does not divide the columns of {named}; use a divisor, or "
-            f"--groups-per-row auto"
-        )
+    raise OptionError(
+        f"groups_per_row {groups} does not divide the columns of {_enumerated(named)}; use a "
+        f"divisor, or --groups-per-row auto"
+    )
+
+
+def _enumerated(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def why_none(left_dense: dict[str, str]) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 #: Takes the number of an expert, inputs [tokens, in_features], and whether the product is with the
-#: transpose of the parameter, as `nn.functional.linear` computes it. Returns [tokens, out_features].
+#: transpose of the parameter, as in `nn.functional.linear`. Returns outputs [tokens, out_features].
 Product = Callable[[int, Tensor, bool], Tensor]
 
 

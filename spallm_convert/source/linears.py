@@ -55,7 +55,7 @@ def find_linears(
             kind = type(module).__name__
             unfit[f"{name}.weight"] = f"{kind} computes more than the product with its weight"
     experts, unfit_experts = find_experts(model)
-    unfit |= _unfit(model, set(weights)) | _routers(weights, experts)
+    unfit |= _unfit(model, set(weights)) | _routers(model, experts)
     return weights | experts, unfit | unfit_experts
 
 
@@ -95,13 +95,14 @@ def _noticed(model: PreTrainedModel, weights: set[str]) -> dict[str, str]:
     return {name: function for name, function in noticed.items() if (name, function) not in known}
 
 
-def _routers(
-    weights: Mapping[str, LinearWeight], experts: Mapping[str, LinearWeight]
-) -> dict[str, str]:
-    """Return the layers that choose the experts. A wrong choice costs more than they would save."""
+def _routers(model: PreTrainedModel, experts: Mapping[str, LinearWeight]) -> dict[str, str]:
+    """Return the weights that choose the experts. A wrong choice costs more than they would save.
+
+    Some models have modules of their own for them, which are no linear layers.
+    """
     counts = {path.rpartition(".experts.")[0]: found.experts for path, found in experts.items()}
     return {
         name: "it chooses the experts"
-        for name, weight in weights.items()
-        if (router := _ROUTER.search(name)) and counts.get(router[1]) == weight.out_features
+        for name, parameter in model.named_parameters()
+        if (router := _ROUTER.search(name)) and counts.get(router[1]) == parameter.shape[0]
     }

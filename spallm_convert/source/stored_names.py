@@ -115,7 +115,7 @@ def loaded_names(model: PreTrainedModel, rows: Mapping[str, int]) -> LoadedNames
 
 
 def _renamed(
-    name: str, renamings: list[Any], converters: list[Any], prefix: str, own: Mapping[str, Any]
+    name: str, renamings: list[Any], converters: list[Any], prefix: str, own: dict[str, Any]
 ) -> tuple[str, str | None]:
     """Return the parameter that a tensor becomes (or helps to form), and a converter's pattern."""
     from transformers.core_model_loading import rename_source_key

@@ -190,7 +190,7 @@ def _no_autocast() -> Iterator[None]:
         return nullcontext()
 
     try:
-        torch.is_autocast_enabled = is_off
+        torch.is_autocast_enabled = is_off  # type: ignore[assignment]
         torch.autocast = nothing  # type: ignore[assignment,misc]
         yield
     finally:
