@@ -24,6 +24,7 @@ from spallm_formats import QUANT_METHOD, SketchMetadata
 from .checking import check_dtype, check_files
 from .conversions import with_tables
 from .evaluation_mode import keep_in_evaluation
+from .kept_dtypes import restore_dtypes, table_dtypes
 from .linear import train_tables_only
 from .parameters import sketched_pairs
 from .replacing import densify, replace_weights
@@ -53,6 +54,7 @@ class SpallmQuantizer(HfQuantizer):
     requires_calibration = True
     serialized_names = {"weight": ["weight", "weight_table"]}  # noqa: RUF012
     quantization_config: SpallmConfig
+    _tables: dict[str, torch.dtype]
     _expected: dict[str, tuple[torch.Size, bool]]  # shape, and whether it is of floats
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
@@ -77,6 +79,7 @@ class SpallmQuantizer(HfQuantizer):
             model, sketches, torch.float32 if metadata.table_dtype == "float32" else None
         )
         keep_in_evaluation(model)
+        self._tables = table_dtypes(model)
         self._expected = {
             name: (parameter.shape, parameter.is_floating_point())
             for name, parameter in model.named_parameters()
@@ -85,6 +88,7 @@ class SpallmQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
+        restore_dtypes(model, self._tables)
         self._check_parameters(model)
         train_tables_only(model)
         attach_set_tables(model)
