@@ -155,8 +155,9 @@ class SpallmQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
-        densify(model, dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> Any:
+        # Saving a model leaves the name of its dtype in its config.
+        densify(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return model
 
 
