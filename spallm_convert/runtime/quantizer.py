@@ -22,7 +22,7 @@ from spallm_convert.errors import FormatError
 from spallm_formats import QUANT_METHOD, SketchMetadata
 
 from .checking import check_dtype, check_files
-from .conversions import with_tables
+from .conversions import keep_sizes_of_one, wanted_dtypes, with_tables
 from .linear import train_tables_only
 from .parameters import sketched_pairs
 from .replacing import densify, replace_weights
@@ -52,7 +52,7 @@ class SpallmQuantizer(HfQuantizer):
     requires_calibration = True
     serialized_names = {"weight": ["weight", "weight_table"]}  # noqa: RUF012
     quantization_config: SpallmConfig
-    _expected: dict[str, tuple[torch.Size, bool]]  # shape, and whether it is of floats
+    _expected: dict[str, tuple[torch.Size, torch.dtype]]
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Return the changes that transformers makes while loading, with those of tables."""
@@ -75,15 +75,17 @@ class SpallmQuantizer(HfQuantizer):
         replace_weights(
             model, sketches, torch.float32 if metadata.table_dtype == "float32" else None
         )
+        dtypes = wanted_dtypes(model, model.dtype)
         self._expected = {
-            name: (parameter.shape, parameter.is_floating_point())
-            for name, parameter in model.named_parameters()
+            name: (parameter.shape, dtypes[name]) for name, parameter in model.named_parameters()
         }
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         self._check_parameters(model)
+        self._cast_parameters(model)
+        keep_sizes_of_one(getattr(model, "_weight_conversions", None))
         train_tables_only(model)
         attach_set_tables(model)
         self._describe_tables(_table_dtypes(model))
@@ -93,19 +95,28 @@ class SpallmQuantizer(HfQuantizer):
         """Raise FormatError if a parameter has got a tensor of another kind than it had."""
         problems = []
         for name, parameter in model.named_parameters():
-            shape, is_float = self._expected.get(name, (parameter.shape, True))
+            shape, dtype = self._expected.get(name, (parameter.shape, torch.float32))
             # transformers 5.0 sets parameters of any shape if a model has a quantizer.
             if parameter.shape != shape:
                 problems.append(
                     f"tensor {name!r} has the shape {list(parameter.shape)}, the model expects "
                     f"{list(shape)}"
                 )
-            elif is_float and not (parameter.is_floating_point() or parameter.is_complex()):
+            elif dtype.is_floating_point and not (
+                parameter.is_floating_point() or parameter.is_complex()
+            ):
                 problems.append(
                     f"tensor {name!r} has the dtype {parameter.dtype}, the model expects floats"
                 )
         if problems:
             raise FormatError(problems)
+
+    def _cast_parameters(self, model: PreTrainedModel) -> None:
+        """Cast what transformers has loaded in another dtype than the model has."""
+        for name, parameter in model.named_parameters():
+            _, dtype = self._expected.get(name, (None, parameter.dtype))
+            if parameter.is_floating_point() and not parameter.is_meta and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
         """Return the state dict that `save_pretrained`, the caller, saves, and its metadata.

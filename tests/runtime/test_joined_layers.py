@@ -31,7 +31,7 @@ def kind(request):
     name, model_type, stored, loaded, operation = KINDS[request.param]
     sources = [f"mlp.{part}.weight" for part in ([stored] if isinstance(stored, str) else stored)]
     targets = [f"mlp.{part}.weight" for part in ([loaded] if isinstance(loaded, str) else loaded)]
-    change = WeightConverter(sources, targets, [operation(dim=0)])
+    change = WeightConverter(sources, targets, operations=[operation(dim=0)])
     conversion_mapping.get_checkpoint_conversion_mapping(model_type)  # fills the cache
     with pytest.MonkeyPatch.context() as patch:
         cache = conversion_mapping._checkpoint_conversion_mapping_cache
