@@ -22,7 +22,7 @@ from spallm_convert.errors import FormatError
 from spallm_formats import QUANT_METHOD, SketchMetadata
 
 from .checking import check_dtype, check_files
-from .conversions import with_tables
+from .conversions import keep_sizes_of_one, wanted_dtypes, with_tables
 from .evaluation_mode import keep_in_evaluation
 from .kept_dtypes import restore_dtypes, table_dtypes
 from .linear import train_tables_only
@@ -55,7 +55,7 @@ class SpallmQuantizer(HfQuantizer):
     serialized_names = {"weight": ["weight", "weight_table"]}  # noqa: RUF012
     quantization_config: SpallmConfig
     _tables: dict[str, torch.dtype]
-    _expected: dict[str, tuple[torch.Size, bool]]  # shape, and whether it is of floats
+    _expected: dict[str, tuple[torch.Size, torch.dtype]]
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Return the changes that transformers makes while loading, with those of tables."""
@@ -80,16 +80,18 @@ class SpallmQuantizer(HfQuantizer):
         )
         keep_in_evaluation(model)
         self._tables = table_dtypes(model)
+        dtypes = wanted_dtypes(model, model.dtype)
         self._expected = {
-            name: (parameter.shape, parameter.is_floating_point())
-            for name, parameter in model.named_parameters()
+            name: (parameter.shape, dtypes[name]) for name, parameter in model.named_parameters()
         }
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        restore_dtypes(model, self._tables)
         self._check_parameters(model)
+        self._cast_parameters(model)
+        restore_dtypes(model, self._tables)
+        keep_sizes_of_one(getattr(model, "_weight_conversions", None))
         train_tables_only(model)
         attach_set_tables(model)
         self._describe_tables(_table_dtypes(model))
@@ -99,19 +101,28 @@ class SpallmQuantizer(HfQuantizer):
         """Raise FormatError if a parameter has got a tensor of another kind than it had."""
         problems = []
         for name, parameter in model.named_parameters():
-            shape, is_float = self._expected.get(name, (parameter.shape, True))
+            shape, dtype = self._expected.get(name, (parameter.shape, torch.float32))
             # transformers 5.0 sets parameters of any shape if a model has a quantizer.
             if parameter.shape != shape:
                 problems.append(
                     f"tensor {name!r} has the shape {list(parameter.shape)}, the model expects "
                     f"{list(shape)}"
                 )
-            elif is_float and not (parameter.is_floating_point() or parameter.is_complex()):
+            elif dtype.is_floating_point and not (
+                parameter.is_floating_point() or parameter.is_complex()
+            ):
                 problems.append(
                     f"tensor {name!r} has the dtype {parameter.dtype}, the model expects floats"
                 )
         if problems:
             raise FormatError(problems)
+
+    def _cast_parameters(self, model: PreTrainedModel) -> None:
+        """Cast what transformers has loaded in another dtype than the model has."""
+        for name, parameter in model.named_parameters():
+            _, dtype = self._expected.get(name, (None, parameter.dtype))
+            if parameter.is_floating_point() and not parameter.is_meta and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
         """Return the state dict that `save_pretrained`, the caller, saves, and its metadata.
@@ -161,8 +172,9 @@ class SpallmQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
-        densify(model, dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> Any:
+        # Saving a model leaves the name of its dtype in its config.
+        densify(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return model
 
 

@@ -1,6 +1,7 @@
 """Make tiny random models of many architectures, as transformers saves them."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +35,14 @@ _BART = {
 }
 _VISION = _BERT | {"image_size": 16, "patch_size": 8}
 _ROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+_MROPE = {
+    "rope_scaling": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [1, 1, 2],
+        "mrope_interleaved": True,
+    }
+}
 _LATENT = {
     "kv_lora_rank": 8,
     "q_lora_rank": 8,
@@ -58,6 +67,48 @@ ARCHITECTURES = {
     "MixtralForCausalLM": ("MixtralConfig", _EXPERTS),
     "GraniteMoeForCausalLM": ("GraniteMoeConfig", _EXPERTS),
     "DeepseekV3ForCausalLM": ("DeepseekV3Config", _EXPERTS | _LATENT),
+    "GptOssForCausalLM": ("GptOssConfig", _EXPERTS | {"head_dim": 8}),
+    "Llama4ForCausalLM": (
+        "Llama4TextConfig",
+        _EXPERTS | {"head_dim": 8, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 48},
+    ),
+    # In early versions of transformers 5, the sizes of DBRX must be equal.
+    "DbrxForCausalLM": (
+        "DbrxConfig",
+        {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 64,
+            "vocab_size": 64,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+            "ffn_config": {
+                "hidden_size": 32,
+                "ffn_hidden_size": 32,
+                "moe_num_experts": 4,
+                "moe_top_k": 2,
+            },
+        },
+    ),
+    "JetMoeForCausalLM": (
+        "JetMoeConfig",
+        _TEXT | {"num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4},
+    ),
+    "Qwen3VLMoeForConditionalGeneration": (
+        "Qwen3VLMoeConfig",
+        {
+            "text_config": _EXPERTS | _MROPE | {"head_dim": 8},
+            "vision_config": {
+                "depth": 2,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_heads": 4,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+        },
+    ),
     "GemmaForCausalLM": ("GemmaConfig", _LLAMA | {"head_dim": 8}),
     "Gemma2ForCausalLM": ("Gemma2Config", _LLAMA | {"head_dim": 8}),
     "Gemma3ForCausalLM": ("Gemma3TextConfig", _LLAMA | {"head_dim": 8}),
@@ -118,12 +169,12 @@ ARCHITECTURES = {
 }
 
 
-def save_tiny(name: str, folder: Path) -> Path:
-    """Save a random model of a class of `ARCHITECTURES`; return the folder."""
+def save_tiny(name: str, folder: Path, **changes: Any) -> Path:
+    """Save a random model of a class of `ARCHITECTURES` and changes; return the folder."""
     import transformers
 
     config_name, options = ARCHITECTURES[name]
     torch.manual_seed(0)
-    config = getattr(transformers, config_name)(**options)
+    config = getattr(transformers, config_name)(**options | changes)
     getattr(transformers, name)(config).save_pretrained(folder)
     return folder
