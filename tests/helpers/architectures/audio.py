@@ -65,7 +65,8 @@ AUDIO = {
         "VoxtralConfig",
         {
             "text_config": LLAMA | {"model_type": "llama", "head_dim": 8},
-            "audio_config": _ENCODER | {"head_dim": 8},
+            "audio_config": _ENCODER
+            | {"head_dim": 8, "intermediate_size": 128, "encoder_ffn_dim": 128},
             "audio_token_id": 63,
         },
     ),

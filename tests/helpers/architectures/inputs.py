@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 
+from .media import MEDIA
+
 #: Ids at the end of the vocabulary of 64 stand for images and sounds, those at its start for
 #: padding, beginning and end.
-_FIRST, _LAST = 3, 57
-_SAMPLES, _LENGTH = 2, 8
+_FIRST, _LAST, _MEDIUM = 3, 57, 63
+_SAMPLES, _LENGTH = 2, 12
 
 
 def tiny_inputs(name: str, model: Any) -> dict[str, torch.Tensor]:
@@ -19,53 +21,29 @@ def tiny_inputs(name: str, model: Any) -> dict[str, torch.Tensor]:
         model: The model, dense or sketched.
 
     Returns:
-        Tensors by the name of the argument: token ids, int64 [2, 8], for models that read text,
-        also where they read images or sounds too. Otherwise pixels or sounds, float32.
+        Tensors by the name of the argument: token ids, int64 [2, 12], for models that read text,
+        and images or sounds, float32, for models that take them.
     """
     generator = torch.Generator().manual_seed(0)
     taken = inspect.signature(model.forward).parameters
+    medium = MEDIA.get(name)
     given: dict[str, torch.Tensor] = {}
     if "input_ids" in taken:
         given["input_ids"] = _tokens(generator)
+        if medium is not None:
+            given["input_ids"][:, 1 : 1 + medium.tokens] = _MEDIUM
     if "decoder_input_ids" in taken:
         given["decoder_input_ids"] = _tokens(generator)
-    for argument, shape in _SHAPES.get(name, {}).items():
-        given[argument] = torch.randn(_SAMPLES, *shape, generator=generator)
+    if medium is not None:
+        for argument, shape in medium.random.items():
+            given[argument] = torch.randn(*shape, generator=generator)
+        given |= {argument: torch.tensor(value) for argument, value in medium.fixed.items()}
     if not given:
         given["pixel_values"] = torch.randn(_SAMPLES, 3, 16, 16, generator=generator)
-    return given | _further(name)
+    if medium is not None and medium.types in taken:
+        given[medium.types] = (given["input_ids"] == _MEDIUM).long()
+    return given
 
 
 def _tokens(generator: torch.Generator) -> torch.Tensor:
     return torch.randint(_FIRST, _LAST, (_SAMPLES, _LENGTH), generator=generator)
-
-
-def _further(name: str) -> dict[str, torch.Tensor]:
-    """Return arguments that are neither tokens nor random."""
-    if name == "Siglip2Model":
-        return {
-            "pixel_attention_mask": torch.ones(_SAMPLES, 4, dtype=torch.int64),
-            "spatial_shapes": torch.full((_SAMPLES, 2), 2),
-        }
-    if name == "ViTMAEModel":
-        return {"noise": torch.arange(4.0).repeat(_SAMPLES, 1)}
-    return {}
-
-
-_IMAGE = {"pixel_values": (3, 16, 16)}
-#: Shape of one sample of each float argument, by class; images alone are not listed.
-_SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
-    "CLIPModel": _IMAGE,
-    "AltCLIPModel": _IMAGE,
-    "ChineseCLIPModel": _IMAGE,
-    "SiglipModel": _IMAGE,
-    "Siglip2Model": {"pixel_values": (4, 192)},
-    "BlipForConditionalGeneration": _IMAGE,
-    "Blip2ForConditionalGeneration": _IMAGE,
-    "VideoMAEModel": {"pixel_values": (2, 3, 16, 16)},
-    "WhisperForConditionalGeneration": {"input_features": (8, 16)},
-    "Speech2TextForConditionalGeneration": {"input_features": (32, 8)},
-    "MoonshineForConditionalGeneration": {"input_values": (2000,)},
-    "Wav2Vec2Model": {"input_values": (400,)},
-    "HubertModel": {"input_values": (400,)},
-}

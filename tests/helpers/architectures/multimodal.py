@@ -36,7 +36,8 @@ MULTIMODAL = {
     ),
     "LlavaNextForConditionalGeneration": (
         "LlavaNextConfig",
-        {"text_config": _LLAMA, "vision_config": _CLIP} | _IMAGE,
+        {"text_config": _LLAMA, "vision_config": _CLIP, "image_grid_pinpoints": [[16, 16]]}
+        | _IMAGE,
     ),
     "LlavaOnevisionForConditionalGeneration": (
         "LlavaOnevisionConfig",
@@ -44,6 +45,7 @@ MULTIMODAL = {
             "text_config": LLAMA | {"model_type": "qwen2"},
             "vision_config": _SIGLIP,
             "video_token_index": 62,
+            "image_grid_pinpoints": [[16, 16]],
         }
         | _IMAGE,
     ),
@@ -82,7 +84,8 @@ MULTIMODAL = {
     ),
     "Glm4vForConditionalGeneration": (
         "Glm4vConfig",
-        {"text_config": HEADS | MROPE, "vision_config": _QWEN_VISION | {"image_size": 16}} | _QWEN_IDS,
+        {"text_config": HEADS | MROPE, "vision_config": _QWEN_VISION | {"image_size": 16}}
+        | _QWEN_IDS,
     ),
     "Gemma3ForConditionalGeneration": (
         "Gemma3Config",
@@ -146,6 +149,8 @@ MULTIMODAL = {
     "Llama4ForConditionalGeneration": (
         "Llama4Config",
         {
+            "image_token_index": 63,
+            "pad_token_id": 0,
             "text_config": EXPERTS
             | {"head_dim": 8, "intermediate_size_mlp": 48, "moe_layers": [1]},
             "vision_config": VISION
@@ -190,7 +195,12 @@ MULTIMODAL = {
                 "hidden_size_per_layer_input": 8,
             },
             "vision_config": VISION
-            | {"num_key_value_heads": 4, "head_dim": 8, "position_embedding_size": 16},
+            | {
+                "num_key_value_heads": 4,
+                "head_dim": 8,
+                "position_embedding_size": 16,
+                "pooling_kernel_size": 2,
+            },
             "audio_config": None,
             "image_token_id": 63,
         },
