@@ -3,6 +3,7 @@
 Conversion streams: at any time it holds one block of one tensor, so memory should not grow with the
 model. To show that, a Llama checkpoint of random bf16 weights is written to a temporary folder and
 converted by the command line in a separate process, whose peak resident memory the kernel reports.
+The same is done for a model of the same size with experts, which are stored one by one.
 A dry run loads the same libraries and reads headers only: it shows how much of the peak belongs to
 the conversion itself.
 
@@ -85,8 +86,14 @@ def _sizes(folder: Path) -> dict[str, int]:
 @click.option(
     "--gigabytes",
     type=click.FloatRange(0, min_open=True),
-    default=6.0,
+    default=8.0,
     help="Size of the model, rounded to whole layers (at least one).",
+)
+@click.option(
+    "--experts",
+    type=click.IntRange(0),
+    default=64,
+    help="Experts per block of a second model of the same size; 0: no second model.",
 )
 @click.option(
     "--folder",
@@ -101,26 +108,38 @@ def _sizes(folder: Path) -> dict[str, int]:
     show_default="benchmarks/results/memory.json",
     help="JSON file to write.",
 )
-def main(gigabytes: float, folder: Path | None, output: Path) -> None:
-    """Measure the peak memory of converting a large synthetic checkpoint."""
-    shape = LlamaShape.of_bytes(gigabytes * _GIGA)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        found = measure(Path(scratch), shape)
+def main(gigabytes: float, experts: int, folder: Path | None, output: Path) -> None:
+    """Measure the peak memory of converting large synthetic checkpoints."""
+    shapes = {"dense": LlamaShape.of_bytes(gigabytes * _GIGA)}
+    if experts:
+        shapes["experts"] = LlamaShape.of_bytes(gigabytes * _GIGA, experts)
+    results = {}
+    for name, shape in shapes.items():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            results[name] = found = measure(Path(scratch), shape)
+        _show(found)
+    document = {
+        "benchmark": "memory",
+        "machine": machine(),
+        "versions": versions(*_PACKAGES),
+        "settings": {
+            "layers": {name: shape.layers for name, shape in shapes.items()},
+            "experts": experts,
+            "max_shard_size": _OUTPUT_SHARD_SIZE,
+        },
+        "results": results,
+    }
+    write_results(output, document)
+    click.echo(f"written to {output}")
+
+
+def _show(found: dict[str, Any]) -> None:
     click.echo(
         f"{found['source']['bytes'] / _GIGA:.2f} GB -> {found['output']['bytes'] / _GIGA:.2f} GB "
         f"in {found['seconds']:.1f} s ({found['weights_per_second'] / 1e6:.2f} M weights/s)\n"
         f"peak resident memory {found['peak_resident_bytes'] / 1e6:.0f} MB, of a dry run "
         f"{found['peak_resident_bytes_dry_run'] / 1e6:.0f} MB"
     )
-    document = {
-        "benchmark": "memory",
-        "machine": machine(),
-        "versions": versions(*_PACKAGES),
-        "settings": {"layers": shape.layers, "max_shard_size": _OUTPUT_SHARD_SIZE},
-        "results": found,
-    }
-    write_results(output, document)
-    click.echo(f"written to {output}")
 
 
 if __name__ == "__main__":

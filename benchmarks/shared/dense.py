@@ -18,6 +18,7 @@ from spallm_convert.source.skeleton import read_skeleton
 from spallm_formats import (
     CONFIG_FILE,
     INDEX_FILE,
+    INDEX_MAP_SUFFIX,
     Shard,
     ShardFile,
     TensorSpec,
@@ -35,7 +36,10 @@ _PIECE = 1 << 22
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """Sizes of a Llama model, by default those of a layer in a model of one billion weights."""
+    """Sizes of a Llama model, by default those of a layer in a model of one billion weights.
+
+    With experts it is a Qwen3-MoE model, whose experts are stored one by one.
+    """
 
     layers: int
     hidden: int = 2048
@@ -43,12 +47,14 @@ class LlamaShape:
     vocabulary: int = 32000
     head: int = 64
     queries_per_key: int = 4
+    experts: int = 0
+    expert_size: int = 768
 
     @classmethod
-    def of_bytes(cls, nbytes: float) -> LlamaShape:
+    def of_bytes(cls, nbytes: float, experts: int = 0) -> LlamaShape:
         """The default shape with as many layers as come closest to so many bytes of bf16."""
-        one, two = (cls(layers).nbytes for layers in (1, 2))
-        return cls(max(1, round(1 + (nbytes - one) / (two - one))))
+        one, two = (cls(layers, experts=experts).nbytes for layers in (1, 2))
+        return cls(max(1, round(1 + (nbytes - one) / (two - one))), experts=experts)
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +62,7 @@ class LlamaShape:
         return sum(spec.nbytes for spec in self.tensors())
 
     def tensors(self) -> list[TensorSpec]:
-        """All tensors of LlamaForCausalLM, with an output layer of its own."""
+        """All tensors of the model, with an output layer of its own."""
         hidden, intermediate = self.hidden, self.intermediate
         keys = hidden // self.queries_per_key
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (self.vocabulary, hidden)}
@@ -67,10 +73,14 @@ class LlamaShape:
             "self_attn.v_proj": (keys, hidden),
             "self_attn.o_proj": (hidden, hidden),
             "post_attention_layernorm": (hidden,),
-            "mlp.gate_proj": (intermediate, hidden),
-            "mlp.up_proj": (intermediate, hidden),
-            "mlp.down_proj": (hidden, intermediate),
         }
+        if self.experts:
+            layer |= {"self_attn.q_norm": (self.head,), "self_attn.k_norm": (self.head,)}
+            layer["mlp.gate"] = (self.experts, hidden)
+        for mlp in [f"mlp.experts.{number}" for number in range(self.experts)] or ["mlp"]:
+            size = self.expert_size if self.experts else intermediate
+            layer |= {f"{mlp}.gate_proj": (size, hidden), f"{mlp}.up_proj": (size, hidden)}
+            layer[f"{mlp}.down_proj"] = (hidden, size)
         for number in range(self.layers):
             shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
         shapes |= {"model.norm": (hidden,), "lm_head": (self.vocabulary, hidden)}
@@ -79,6 +89,14 @@ class LlamaShape:
     def config(self) -> dict[str, Any]:
         """`config.json`."""
         heads = self.hidden // self.head
+        others = {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "head_dim": self.head,
+            "moe_intermediate_size": self.expert_size,
+            "num_experts": self.experts,
+            "num_experts_per_tok": min(8, self.experts),
+        }
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -92,7 +110,7 @@ class LlamaShape:
             "num_key_value_heads": heads // self.queries_per_key,
             "tie_word_embeddings": False,
             "vocab_size": self.vocabulary,
-        }
+        } | (others if self.experts else {})
 
 
 SHAPES = {
@@ -145,7 +163,12 @@ def digest(dense: Path) -> str:
 
 def read_linears(dense: Path) -> Linears:
     """Return (out_features, in_features) of the layers that are sketched or get adapters."""
-    return read_skeleton(dense, json.loads((dense / CONFIG_FILE).read_text())).linears
+    weights = read_skeleton(dense, json.loads((dense / CONFIG_FILE).read_text())).weights
+    return {
+        name.removesuffix(INDEX_MAP_SUFFIX): (weight.out_features, weight.in_features)
+        for name, weight in weights.items()
+        if weight.experts is None
+    }
 
 
 def write_checkpoint(folder: Path, shape: LlamaShape) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from .dtypes import TABLE_DTYPES
@@ -21,24 +22,35 @@ QUANT_METHOD = "spallm"
 FORMAT_VERSION = 1
 MAPPINGS = ("cluster", "hash")
 INDEX_MAP_SUFFIX = ".weight"
-TABLE_SUFFIX = ".weight_table"
+TABLE_ENDING = "_table"
+TABLE_SUFFIX = INDEX_MAP_SUFFIX + TABLE_ENDING
 
 
 @dataclass(frozen=True, kw_only=True)
 class SketchedModule:
-    """Hold the shape of one sketched linear layer.
+    """Hold the shape of one sketched linear layer, or of all experts in one fused tensor.
 
     Attributes:
         in_features: Columns of the weight.
-        out_features: Rows of the weight.
+        out_features: Rows of the weight, or of each expert's.
         bits: Bits of a code, 1 to 8.
         groups_per_row: Tables per row; divides in_features.
+        experts: Number of experts whose weights are fused in one tensor. None: the module is one
+            linear layer.
+        transposed: Whether the source stores the weight, or each expert's, with a row per input.
     """
 
     in_features: int
     out_features: int
     bits: int
     groups_per_row: int
+    experts: int | None = None
+    transposed: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Return the number of rows, those of all experts together."""
+        return self.out_features * (1 if self.experts is None else self.experts)
 
     @property
     def entries(self) -> int:
@@ -48,12 +60,31 @@ class SketchedModule:
     @property
     def weights(self) -> int:
         """Return the number of weights."""
-        return self.in_features * self.out_features
+        return self.in_features * self.rows
 
     @property
-    def table_shape(self) -> tuple[int, int, int]:
-        """Return the shape of the tables, (out_features, groups_per_row, entries)."""
-        return self.out_features, self.groups_per_row, self.entries
+    def table_shape(self) -> tuple[int, ...]:
+        """Return the shape of the tables, (out_features, groups_per_row, entries).
+
+        The number of experts stands before it if there are any.
+        """
+        return *self._leading, self.out_features, self.groups_per_row, self.entries
+
+    @property
+    def _leading(self) -> tuple[int, ...]:
+        return () if self.experts is None else (self.experts,)
+
+    def index_map_name(self, name: str) -> str:
+        """Return the name of the module's index map, given the name of the module.
+
+        A layer's weight is a tensor of its module. Fused experts are a tensor, whose own name is
+        that of the module.
+        """
+        return name + INDEX_MAP_SUFFIX if self.experts is None else name
+
+    def table_name(self, name: str) -> str:
+        """Return the name of the module's tables, given the name of the module."""
+        return self.index_map_name(name) + TABLE_ENDING
 
     def stored_bits_per_weight(self, mapping: str, table_dtype: str) -> float:
         """Return the bits on disk per weight of this module: index map with padding, plus tables.
@@ -74,10 +105,20 @@ class SketchedModule:
             table_dtype: "bfloat16", "float16" or "float32".
         """
         packed = row_bytes(self.in_features, self.bits) if mapping == "cluster" else 0
+        shape = (*self._leading, self.out_features, packed)
         return (
-            TensorSpec(name + INDEX_MAP_SUFFIX, "U8", (self.out_features, packed)),
-            TensorSpec(name + TABLE_SUFFIX, TABLE_DTYPES[table_dtype], self.table_shape),
+            TensorSpec(self.index_map_name(name), "U8", shape),
+            TensorSpec(self.table_name(name), TABLE_DTYPES[table_dtype], self.table_shape),
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the module's object in `quantization_config`."""
+        document = asdict(self)
+        if self.experts is None:
+            del document["experts"]
+        if not self.transposed:
+            del document["transposed"]
+        return document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +159,7 @@ class SketchMetadata:
             "mapping": self.mapping,
             "hash_seed": self.hash_seed,
             "table_dtype": self.table_dtype,
-            "modules": {name: asdict(module) for name, module in self.modules.items()},
+            "modules": {name: module.to_json() for name, module in self.modules.items()},
         }
 
     @classmethod
@@ -192,13 +233,24 @@ _MODULE: dict[str, _Check] = {
     "bits": _is_integer(1, MAX_BITS),
     "groups_per_row": _is_integer(1, 2**31 - 1),
 }
+_OPTIONAL: dict[str, _Check] = {
+    "experts": _is_integer(1, 2**31 - 1),
+    "transposed": ((lambda value: value is True), "true, or no such key"),
+}
 
 
-def _key_problems(where: str, document: dict[str, Any], checks: dict[str, _Check]) -> list[str]:
-    problems = [f"{where}: unknown key {shown(key)}" for key in document if key not in checks]
-    for key, (accepts, accepted) in checks.items():
+def _key_problems(
+    where: str,
+    document: dict[str, Any],
+    checks: dict[str, _Check],
+    optional: Mapping[str, _Check] = MappingProxyType({}),
+) -> list[str]:
+    every = {**checks, **optional}
+    problems = [f"{where}: unknown key {shown(key)}" for key in document if key not in every]
+    for key, (accepts, accepted) in every.items():
         if key not in document:
-            problems.append(f"{where}: {key} is missing")
+            if key in checks:
+                problems.append(f"{where}: {key} is missing")
         elif not accepts(document[key]):
             problems.append(f"{where}: {key} is {shown(document[key])}, expected {accepted}")
     return problems
@@ -208,7 +260,7 @@ def _module_problems(name: str, module: Any) -> list[str]:
     where = f"module {shown(name)}"
     if not name or not isinstance(module, dict):
         return [f"{where}: expected a module path and an object"]
-    problems = _key_problems(where, module, _MODULE)
+    problems = _key_problems(where, module, _MODULE, _OPTIONAL)
     if not problems and module["in_features"] % module["groups_per_row"]:
         problems.append(
             f"{where}: groups_per_row {module['groups_per_row']} does not divide "

@@ -22,7 +22,7 @@ from .errors import FormatError
 from .files import open_regular, read_json
 from .header import StoredTensor, TensorSpec, read_header
 from .layout import INDEX_FILE, SINGLE_SHARD
-from .metadata import INDEX_MAP_SUFFIX, TABLE_SUFFIX, SketchMetadata
+from .metadata import TABLE_SUFFIX, SketchMetadata
 from .packing import padding_is_zero
 from .publishing import CONFIG_FILE
 from .text import shown, summary
@@ -191,9 +191,10 @@ class SketchedCheckpoint:
             module: Path of the module in the model.
 
         Returns:
-            uint8 [out_features, row_bytes]; row_bytes is 0 for the `hash` mapping.
+            uint8 [out_features, row_bytes]; row_bytes is 0 for the `hash` mapping. Fused experts
+            have one dimension more, in front.
         """
-        tensor = self.tensors[module + INDEX_MAP_SUFFIX]
+        tensor = self.tensors[self.metadata.modules[module].index_map_name(module)]
         return np.frombuffer(read_bytes(tensor, 0, tensor.nbytes), np.uint8).reshape(tensor.shape)
 
     def table(self, module: str) -> npt.NDArray[np.float32]:
@@ -203,9 +204,10 @@ class SketchedCheckpoint:
             module: Path of the module in the model.
 
         Returns:
-            float32 [out_features, groups_per_row, 2^bits].
+            float32 [out_features, groups_per_row, 2^bits]. Fused experts have one dimension more,
+            in front.
         """
-        tensor = self.tensors[module + TABLE_SUFFIX]
+        tensor = self.tensors[self.metadata.modules[module].table_name(module)]
         return to_float32(read_bytes(tensor, 0, tensor.nbytes), tensor.dtype).reshape(tensor.shape)
 
     def deep_problems(self, largest: float = math.inf) -> Iterator[str]:
@@ -216,14 +218,13 @@ class SketchedCheckpoint:
         """
         dtype = TABLE_DTYPES[self.metadata.table_dtype]
         for name, module in self.metadata.modules.items():
-            for rows in _row_blocks(self.tensors[name + INDEX_MAP_SUFFIX]):
-                packed = np.frombuffer(rows, np.uint8).reshape(
-                    -1, self.tensors[name + INDEX_MAP_SUFFIX].shape[1]
-                )
+            index_map = self.tensors[module.index_map_name(name)]
+            for rows in _row_blocks(index_map):
+                packed = np.frombuffer(rows, np.uint8).reshape(-1, index_map.shape[-1])
                 if not padding_is_zero(packed, module.bits, module.in_features):
                     yield f"module {shown(name)}: padding bits of the index map are not zero"
                     break
-            for rows in _row_blocks(self.tensors[name + TABLE_SUFFIX]):
+            for rows in _row_blocks(self.tensors[module.table_name(name)]):
                 values = np.abs(to_float32(rows, dtype))
                 if not np.isfinite(values).all():
                     yield f"module {shown(name)}: the sketch table holds NaN or infinite values"
@@ -241,7 +242,7 @@ def _row_blocks(tensor: StoredTensor) -> Iterator[bytearray]:
     """Yield the data of a tensor in blocks of whole rows; nothing if it is empty."""
     if not tensor.nbytes:
         return
-    row = tensor.nbytes // tensor.shape[0]
+    row = tensor.nbytes // math.prod(tensor.shape[:-1])
     step = max(1, _BLOCK_BYTES // row) * row
     for start in range(0, tensor.nbytes, step):
         yield read_bytes(tensor, start, min(start + step, tensor.nbytes))

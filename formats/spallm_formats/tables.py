@@ -126,7 +126,7 @@ def fingerprint(modules: Mapping[str, SketchedModule], digests: Mapping[str, str
         shape = modules[name]
         line = [
             name,
-            shape.out_features,
+            shape.rows,
             shape.in_features,
             shape.bits,
             shape.groups_per_row,

@@ -12,21 +12,13 @@ from typing import Any
 import numpy as np
 
 from spallm_convert.calibration.store import CalibratedModules, are_sums
-from spallm_convert.errors import SourceError, SpallmError
+from spallm_convert.errors import SourceError
 from spallm_convert.progress import Progress
+from spallm_convert.sketch.layer import Layer
 from spallm_convert.sketch.plan import Plan
+from spallm_convert.sketch.row_blocks import RowBlock, read_source, row_blocks
 from spallm_convert.sketch.rows import reduction_note, sketch_rows
-from spallm_formats import (
-    INDEX_MAP_SUFFIX,
-    ITEM_BYTES,
-    TABLE_SUFFIX,
-    Shard,
-    ShardFile,
-    Staging,
-    StoredTensor,
-    read_bytes,
-    to_float32,
-)
+from spallm_formats import Shard, ShardFile, Staging, StoredTensor
 
 #: Weights that are sketched at a time, enough for all cores, and bytes that are copied at a time.
 BLOCK_WEIGHTS = 1 << 23
@@ -61,16 +53,16 @@ def write_shard(
             changed during the conversion.
     """
     record: dict[str, Any] = {"modules": {}}
+    layers = {layer.module.table_name(name): layer for name, layer in plan.layers.items()}
     with staging.write_shard(shard, record) as file:
         for name in shard.tensors:
             if name in plan.kept:
                 _copy(plan.kept[name], file)
-            elif name.endswith(TABLE_SUFFIX):
-                module = name.removesuffix(TABLE_SUFFIX)
-                record["modules"][module] = (
-                    _store(module, sketches, file)
+            elif layer := layers.get(name):
+                record["modules"][layer.name] = (
+                    _store(layer, sketches, file)
                     if sketches
-                    else _sketch(module, plan, file, progress)
+                    else _sketch(layer, plan, file, progress)
                 )
         check()
     return record
@@ -90,7 +82,11 @@ def kept_record(
     record = staging.record(shard)
     if record is None or record.get("bytes") != shard.nbytes:
         return None
-    names = {name for name in plan.layers if name + TABLE_SUFFIX in shard.tensors}
+    names = {
+        name
+        for name, layer in plan.layers.items()
+        if layer.module.table_name(name) in shard.tensors
+    }
     sums = record.get("modules")
     if not are_sums(sums, 4 if calibrated else 2) or sums.keys() != names:
         return None
@@ -99,65 +95,54 @@ def kept_record(
 
 def _copy(tensor: StoredTensor, file: ShardFile) -> None:
     for start in range(0, tensor.nbytes, _BLOCK_BYTES):
-        file.write(
-            tensor.name, start, _read(tensor, start, min(start + _BLOCK_BYTES, tensor.nbytes))
-        )
+        stop = min(start + _BLOCK_BYTES, tensor.nbytes)
+        file.write(tensor.name, start, read_source(tensor, start, stop))
 
 
-def _store(name: str, sketches: CalibratedModules, file: ShardFile) -> Sequence[float]:
+def _store(layer: Layer, sketches: CalibratedModules, file: ShardFile) -> Sequence[float]:
     """Write a calibrated module; return its sums."""
-    module = sketches.read(name)
-    if module.index_map.size:
-        file.write(name + INDEX_MAP_SUFFIX, 0, module.index_map)
-    file.write(name + TABLE_SUFFIX, 0, module.table)
-    return module.sums
+    found = sketches.read(layer.name)
+    if found.index_map.size:
+        file.write(layer.module.index_map_name(layer.name), 0, found.index_map)
+    file.write(layer.module.table_name(layer.name), 0, found.table)
+    return found.sums
 
 
-def _sketch(name: str, plan: Plan, file: ShardFile, progress: Progress) -> tuple[float, float]:
+def _sketch(layer: Layer, plan: Plan, file: ShardFile, progress: Progress) -> tuple[float, float]:
     """Sketch and write one module; return its squared error and squared norm."""
-    module, tensor = plan.layers[name].module, plan.layers[name].weight
-    row_bytes = module.in_features * ITEM_BYTES[tensor.dtype]
-    step = max(1, BLOCK_WEIGHTS // module.in_features)
+    module, tensor, name = layer.module, layer.weight, layer.name
     sums, reduced = [], 0
-    for first in range(0, module.out_features, step):
-        rows = min(step, module.out_features - first)
-        raw = _read(tensor, first * row_bytes, (first + rows) * row_bytes)
-        weights = to_float32(raw, tensor.dtype).reshape(rows, module.in_features)
-        _check_finite(weights, tensor, first)
+    for block in row_blocks(layer, BLOCK_WEIGHTS, each_expert=plan.metadata.mapping == "hash"):
+        _check_finite(block, layer)
         try:
-            sketched = sketch_rows(weights, module, plan.metadata, first, plan.limit)
+            sketched = sketch_rows(
+                block.weights, module, plan.metadata, block.first_of_expert, plan.limit
+            )
         except OverflowError as error:
             raise SourceError(
                 f"{tensor.file.name}: tensor {tensor.name!r} has {error}; use --table-dtype float32"
             ) from error
         index_map, table = sketched.index_map, sketched.table
         if index_map.size:
-            file.write(name + INDEX_MAP_SUFFIX, first * index_map.shape[1], index_map)
-        file.write(name + TABLE_SUFFIX, first * table[0].nbytes, table)
+            start = block.first * index_map.shape[1]
+            file.write(module.index_map_name(name), start, index_map)
+        file.write(module.table_name(name), block.first * table[0].nbytes, table)
         sums.append(sketched.sums)
         reduced += sketched.reduced
-        progress.advance(weights.size, name)
+        progress.advance(block.weights.size, name)
     if plan.limit is not None and reduced:
         progress.remark(reduction_note(name, reduced, plan.limit))
     errors, norms = np.concatenate(sums).T
     return math.fsum(errors), math.fsum(norms)  # exact, so the size of blocks does not matter
 
 
-def _read(tensor: StoredTensor, start: int, stop: int) -> bytearray:
-    try:
-        return read_bytes(tensor, start, stop)
-    except SpallmError as error:
-        raise SourceError(f"{error} (the source changed during the conversion)") from error
-
-
-def _check_finite(
-    weights: np.ndarray[Any, np.dtype[np.float32]], tensor: StoredTensor, first: int
-) -> None:
-    finite = np.isfinite(weights)
+def _check_finite(block: RowBlock, layer: Layer) -> None:
+    finite = np.isfinite(block.weights)
     if not finite.all():
+        tensor = layer.weight
         row, column = np.argwhere(~finite)[0]
         raise SourceError(
-            f"{tensor.file.name}: tensor {tensor.name!r} holds {weights[row, column]} at row "
-            f"{first + row}, column {column}; only finite weights can be sketched "
-            f"(--ignore {tensor.name.removesuffix('.weight')} leaves the layer dense)"
+            f"{tensor.file.name}: tensor {tensor.name!r} holds {block.weights[row, column]} at "
+            f"row {block.first + row}, column {column}; only finite weights can be sketched "
+            f"(--ignore {layer.name} leaves the layer dense)"
         )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from spallm_convert.errors import OptionError
-from spallm_convert.source.skeleton import Skeleton, by_model_name
-from spallm_formats import INDEX_MAP_SUFFIX, StoredTensor
 
 
 def matches(pattern: str, *names: str) -> bool:
@@ -15,34 +13,13 @@ def matches(pattern: str, *names: str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for name in names)
 
 
-def ignored_layers(
-    skeleton: Skeleton,
-    names: Mapping[str, str | None],
-    tensors: Mapping[str, StoredTensor],
-    patterns: tuple[str, ...],
-) -> set[str]:
-    """Return the layers that the user leaves dense, by the names of their weights on disk.
+def check_patterns(patterns: tuple[str, ...], layers: Iterable[tuple[str, ...]]) -> None:
+    """Raise OptionError if a pattern to ignore matches no layer.
 
     Args:
-        skeleton: The model.
-        names: Name of each layer in the checkpoint, by path. None if transformers renames its
-            weight.
-        tensors: Tensors of the checkpoint, by name.
-        patterns: Patterns of paths or names to leave dense.
+        patterns: The patterns.
+        layers: All names of each layer.
     """
-    if not patterns:
-        return set()
-    renamed = {name: tensor.name for name, tensor in by_model_name(skeleton.model, tensors).items()}
-    found = set()
-    for path, name in names.items():
-        stored = name or renamed.get(path + INDEX_MAP_SUFFIX, path).removesuffix(INDEX_MAP_SUFFIX)
-        if any(matches(pattern, path, stored) for pattern in patterns):
-            found.add(stored)
-    return found
-
-
-def check_patterns(patterns: tuple[str, ...], layers: list[tuple[str, str]]) -> None:
-    """Raise OptionError if a pattern to ignore matches no layer."""
     unused = [p for p in patterns if not any(matches(p, *names) for names in layers)]
     if unused:
         raise OptionError(

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spallm_convert.config import AUTO, SketchConfig
+from spallm_convert.config import SketchConfig
 from spallm_convert.errors import SourceError
 from spallm_convert.source.checkpoint import DenseCheckpoint
 from spallm_convert.source.layer_count import layer_count_problem
 from spallm_convert.source.skeleton import read_skeleton
 from spallm_formats import (
     Shard,
-    SketchedModule,
     SketchMetadata,
     StoredTensor,
     TensorSpec,
@@ -25,17 +24,11 @@ from spallm_formats import (
     summary,
 )
 
-from .ignoring import check_patterns, ignored_layers, matches
 from .layer import Layer
+from .layers import find_layers
 from .left_dense import dense_warning, dense_weights, other_matrices
 from .limits import Limit, loading_limit
-from .problems import (
-    check_groups,
-    double_weights,
-    name_problems,
-    tensor_problems,
-    why_none,
-)
+from .problems import check_groups, name_problems, why_none
 from .widths import Choice, check_target, with_choice
 
 
@@ -75,8 +68,8 @@ class Plan:
 
     @property
     def by_path(self) -> dict[str, Layer]:
-        """Return the layers to sketch, by path in the model."""
-        return {layer.path: layer for layer in self.layers.values()}
+        """Return the layers to sketch that are linear layers of the model, by path in the model."""
+        return {layer.path: layer for layer in self.layers.values() if layer.is_whole}
 
     def in_block(self, block: str) -> dict[str, Layer]:
         """Return the layers to sketch inside a module.
@@ -134,29 +127,13 @@ def make_plan(
     if too_many := layer_count_problem(checkpoint.config, len(tensors)):
         raise SourceError(f"{folder}: {too_many}")
     skeleton = read_skeleton(folder, checkpoint.config, trust_remote_code=trust_remote_code)
-    layers: dict[str, Layer] = {}
-    left_dense: dict[str, str] = {}
-    problems = name_problems(tensors)
-    names = {path: skeleton.stored_name(path, tensors) for path in skeleton.linears}
-    for path, shape in skeleton.linears.items():
-        name = names[path]
-        if name is None:
-            left_dense[path] = skeleton.unfit.get(path, "its weight is not stored under this name")
-            continue
-        weight = tensors[name + ".weight"]
-        pattern = next((p for p in config.ignore if matches(p, path, name)), None)
-        if pattern is not None:
-            reason: str | None = f"ignored by the pattern {pattern!r}"
-        else:
-            reason = skeleton.unfit.get(path) or _reason_to_keep(name, shape, weight, config)
-        if reason:
-            left_dense[name] = reason
-        else:
-            problems += tensor_problems(weight, shape) + double_weights(path, skeleton, tensors)
-            layers[name] = Layer(name, path, _sketched(shape, config), weight)
-    check_patterns(config.ignore, [(path, name or path) for path, name in names.items()])
-    left_dense |= other_matrices(tensors, {*layers, *left_dense})
-    if problems:
+    found = find_layers(skeleton, tensors, config)
+    layers = found.layers
+    sketched = {layer.weight.name for layer in layers.values()}
+    left_dense = found.left_dense | other_matrices(
+        tensors, sketched, found.left_dense, skeleton.unfit, found.names
+    )
+    if problems := name_problems(tensors, layers) + found.problems:
         raise SourceError(f"{folder}: {summary(problems)}")
     if not layers:
         raise SourceError(f"{folder}: no linear layer to sketch {why_none(left_dense)}")
@@ -164,14 +141,13 @@ def make_plan(
     check_groups(modules)
     check_target(modules, config)
     metadata, kept, shards = _laid_out(tensors, layers, config)
-    ignored = ignored_layers(skeleton, names, tensors, config.ignore)
     stored = {tensor.dtype for tensor in kept.values()}
     return Plan(
         metadata=metadata,
         layers=layers,
         kept=kept,
         left_dense=left_dense,
-        dense_weights=dense_weights(tensors, layers, ignored),
+        dense_weights=dense_weights(tensors, sketched, found.ignored),
         limit=loading_limit(checkpoint.config, stored, config.table_dtype),
         shards=shards,
     )
@@ -208,34 +184,11 @@ def _laid_out(
     )
     kept: dict[str, StoredTensor] = {}
     groups: list[tuple[TensorSpec, ...]] = []
+    by_tensor = {layer.weight.name: layer for layer in layers.values()}
     for tensor in tensors.values():
-        name = tensor.name.removesuffix(".weight")
-        if name in layers and tensor.name != name:
-            module = layers[name].module
-            groups.append(module.tensors(name, config.mapping, config.table_dtype))
+        if layer := by_tensor.get(tensor.name):
+            groups.append(layer.module.tensors(layer.name, config.mapping, config.table_dtype))
         else:
             kept[tensor.name] = tensor
             groups.append((TensorSpec(tensor.name, tensor.dtype, tensor.shape),))
     return metadata, kept, plan_shards(groups, config.max_shard_bytes)
-
-
-def _sketched(shape: tuple[int, int], config: SketchConfig) -> SketchedModule:
-    """Return a module of this shape, with the bits and groups of `config`."""
-    out_features, in_features = shape
-    return SketchedModule(
-        in_features=in_features,
-        out_features=out_features,
-        bits=config.bits,
-        groups_per_row=config.groups_for(in_features),
-    )
-
-
-def _reason_to_keep(
-    name: str, shape: tuple[int, int], weight: StoredTensor, config: SketchConfig
-) -> str | None:
-    """Return the reason to keep a layer dense, None if it is to be sketched."""
-    if config.groups_per_row == AUTO:
-        specs = _sketched(shape, config).tensors(name, config.mapping, config.table_dtype)
-        if sum(spec.nbytes for spec in specs) >= weight.nbytes:
-            return f"with {shape[1]} columns its tables would be larger than the space they save"
-    return None

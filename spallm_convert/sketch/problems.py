@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 
 from spallm_convert.errors import OptionError
-from spallm_convert.source.skeleton import Skeleton, aliases
+from spallm_convert.source.stored_names import LoadedNames
 from spallm_formats import (
     CONFIG_FILE,
     FLOAT_STORAGE,
-    INDEX_MAP_SUFFIX,
     TABLE_SUFFIX,
     SketchedModule,
     StoredTensor,
@@ -17,10 +16,13 @@ from spallm_formats import (
     summary,
 )
 
+from .layer import Layer
 
-def name_problems(tensors: Mapping[str, StoredTensor]) -> list[str]:
+
+def name_problems(tensors: Mapping[str, StoredTensor], layers: Mapping[str, Layer]) -> list[str]:
     """Return the tensors whose names the format reserves for sketch tables."""
-    reserved = [shown(name) for name in tensors if name.endswith(TABLE_SUFFIX)]
+    tables = {layer.module.table_name(name) for name, layer in layers.items()}
+    reserved = [shown(name) for name in tensors if name.endswith(TABLE_SUFFIX) or name in tables]
     if not reserved:
         return []
     return [
@@ -29,20 +31,15 @@ def name_problems(tensors: Mapping[str, StoredTensor]) -> list[str]:
     ]
 
 
-def double_weights(path: str, skeleton: Skeleton, tensors: Container[str]) -> list[str]:
-    """Return a problem if the weight of a layer is stored under several names."""
-    names = dict.fromkeys(aliases(path, skeleton.base_prefix))
-    found = [
-        name + INDEX_MAP_SUFFIX
-        for name in names
-        if name + INDEX_MAP_SUFFIX in tensors and (name == path or name not in skeleton.linears)
-    ]
-    if len(found) < 2:
+def double_weights(parameter: str, names: LoadedNames) -> list[str]:
+    """Return a problem if a parameter is stored under several names."""
+    found = names.doubled.get(parameter, [])
+    if not found:
         return []
     return [f"tensors {' and '.join(map(shown, found))} are the same weight: remove one of them"]
 
 
-def tensor_problems(weight: StoredTensor, shape: tuple[int, int]) -> list[str]:
+def tensor_problems(weight: StoredTensor, shape: tuple[int, ...]) -> list[str]:
     """Return what keeps a weight from being sketched: its dtype, or its shape."""
     where = f"{weight.file.name}: tensor {shown(weight.name)}"
     if weight.dtype not in FLOAT_STORAGE:

@@ -2,26 +2,26 @@
 
 transformers builds the tree on the meta device from `config.json`. `load_sketched` replaces the
 linear layers of the same tree by sketched ones, so the tree decides what is sketched. Names and
-shapes of tensors would not be enough: embeddings are two-dimensional too, GPT-2's projections are
-transposed, and experts can be fused.
+shapes of tensors would not be enough: embeddings are two-dimensional too, and GPT-2's projections
+are transposed.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spallm_convert.errors import SourceError, one_line
 
+from .linear_weights import LinearWeight
+from .linears import find_linears
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from spallm_formats import SketchMetadata, StoredTensor
-
-_IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,16 @@ class Skeleton:
     """Describe the linear layers of a model.
 
     Attributes:
-        linears: (out_features, in_features) of every linear layer inside a numbered block, by path.
-        base_prefix: Name of the base model inside the model class, such as "model" for Llama.
-        unfit: The reason for each of these layers that cannot be sketched, by path.
+        weights: The weights of linear layers and experts inside numbered blocks, by path of the
+            parameter.
+        unfit: The reason for each of these weights that cannot be sketched, by path of the
+            parameter.
         model: The model, on the meta device.
     """
 
-    linears: dict[str, tuple[int, int]]
-    base_prefix: str
+    weights: dict[str, LinearWeight]
     unfit: dict[str, str]
     model: PreTrainedModel
-
-    def stored_name(self, module: str, tensors: Container[str]) -> str | None:
-        """Return the name of a module in the checkpoint; None if its weight is not stored there."""
-        names = aliases(module, self.base_prefix)
-        return next((name for name in names if name + ".weight" in tensors), None)
 
 
 def aliases(name: str, base_prefix: str) -> tuple[str, str, str]:
@@ -154,49 +149,7 @@ def read_skeleton(
     model_class = find_model_class(folder, config, trust_remote_code)
     with torch.device("meta"):
         model = _build(model_class, folder, config, trust_remote_code)
-    linears = {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if type(module) is torch.nn.Linear and is_in_block(name)
-    }
-    return Skeleton(linears, str(model_class.base_model_prefix), _unfit(model, linears), model)
-
-
-def _unfit(model: PreTrainedModel, linears: Collection[str]) -> dict[str, str]:
-    read = dict.fromkeys(
-        _read_as_floats(model) & set(linears),
-        "the model's code needs its weight in floating point",
-    )
-    pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", {})  # not in all remote code
-    tied = {*pairs, *pairs.values()}
-    return read | {
-        name: "the model ties its weight to that of another layer"
-        for name in linears
-        if name + ".weight" in tied
-    }
-
-
-def _read_as_floats(model: PreTrainedModel) -> set[str]:
-    """Return the modules whose weight is read by other code than their own.
-
-    Models compare the dtype of weights that transformers keeps in float32. Mixers of state-space
-    models (they have A and D) pass the weights of several layers to one kernel.
-    """
-    kept = (model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict)
-    patterns = "|".join(re.escape(name) for names in kept for name in names or ())
-    declared = re.compile(rf"(^|\.)({patterns})(\.|$)")
-    found = set()
-    for name, module in model.named_modules():
-        if patterns and declared.search(name + ".weight"):
-            found.add(name)
-        if hasattr(module, "A_log") and hasattr(module, "D"):
-            found |= {f"{name}.{part}" for part in ("x_proj", "dt_proj", "out_proj")}
-    return found
-
-
-def is_in_block(name: str) -> bool:
-    """Return whether a module lies inside a numbered block, given its path."""
-    return _IN_BLOCK.search(name) is not None
+    return Skeleton(*find_linears(model), model)
 
 
 def numbers_starred(name: str) -> str:

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +75,7 @@ def test_everything_else_is_kept_bit_for_bit(tiny_llama, tmp_path):
     quantization = config.pop("quantization_config")
     assert config == tiny_llama.config
     assert quantization["modules"] == {
-        name: asdict(module) for name, module in checkpoint.metadata.modules.items()
+        name: module.to_json() for name, module in checkpoint.metadata.modules.items()
     }
 
 
