@@ -8,10 +8,12 @@ these, whose records are printed.
 import contextlib
 import json
 import random
+import re
 import signal
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,11 +40,13 @@ RECORDS = Path(__file__).with_suffix(".json")
 #: Seconds for one architecture. It takes 3 at most on one core.
 TIMEOUT = 120
 YES = "yes"
-#: Last parts of the names of matrices inside blocks that no activations are multiplied with:
-#: kernels of convolutions, tables of positions, states, scales.
-_NOT_LINEAR = (
-    "conv", "A_log", "bias_table", "relative_attention_bias", "norm",
-)  # fmt: skip
+_IN_BLOCK = re.compile(r"(^|\.)\d+\.")
+#: Ends of the names of tensors inside blocks that have two or three dimensions but multiply no
+#: activations as a matrix does: biases, kernels of convolutions, states, tables of positions, ids.
+_NOT_LINEAR = re.compile(
+    r"(bias|bias_table|norm|conv(_?1d)?|A_log|time_mix_\w+|slope_rate|rel_pos_[hw]|ape|tid2eid)"
+    r"(\.weight)?$"
+)
 
 
 @dataclass
@@ -127,15 +131,15 @@ def _convert(found: Reach, folder: Path) -> None:
 def sketched_share(plan: Plan) -> tuple[float, dict[str, float]]:
     """Return the sketched share of the linear weights, and the share of each kind left dense.
 
-    Linear weights are all matrices that are stored inside blocks, those of experts among them,
-    except kernels of convolutions and the like.
+    Linear weights are all matrices that are stored inside blocks, those of experts and routers
+    among them. They are counted here from names and shapes, not as the plan counts them.
     """
-    dense = {
-        kind: count
-        for kind, count in plan.dense_weights.items()
-        if not any(part in kind.rpartition(".")[2] for part in _NOT_LINEAR)
-    }
-    total = plan.sketched_weights + sum(dense.values())
+    dense: Counter[str] = Counter()
+    for name, tensor in plan.kept.items():
+        is_matrix = len(tensor.shape) in (2, 3) and _IN_BLOCK.search(name.removesuffix(".weight"))
+        if is_matrix and not _NOT_LINEAR.search(name):
+            dense[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)] += tensor.elements
+    total = plan.sketched_weights + dense.total()
     return plan.sketched_weights / total, {kind: dense[kind] / total for kind in sorted(dense)}
 
 
