@@ -44,12 +44,12 @@ is. The model is fine-tuned by training the tables themselves: no adapter.
 
 | | |
 | --- | --- |
-| source | {_plain(source["model"])}{_at_revision(source)} |
+| source | {_plain(source["model"])}{_at_revision(source)} |{_quantized(report)}
 | bits per code | {widths}{_chosen(report)} |
 | groups per row | {_listed(groups)} |
 | mapping | {options["mapping"]} |
 | bits per sketched weight, tables included | {totals["bits_per_weight"]:.3f} |
-| size | {totals["sketched_bytes"] / 1e6:,.1f} MB, was {totals["source_bytes"] / 1e6:,.1f} MB |
+| size | {totals["sketched_bytes"] / 1e6:,.1f} MB, was {_was(report)} |
 | relative error of the weights (Frobenius) | {totals["relative_error"]:.4f} |{_calibration(report)}
 
 ## How to load it
@@ -93,6 +93,23 @@ def _front_matter(report: Report, is_decoder: bool) -> str:
         "---",
     ]
     return "\n".join(lines)
+
+
+def _quantized(report: Report) -> str:
+    """Return the row of the table about a quantized source, empty if it is dense."""
+    about = report.document.get("source_quantization")
+    if about is None:
+        return ""
+    return f"\n| weights of the source | {_plain(about['scheme'])}, dequantized before sketching |"
+
+
+def _was(report: Report) -> str:
+    """Return the size of the source; of a quantized one, also its dense size."""
+    dense = f"{report.totals['source_bytes'] / 1e6:,.1f} MB"
+    about = report.document.get("source_quantization")
+    if about is None:
+        return dense
+    return f"{about['stored_bytes'] / 1e6:,.1f} MB quantized, dense {dense}"
 
 
 def _calibration(report: Report) -> str:

@@ -57,6 +57,8 @@ class Job:
     def planned(self, scratch: Path) -> tuple[DenseCheckpoint, Plan]:
         """Open the source and plan the conversion; a GGUF file is dequantized into `scratch`."""
         checkpoint = self.source.open(scratch)
+        for line in checkpoint.quantization.remarks() if checkpoint.quantization else ():
+            self.progress.remark(line)
         return checkpoint, checked_plan(checkpoint, self.config, self.trust_remote_code)
 
     def texts(self) -> Texts | None:
@@ -106,6 +108,8 @@ def carry_out(
     if texts is not None:
         with clear_memory_errors(job.place), full_float32():
             plan, sketches, notes = _calibrated(job, staging, checkpoint, plan, texts)
+    if checkpoint.quantization is not None:
+        notes["source_quantization"] = checkpoint.quantization.to_json()
     return plan, _write_shards(job, staging, plan, same | notes, sketches)
 
 

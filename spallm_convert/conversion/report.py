@@ -28,6 +28,9 @@ class Report:
             `device` and digests of the tokens, or `not_calibrated` with the reason if the fallback
             was used. With `target_bits` it holds `predicted_loss`: predicted KL(dense || sketched)
             in nats per token, for the `chosen` bits and for "2", "3" and "4" bits in every layer.
+            If the source is quantized it holds `source_quantization`: `method`, `scheme`, number of
+            quantized `weights`, `stored_bytes` of the source's tensors, and number of tensors that
+            were `dropped`, such as scales of activations.
             With healing it holds `healing`: the same divergence, measured on samples that were left
             out, as `kl_before` and `kl_after`.
     """
@@ -41,9 +44,10 @@ class Report:
         Returns:
             A dict with `sketched_weights` and `kept_weights` (numbers of weights),
             `bits_per_weight` (of the sketched weights, tables and padding included), `source_bytes`
-            and `sketched_bytes` (bytes of all tensors), `ratio` (source bytes per sketched byte)
-            and `relative_error` (Frobenius norm, over all sketched weights). With calibration it
-            also has `relative_output_error`, on the calibration text and before any healing.
+            and `sketched_bytes` (bytes of all tensors; a quantized source counts with its dense
+            size), `ratio` (source bytes per sketched byte) and `relative_error` (Frobenius norm,
+            over all sketched weights). With calibration it also has `relative_output_error`, on the
+            calibration text and before any healing.
         """
         totals: dict[str, Any] = self.document["totals"]
         return totals
@@ -176,6 +180,9 @@ _MODULE: _Checks = {
 _OUTPUTS: _Checks = {"relative_output_error": _is_size}  # of calibrated modules
 #: Parts that only some reports have, and the numbers that each of them must hold.
 _NUMBERS = {"predicted_loss": {"chosen"}, "healing": {"kl_before", "kl_after"}}
+#: The part about a quantized source, and what is checked if a report has none.
+_QUANTIZATION: _Checks = {"scheme": _is_text, "stored_bytes": _is_size}
+_DENSE = {"scheme": "dense", "stored_bytes": 0}
 _TEXTS = ("not_calibrated", "device", "calibration_tokens", "healing_tokens")
 
 
@@ -190,6 +197,7 @@ def _is_report(document: Any) -> bool:
             _has_numbers(document[key], names) for key, names in _NUMBERS.items() if key in document
         )
         and all(_is_text(document[key]) for key in _TEXTS if key in document)
+        and _has(document.get("source_quantization", _DENSE), _QUANTIZATION)
         and _is_text(document["source"].get("model"))
         and all(is_inside(name) for name in document["files"])
         and all(_has(file, {"sha256": _is_text}) for file in document["files"].values())

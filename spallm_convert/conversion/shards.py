@@ -18,6 +18,7 @@ from spallm_convert.sketch.layer import Layer
 from spallm_convert.sketch.plan import Plan
 from spallm_convert.sketch.row_blocks import RowBlock, read_source, row_blocks
 from spallm_convert.sketch.rows import reduction_note, sketch_rows
+from spallm_convert.source.reading import read_stored
 from spallm_formats import Shard, ShardFile, Staging, StoredTensor
 
 #: Weights that are sketched at a time, enough for all cores, and bytes that are copied at a time.
@@ -96,7 +97,7 @@ def kept_record(
 def _copy(tensor: StoredTensor, file: ShardFile) -> None:
     for start in range(0, tensor.nbytes, _BLOCK_BYTES):
         stop = min(start + _BLOCK_BYTES, tensor.nbytes)
-        file.write(tensor.name, start, read_source(tensor, start, stop))
+        file.write(tensor.name, start, read_source(read_stored, tensor, start, stop))
 
 
 def _store(layer: Layer, sketches: CalibratedModules, file: ShardFile) -> Sequence[float]:

@@ -19,11 +19,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spallm_convert.errors import FormatError
-from spallm_convert.source.skeleton import resolve_modules
-from spallm_formats import QUANT_METHOD, TABLE_SUFFIX, SketchMetadata
+from spallm_formats import QUANT_METHOD, SketchMetadata
 
 from .checking import check_dtype, check_files
-from .linear import SketchedLinear, train_tables_only
+from .conversions import with_tables
+from .linear import train_tables_only
+from .parameters import sketched_pairs
+from .replacing import densify, replace_weights
+from .resolving import resolve
 from .tables import attach_set_tables
 
 if TYPE_CHECKING:
@@ -44,12 +47,17 @@ class SpallmConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class SpallmQuantizer(HfQuantizer):
-    """Replace linear layers by sketched layers before weights are loaded."""
+    """Replace linear layers and experts by sketched ones before weights are loaded."""
 
     requires_calibration = True
     serialized_names = {"weight": ["weight", "weight_table"]}  # noqa: RUF012
     quantization_config: SpallmConfig
     _expected: dict[str, tuple[torch.Size, bool]]  # shape, and whether it is of floats
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Return the changes that transformers makes while loading, with those of tables."""
+        whole_names = bool(model)  # see `conversions.py`
+        return with_tables(weight_conversions) if whole_names else weight_conversions
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         check_dtype(dtype)
@@ -60,31 +68,13 @@ class SpallmQuantizer(HfQuantizer):
     ) -> None:
         metadata = self.quantization_config.metadata
         check_files(checkpoint_files, metadata, model)
-        seed = metadata.hash_seed if metadata.mapping == "hash" else None
-        # Tables stored in float32 stay in float32 for training, whatever the dtype of the model.
-        table_dtype = torch.float32 if metadata.table_dtype == "float32" else None
-        linears = {
-            name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-        }
-        paths, problems = resolve_modules(
-            metadata,
-            {name: (dense.out_features, dense.in_features) for name, dense in linears.items()},
-            base_prefix=model.base_model_prefix,
-            model_name=type(model).__name__,
-        )
+        sketches, problems = resolve(model, metadata)
         if problems:
             raise FormatError(problems)
-        for stored, path in paths.items():
-            dense = linears[path]
-            sketched = SketchedLinear(
-                metadata.modules[stored],
-                bias=dense.bias,
-                table_dtype=table_dtype or dense.weight.dtype,
-                hash_seed=seed,
-                device=dense.weight.device,
-                stored_name=stored,
-            )
-            model.set_submodule(path, sketched)
+        # Tables stored in float32 stay in float32 for training, whatever the dtype of the model.
+        replace_weights(
+            model, sketches, torch.float32 if metadata.table_dtype == "float32" else None
+        )
         self._expected = {
             name: (parameter.shape, parameter.is_floating_point())
             for name, parameter in model.named_parameters()
@@ -123,7 +113,8 @@ class SpallmQuantizer(HfQuantizer):
         The format has one dtype for all tables, so tables of several dtypes are cast to the widest.
         """
         given = _given_state_dict(sys._getframe(1))
-        tables = [value for name, value in (given or {}).items() if name.endswith(TABLE_SUFFIX)]
+        endings = {pair.table.name for pair in sketched_pairs(model)}
+        tables = [v for name, v in (given or {}).items() if name.rpartition(".")[2] in endings]
         # Without tables, as in all processes of FSDP but the first, the config is not saved either.
         kinds = {table.dtype for table in tables} or _table_dtypes(model)
         self._describe_tables(kinds)  # the config is saved after this
@@ -134,7 +125,7 @@ class SpallmQuantizer(HfQuantizer):
             warnings.warn("float64 sketch tables are saved rounded to float32", stacklevel=3)
         state_dict = model.state_dict() if given is None else given
         return {
-            name: value.to(kind) if name.endswith(TABLE_SUFFIX) else value
+            name: value.to(kind) if name.rpartition(".")[2] in endings else value
             for name, value in state_dict.items()
         }, {}
 
@@ -165,21 +156,12 @@ class SpallmQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
-        sketched = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, SketchedLinear)
-        }
-        for name, module in sketched.items():
-            dense = nn.Linear(module.in_features, module.out_features, device="meta")
-            dense.weight = nn.Parameter(module.dense_weight().to(dtype), requires_grad=False)
-            dense.bias = module.bias
-            model.set_submodule(name, dense)
+        densify(model, dtype)
         return model
 
 
 def _table_dtypes(model: nn.Module) -> set[torch.dtype]:
-    return {m.weight_table.dtype for m in model.modules() if isinstance(m, SketchedLinear)}
+    return {pair.table.parameter.dtype for pair in sketched_pairs(model)}
 
 
 def _widest(kinds: set[torch.dtype]) -> torch.dtype:

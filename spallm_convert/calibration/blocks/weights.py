@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from spallm_convert.source.quantized.weights import DequantizedTensor
 from spallm_formats import StoredTensor, read_bytes
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -53,6 +56,9 @@ class Weights:
         return tensor
 
     def _read(self, tensor: StoredTensor) -> Tensor:
+        if isinstance(tensor, DequantizedTensor):  # not rounded to its dtype
+            rows = torch.from_numpy(tensor.read_rows(0, math.prod(tensor.shape[:-1])))
+            return rows.view(tensor.shape).to(self._device, self._dtype)
         raw = read_bytes(tensor, 0, tensor.nbytes)
         dtype = _DTYPES[tensor.dtype]
         # frombuffer raises an error for zero bytes.

@@ -27,7 +27,8 @@ from spallm_convert.runtime.linear import SketchedLinear
 from spallm_convert.sketch.layer import Layer
 from spallm_convert.sketch.plan import Plan
 from spallm_convert.sketch.rows import store_rows
-from spallm_formats import SketchMetadata, read_bytes, to_float32
+from spallm_convert.source.reading import read_rows
+from spallm_formats import SketchMetadata
 
 from .distillation import STEP_TOKENS, Distilled, distill
 from .reconstruction import reconstruct
@@ -158,8 +159,7 @@ def _stored(
     """
     codes = done.read(layer.name).codes(layer.module, plan.metadata)
     weight = layer.weight
-    raw = read_bytes(weight, 0, weight.nbytes)
-    dense = to_float32(raw, weight.dtype).reshape(weight.shape)
+    dense = read_rows(weight, 0, weight.shape[0])
     try:
         rows = store_rows(
             dense, table, lambda _: codes, layer.module, plan.metadata, limit=plan.limit

@@ -1,0 +1,81 @@
+"""Put sketched layers in place of the dense layers of a model, and the other way round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from spallm_convert.source.experts import expert_modules
+
+from .experts import SketchedExperts, dense_experts, sketch_experts
+from .linear import SketchedLinear
+from .sketch import Sketch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def replace_weights(
+    model: PreTrainedModel, sketches: Mapping[str, Sketch], table_dtype: torch.dtype | None
+) -> None:
+    """Replace the layers and the experts whose weights are sketched.
+
+    Args:
+        model: The dense model, which is changed.
+        sketches: The sketches by path of the weight, from `resolve`.
+        table_dtype: Dtype of the tables. None: the dtype of each weight.
+    """
+    remaining = dict(sketches)
+    for path, module in list(expert_modules(model)):
+        inside = {
+            name: remaining.pop(f"{path}.{name}")
+            for name, _ in module.named_parameters()
+            if f"{path}.{name}" in remaining
+        }
+        if inside:
+            sketch_experts(module, inside, table_dtype)
+    for weight, sketch in remaining.items():
+        path = weight.removesuffix(".weight")
+        dense = model.get_submodule(path)
+        made = SketchedLinear(
+            sketch.shape,
+            bias=dense.get_parameter("bias") if dense.bias is not None else None,
+            table_dtype=table_dtype or dense.get_parameter("weight").dtype,
+            hash_seed=sketch.hash_seed,
+            device=dense.get_parameter("weight").device,
+            spans=sketch.spans,
+        )
+        model.set_submodule(path, made)
+
+
+def densify(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Replace all sketched layers and experts by dense ones.
+
+    Args:
+        model: The sketched model, which is changed.
+        dtype: Dtype of the weights. None: the dtype of the tables.
+    """
+    for path, module in list(model.named_modules()):
+        if isinstance(module, SketchedExperts):
+            dense_experts(module, dtype)
+        elif isinstance(module, SketchedLinear):
+            model.set_submodule(path, _dense(module, dtype))
+
+
+def _dense(module: SketchedLinear, dtype: torch.dtype | None) -> nn.Module:
+    weight = module.dense_weight().to(dtype)
+    dense: nn.Module
+    if module.shape.transposed:
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            dense = Conv1D(module.out_features, module.in_features)  # type: ignore[no-untyped-call]
+        weight = weight.T.contiguous()
+    else:
+        dense = nn.Linear(module.in_features, module.out_features, device="meta")
+    dense.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    dense.register_parameter("bias", module.bias)
+    return dense
