@@ -8,10 +8,11 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from spallm_convert.config import AUTO, BITS, STEPS, CalibrationConfig, SketchConfig
+from spallm_convert.config import STEPS, CalibrationConfig, SketchConfig
 from spallm_convert.devices import AUTO_DEVICE
 from spallm_convert.errors import HubError
 from spallm_convert.paths import user_path
+from spallm_convert.recipe import AUTO, BITS, Recipe
 from spallm_formats.dtypes import TABLE_DTYPES
 from spallm_formats.metadata import MAPPINGS
 
@@ -110,10 +111,26 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
     help="If the model cannot be calibrated block by block, sketch it without calibration.",
 )
 @click.option(
+    "--include",
+    multiple=True,
+    metavar="PATTERN",
+    help="Sketch only layers that match, for example '*.mlp.*'; may be repeated.",
+)
+@click.option(
     "--ignore",
     multiple=True,
     metavar="PATTERN",
-    help="Modules to leave dense, for example '*.down_proj'; may be repeated.",
+    help="Layers to leave dense, for example '*.down_proj'; may be repeated.",
+)
+@click.option(
+    "--recipe",
+    metavar="FILE",
+    help="TOML or JSON file with bits, groups or dense for patterns of layers.",
+)
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse a model if more than 5 % of its linear weights would stay dense unasked.",
 )
 @click.option(
     "--max-shard-size", default=_DEFAULTS.max_shard_size, help="Largest size of a weight file."
@@ -155,7 +172,10 @@ def command(
     without: tuple[str, ...],
     heal: int,
     fallback: bool,
+    include: tuple[str, ...],
     ignore: tuple[str, ...],
+    recipe: str | None,
+    strict: bool,
     max_shard_size: str,
     revision: str | None,
     trust_remote_code: bool,
@@ -199,7 +219,10 @@ def command(
         mapping=mapping,
         table_dtype=table_dtype,
         seed=seed,
+        include=include,
         ignore=ignore,
+        recipe=None if recipe is None else Recipe.read(recipe),
+        strict=strict,
         max_shard_size=max_shard_size,
         calibration=nested,
     )

@@ -65,7 +65,7 @@ class Report:
 
     @property
     def widths(self) -> list[int]:
-        """Return the bits per code that occur, ascending; several only with `target_bits`."""
+        """Return the bits per code that occur, ascending (with a recipe or a target, several)."""
         return sorted({module["bits"] for module in self.modules})
 
     @property

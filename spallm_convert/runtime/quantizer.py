@@ -23,6 +23,7 @@ from spallm_formats import QUANT_METHOD, SketchMetadata
 
 from .checking import check_dtype, check_files
 from .conversions import with_tables
+from .evaluation_mode import keep_in_evaluation
 from .linear import train_tables_only
 from .parameters import sketched_pairs
 from .replacing import densify, replace_weights
@@ -75,6 +76,7 @@ class SpallmQuantizer(HfQuantizer):
         replace_weights(
             model, sketches, torch.float32 if metadata.table_dtype == "float32" else None
         )
+        keep_in_evaluation(model)
         self._expected = {
             name: (parameter.shape, parameter.is_floating_point())
             for name, parameter in model.named_parameters()

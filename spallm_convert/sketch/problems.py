@@ -58,19 +58,23 @@ def tensor_problems(weight: StoredTensor, shape: tuple[int, ...]) -> list[str]:
 
 def check_groups(modules: dict[str, SketchedModule]) -> None:
     """Raise OptionError if the groups do not divide the columns of every module."""
-    misfits = [
+    misfits = {n: m for n, m in modules.items() if m.in_features % m.groups_per_row}
+    if not misfits:
+        return
+    groups = next(iter(misfits.values())).groups_per_row  # of a recipe, one number after another
+    named = [
         f"{name} ({module.in_features} columns)"
-        for name, module in modules.items()
-        if module.in_features % module.groups_per_row
+        for name, module in misfits.items()
+        if module.groups_per_row == groups
     ]
-    if misfits:
-        groups = next(iter(modules.values())).groups_per_row
-        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-        named = ", ".join(misfits[:3]) + more
-        raise OptionError(
-            f"groups_per_row {groups} does not divide the columns of {named}; use a divisor, or "
-            f"--groups-per-row auto"
-        )
+    raise OptionError(
+        f"groups_per_row {groups} does not divide the columns of {_enumerated(named)}; use a "
+        f"divisor, or --groups-per-row auto"
+    )
+
+
+def _enumerated(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def why_none(left_dense: dict[str, str]) -> str:
