@@ -15,8 +15,8 @@ from helpers import reach
 from helpers.architectures import ARCHITECTURES, available
 from helpers.decoded import decoded_weights, save_decoded, stored_tensors
 from helpers.reach import limited_reach, read_records, sketched_share
-from helpers.reach_page import LEAST_SHARE, PAGE, page
 from helpers.reach_known import FAULTS, SHARES
+from helpers.reach_page import LEAST_SHARE, PAGE, page
 from spallm_convert import SketchConfig, convert, plan_conversion
 from test_imports import ROOT
 

@@ -63,8 +63,10 @@ def save_decoded(source: Path, sketched: Path, folder: Path) -> Path:
     """
     dense, kept = stored_tensors(source), stored_tensors(sketched)
     for name, weight in decoded_weights(sketched).items():
-        assert weight.shape == dense[name].shape, f"{name} has the shape {weight.shape}"
-        dense[name] = torch.from_numpy(weight)
+        experts_below_each_other = weight.ndim == 3 and dense[name].ndim == 2
+        decoded = weight.reshape(-1, weight.shape[2]) if experts_below_each_other else weight
+        assert decoded.shape == dense[name].shape, f"{name} has the shape {decoded.shape}"
+        dense[name] = torch.from_numpy(decoded)
         del kept[name], kept[name + "_table"]
     for name, tensor in kept.items():
         assert torch.equal(tensor, dense[name]), f"{name} differs from the source"

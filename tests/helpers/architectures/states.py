@@ -76,7 +76,8 @@ STATES = {
         | {
             "hidden_size": 64,
             "num_heads": 2,
-            "chunk_size": 8,
+            "chunk_size": 4,
+            "mode": "train",
             "ffn_round_up_to_multiple_of": 16,
             "qk_dim_factor": 1.0,
             "autocast_kernel_dtype": "float32",
