@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ _HEAD = """\
 This page says what works with which architecture. {total} model classes of transformers {version}
 were built from their configs, tiny and random, and taken all the way: saved as the Hub has them,
 planned, converted, compared, trained, saved, loaded again and calibrated. {good} of them are
-sketched at {least:.0%} of their linear weights or more.
+sketched at {least:.0f} % of their linear weights or more.
 
 | Column | Meaning |
 | --- | --- |
@@ -34,7 +35,7 @@ brackets: the share of the tables that the step reaches, if not all. |
 | Saved | A saved model has the same tensors, and a loaded one the same outputs, bit for bit. |
 | Calibrated | A conversion with `--calibration` works. |
 
-To write this page again, run this in a checkout. It takes about ten minutes:
+A script writes this page. Run it in a checkout, which takes about ten minutes:
 
 <!-- no-run: it takes minutes -->
 ```console
@@ -55,8 +56,8 @@ def page(version: str, records: list[Reach]) -> str:
         version: The version of transformers.
         records: One for every architecture.
     """
-    good = sum((record.share or 0) >= LEAST_SHARE for record in records)
-    head = _HEAD.format(total=len(records), version=version, good=good, least=LEAST_SHARE)
+    good = sum((record.share or 0) >= LEAST_SHARE and record.failure is None for record in records)
+    head = _HEAD.format(total=len(records), version=version, good=good, least=100 * LEAST_SHARE)
     rows = [_row(record) for record in records]
     return head + "\n".join(rows) + "\n" + _dense(records) + _reasons(records)
 
@@ -67,13 +68,13 @@ def _row(record: Reach) -> str:
 
     step = answer(record.trained)
     if step == "yes" and record.reached is not None and record.reached < 1:
-        step += f" ({record.reached:.0%})"
+        step += f" ({100 * record.reached:.0f} %)"
     cells = [
         f"`{record.name}`",
         record.kind,
         "refused" if record.share is None else f"{100 * record.share:.1f} %",
         "" if record.bits is None else f"{record.bits:.1f}",
-        "" if record.difference is None else f"{record.difference:.0e}",
+        _difference(record),
         step,
         answer(record.saved),
         answer(record.calibrated),
@@ -81,11 +82,19 @@ def _row(record: Reach) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _difference(record: Reach) -> str:
+    if record.difference is not None:
+        return f"{record.difference:.0e}"
+    return "" if record.share is None else "fails"
+
+
 def _dense(records: list[Reach]) -> str:
     """List what stays dense where it is more than a little."""
     lines = [
         f"* `{record.name}`: "
-        + ", ".join(f"`{kind}` ({share:.1%})" for kind, share in (record.dense or {}).items())
+        + ", ".join(
+            f"`{kind}` ({100 * share:.1f} %)" for kind, share in (record.dense or {}).items()
+        )
         for record in records
         if record.share is not None and record.share < LEAST_SHARE
     ]
@@ -100,10 +109,16 @@ def _reasons(records: list[Reach]) -> str:
     for record in records:
         for reason in (record.failure, record.trained, record.saved, record.calibrated):
             if reason not in (None, "yes"):
-                text = reason.replace(record.name, "MODEL").replace("|", "\\|")
-                found.setdefault(text, []).append(f"`{record.name}`")
+                found.setdefault(_general(reason, record.name), []).append(f"`{record.name}`")
     if not found:
         return ""
     ordered = sorted(found.items(), key=lambda entry: (-len(entry[1]), entry[0]))
     lines = [f"* {text}\n  {', '.join(dict.fromkeys(names))}" for text, names in ordered]
     return "\n## Reasons\n\n" + "\n".join(lines) + "\n"
+
+
+def _general(reason: str, name: str) -> str:
+    """Return a message without the names of the model and its layers, so that equal ones meet."""
+    short = reason.partition("; --fallback")[0].replace(name, "MODEL").replace("`", "'")
+    text = re.sub(r"(?!torch|nn\.)\b[a-z][\w*]*(\.[\w*]+)+", "LAYER", short)
+    return re.sub(r"LAYER((, | and )LAYER)+", "LAYERS", text).replace("|", "\\|")

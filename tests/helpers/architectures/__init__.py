@@ -44,7 +44,8 @@ def build_tiny(name: str) -> Any:
     """Return a random model of a class of `ARCHITECTURES`, in float32 and in evaluation mode.
 
     Every matrix is random on the scale of 1 / sqrt(columns), so that each one matters for the
-    output. transformers initializes some with zeros, and leaves others as the memory was.
+    output. transformers initializes some with zeros, and leaves others as the memory was. It sets
+    the embedding of the padding to zeros whenever it loads a model.
     """
     import transformers
 
@@ -60,6 +61,9 @@ def build_tiny(name: str) -> Any:
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         elif not parameter.isfinite().all() or not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            module.weight.data[module.padding_idx] = 0
     return model
 
 
