@@ -40,7 +40,7 @@ def write_shard(
         staging: Output folder.
         shard: The planned shard.
         plan: Plan of the conversion.
-        sketches: Calibrated modules. None: modules are sketched here, from their weights alone.
+        sketches: Calibrated modules. All others are sketched here, from their weights alone.
         progress: Told about every block that is sketched here.
         check: Called when the shard's tensors have been read. If it raises an error because the
             source has changed, the shard is not kept.
@@ -62,7 +62,7 @@ def write_shard(
             elif layer := layers.get(name):
                 record["modules"][layer.name] = (
                     _store(layer, sketches, file)
-                    if sketches
+                    if sketches and layer.name in sketches
                     else _sketch(layer, plan, file, progress)
                 )
         check()
@@ -70,7 +70,7 @@ def write_shard(
 
 
 def kept_record(
-    staging: Staging, shard: Shard, plan: Plan, *, calibrated: bool
+    staging: Staging, shard: Shard, plan: Plan, sketches: CalibratedModules | None
 ) -> dict[str, Any] | None:
     """Return the record of a shard that an earlier run wrote, None if it must be written again.
 
@@ -78,7 +78,7 @@ def kept_record(
         staging: Output folder.
         shard: The planned shard.
         plan: Plan of the conversion.
-        calibrated: Whether its modules are calibrated, and have sums of outputs too.
+        sketches: Calibrated modules, which have sums of outputs too.
     """
     record = staging.record(shard)
     if record is None or record.get("bytes") != shard.nbytes:
@@ -89,8 +89,12 @@ def kept_record(
         if layer.module.table_name(name) in shard.tensors
     }
     sums = record.get("modules")
-    if not are_sums(sums, 4 if calibrated else 2) or sums.keys() != names:
+    if not isinstance(sums, dict) or sums.keys() != names:
         return None
+    calibrated = {name for name in names if sketches is not None and name in sketches}
+    for some, count in ((calibrated, 4), (names - calibrated, 2)):
+        if not are_sums({name: sums[name] for name in some}, count):
+            return None
     return record
 
 

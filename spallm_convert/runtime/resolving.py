@@ -44,7 +44,8 @@ def resolve(
         if path not in weights:
             problems += [f"module {name!r} is not a linear layer of {owner}" for name in names]
         elif path in loaded.doubled:
-            first, second = (stored[tensor].name for tensor in loaded.doubled[path][:2])
+            doubled = sorted(loaded.doubled[path], key=[*stored].index)
+            first, second = (stored[tensor].name for tensor in doubled[:2])
             problems.append(
                 f"modules {first!r} and {second!r} are the same layer of {owner}, "
                 f"{path.removesuffix('.weight')!r}, expected one of them"

@@ -7,7 +7,7 @@ the names of the stored modules: `Span` connects both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,6 +60,13 @@ class Sketch:
     shape: SketchedModule
     spans: tuple[Span, ...] = ()
     hash_seed: int | None = None
+    _is_numbered_from_zero: bool = field(init=False)  # rows have their numbers in a stored module
+
+    def __post_init__(self) -> None:
+        first = self.spans[0].first if self.spans else 0
+        single = len(self.spans) <= 1 and self.shape.experts in (None, 1)
+        # Not a property: torch.compile does not know how to evaluate it.
+        object.__setattr__(self, "_is_numbered_from_zero", single and first == 0)
 
     def product(
         self,
@@ -107,14 +114,6 @@ class Sketch:
             for rows, packed, seed in self._numbered(index_map, expert)
         ]
         return torch.cat(parts)
-
-    @property
-    def _is_numbered_from_zero(self) -> bool:
-        """Return whether the rows of the one weight have their numbers in a stored module."""
-        spans = self.spans
-        return not spans or (
-            len(spans) == 1 and spans[0].first == 0 and self.shape.experts in (None, 1)
-        )
 
     # Codes computed by NumPy are not for torch.compile.
     @torch.compiler.disable  # type: ignore[untyped-decorator]

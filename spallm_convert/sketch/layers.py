@@ -19,7 +19,7 @@ from spallm_formats import INDEX_MAP_SUFFIX, SketchedModule, StoredTensor
 
 from .layer import Layer, Part
 from .left_dense import matrices
-from .problems import double_weights, tensor_problems
+from .problems import double_weights, missing_experts, tensor_problems
 from .wishes import Stored, Wish, Wishes
 
 
@@ -84,6 +84,8 @@ def find_layers(
         if reason is not None:
             kept = names or parameters
             found.left_dense |= {name.removesuffix(INDEX_MAP_SUFFIX): reason for name in kept}
+    counts = {weight.experts for weight in skeleton.weights.values() if weight.experts}
+    found.problems += missing_experts(tensors, counts)
     _leave_others(tensors.keys() - belonging, tensors, wishes, found)
     wishes.check()
     return found

@@ -118,7 +118,10 @@ def allocate(
     kept = Allocation.read(folder, plan, config)
     if kept is not None:
         return kept
-    costs = sensitivities(blocks, tokens, plan.by_path, seed=config.seed, say=progress.say)
+    layers = plan.layers.values()
+    by_block = (blocks.targets(number, layers) for number in range(len(blocks)))
+    paths = {target.path for targets in by_block for target in targets.values()}
+    costs = sensitivities(blocks, tokens, paths, seed=config.seed, say=progress.say)
     sets = predict(blocks, plan, config, costs, say=progress.say)
     chosen = choose(sets, plan, config)
     check()
