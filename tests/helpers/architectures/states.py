@@ -78,6 +78,7 @@ STATES = {
             "num_heads": 2,
             "chunk_size": 4,
             "mode": "train",
+            "use_cache": False,
             "ffn_round_up_to_multiple_of": 16,
             "qk_dim_factor": 1.0,
             "autocast_kernel_dtype": "float32",
