@@ -98,6 +98,10 @@ class SketchConfig:
         table_dtype: "bfloat16", "float16" or "float32", the type of tables on disk.
         seed: Seed of the hash mapping and of everything that calibration and healing draw at
             random, 0 to 2^32 - 1.
+        embeddings: Sketch the input embedding of tokens too. If the model ties the output head to
+            it, both are one weight, which is sketched and stored once.
+        lm_head: Sketch the output head too. If it is tied to the input embedding, this is the same
+            as `embeddings`.
         ignore: Shell patterns of module paths to leave dense.
         max_shard_size: Largest size of a weight file, such as "5GB" (powers of 1000), or in bytes.
         calibration: How to fit layers to a text. None: sketch the weights alone.
@@ -111,6 +115,8 @@ class SketchConfig:
     mapping: str = "cluster"
     table_dtype: str = "bfloat16"
     seed: int = 0
+    embeddings: bool = False
+    lm_head: bool = False
     ignore: tuple[str, ...] = ()
     max_shard_size: str | int = "5GB"
     calibration: CalibrationConfig | None = None
@@ -130,6 +136,9 @@ class SketchConfig:
             problems.append(f"table_dtype must be one of {accepted}, found {self.table_dtype!r}")
         if not (type(self.seed) is int and 0 <= self.seed < 2**32):
             problems.append(f"seed must be 0 to 2^32 - 1, found {self.seed!r}")
+        for name in ("embeddings", "lm_head"):
+            if type(getattr(self, name)) is not bool:
+                problems.append(f"{name} must be True or False, found {getattr(self, name)!r}")
         if not _are_names(self.ignore):
             problems.append(f"ignore must be a sequence of patterns, found {self.ignore!r}")
         try:

@@ -32,9 +32,11 @@ class SketchedLinear(nn.Linear):
         out_features: Rows of the weight.
         bits: Bits per code: 2, 3 or 4.
         groups_per_row: Tables per row.
+        is_tied: Whether another module owns the parameters and gives them their stored name.
     """
 
     weight_table: nn.Parameter
+    is_tied = False
 
     def __init__(
         self,
@@ -100,6 +102,12 @@ class SketchedLinear(nn.Linear):
             self.weight, self.weight_table, self.in_features, hash_seed=self.hash_seed
         )
 
+    def dense(self, weight: nn.Parameter) -> nn.Linear:
+        """Return the same layer with a dense weight, [out_features, in_features]."""
+        dense = nn.Linear(self.in_features, self.out_features, device="meta")
+        dense.weight, dense.bias = weight, self.bias
+        return dense
+
     def extra_repr(self) -> str:
         mapping = "cluster" if self.hash_seed is None else "hash"
         return (
@@ -113,5 +121,6 @@ def train_tables_only(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, SketchedLinear):
-            module.weight_table.requires_grad_(True)
+        table = getattr(module, "weight_table", None)
+        if table is not None:
+            table.requires_grad_(True)

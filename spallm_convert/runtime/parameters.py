@@ -12,9 +12,12 @@ from torch import nn
 from spallm_convert.errors import OptionError
 from spallm_formats import TABLE_SUFFIX, fingerprint, map_digest
 
+from .embedding import SketchedEmbedding
 from .linear import SketchedLinear
 from .sharding import whole
 
+#: The kinds of sketched layers.
+SKETCHED = (SketchedLinear, SketchedEmbedding)
 #: The name of the original module inside a compiled module.
 _COMPILED = "_orig_mod"
 
@@ -36,12 +39,12 @@ class Place(NamedTuple):
     @property
     def is_table(self) -> bool:
         """Return whether it holds sketch tables."""
-        return isinstance(self.module, SketchedLinear) and self.name == "weight_table"
+        return isinstance(self.module, SKETCHED) and self.name == "weight_table"
 
     @property
     def is_index_map(self) -> bool:
         """Return whether it holds an index map."""
-        return isinstance(self.module, SketchedLinear) and self.name == "weight"
+        return isinstance(self.module, SKETCHED) and self.name == "weight"
 
 
 def sketched_model(model: nn.Module) -> Any:
@@ -49,19 +52,22 @@ def sketched_model(model: nn.Module) -> Any:
     inner: Any = model
     while wrapped := _wrapped_by(inner):
         inner = wrapped
-    if not any(isinstance(module, SketchedLinear) for module in inner.modules()):
+    if not any(isinstance(module, SKETCHED) for module in inner.modules()):
         raise OptionError(
             f"{type(inner).__name__} has no sketched layers: load the model with load_sketched"
         )
     return inner
 
 
-def sketched_layers(model: nn.Module) -> dict[str, SketchedLinear]:
-    """Return the sketched layers of a model by their names in the checkpoint."""
+def sketched_layers(model: nn.Module) -> dict[str, SketchedLinear | SketchedEmbedding]:
+    """Return the sketched layers of a model by their names in the checkpoint.
+
+    Layers that are tied to another one are left out.
+    """
     return {
         layer.stored_name or _uncompiled(path): layer
         for path, layer in model.named_modules()
-        if isinstance(layer, SketchedLinear)
+        if isinstance(layer, SKETCHED) and not layer.is_tied
     }
 
 
@@ -111,7 +117,7 @@ def _wrapped_by(model: Any) -> nn.Module | None:
     return getattr(model, "module", None)
 
 
-def _digest(layer: SketchedLinear) -> str:
+def _digest(layer: SketchedLinear | SketchedEmbedding) -> str:
     if layer.weight_table.is_meta:
         raise OptionError(
             f"{layer.stored_name} is offloaded (device_map), but tables are saved and loaded only "

@@ -23,6 +23,7 @@ from spallm_convert.source.skeleton import resolve_modules
 from spallm_formats import QUANT_METHOD, TABLE_SUFFIX, SketchMetadata
 
 from .checking import check_dtype, check_files
+from .embedding import SketchedEmbedding, allow_resizing, refuse_resizing, tie_sketches
 from .linear import SketchedLinear, train_tables_only
 from .tables import attach_set_tables
 
@@ -63,28 +64,38 @@ class SpallmQuantizer(HfQuantizer):
         seed = metadata.hash_seed if metadata.mapping == "hash" else None
         # Tables stored in float32 stay in float32 for training, whatever the dtype of the model.
         table_dtype = torch.float32 if metadata.table_dtype == "float32" else None
-        linears = {
-            name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+        modules = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | nn.Embedding)
         }
         paths, problems = resolve_modules(
             metadata,
-            {name: (dense.out_features, dense.in_features) for name, dense in linears.items()},
+            {name: _size(module) for name, module in modules.items()},
             base_prefix=model.base_model_prefix,
             model_name=type(model).__name__,
         )
         if problems:
             raise FormatError(problems)
-        for stored, path in paths.items():
-            dense = linears[path]
-            sketched = SketchedLinear(
-                metadata.modules[stored],
-                bias=dense.bias,
-                table_dtype=table_dtype or dense.weight.dtype,
-                hash_seed=seed,
-                device=dense.weight.device,
-                stored_name=stored,
-            )
+        names = {path: stored for stored, path in paths.items()}
+
+        def replace(path: str, owner: str) -> nn.Module:
+            dense, stored = modules[path], names[owner]
+            options: dict[str, Any] = {
+                "table_dtype": table_dtype or dense.weight.dtype,
+                "hash_seed": seed,
+                "stored_name": stored,
+            }
+            sketched: nn.Module
+            if isinstance(dense, nn.Embedding):
+                sketched = SketchedEmbedding(metadata.modules[stored], dense, **options)
+            else:
+                options |= {"bias": dense.bias, "device": dense.weight.device}
+                sketched = SketchedLinear(metadata.modules[stored], **options)
             model.set_submodule(path, sketched)
+            return sketched
+
+        tie_sketches(model, {path: replace(path, path) for path in names}, replace)
         self._expected = {
             name: (parameter.shape, parameter.is_floating_point())
             for name, parameter in model.named_parameters()
@@ -96,6 +107,7 @@ class SpallmQuantizer(HfQuantizer):
         self._check_parameters(model)
         train_tables_only(model)
         attach_set_tables(model)
+        refuse_resizing(model)
         self._describe_tables(_table_dtypes(model))
         return model
 
@@ -121,6 +133,7 @@ class SpallmQuantizer(HfQuantizer):
         """Return the state dict that `save_pretrained`, the caller, saves, and its metadata.
 
         The format has one dtype for all tables, so tables of several dtypes are cast to the widest.
+        Tied sketches are saved once, under the name that the config has.
         """
         given = _given_state_dict(sys._getframe(1))
         tables = [value for name, value in (given or {}).items() if name.endswith(TABLE_SUFFIX)]
@@ -128,7 +141,8 @@ class SpallmQuantizer(HfQuantizer):
         kinds = {table.dtype for table in tables} or _table_dtypes(model)
         self._describe_tables(kinds)  # the config is saved after this
         kind = _widest(kinds)
-        if kinds <= {kind}:
+        tied = _tied(model)
+        if kinds <= {kind} and not tied:
             return given, {}
         if torch.float64 in kinds:
             warnings.warn("float64 sketch tables are saved rounded to float32", stacklevel=3)
@@ -136,6 +150,7 @@ class SpallmQuantizer(HfQuantizer):
         return {
             name: value.to(kind) if name.endswith(TABLE_SUFFIX) else value
             for name, value in state_dict.items()
+            if name not in tied
         }, {}
 
     def _describe_tables(self, kinds: set[torch.dtype]) -> None:
@@ -165,21 +180,38 @@ class SpallmQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
-        sketched = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, SketchedLinear)
-        }
-        for name, module in sketched.items():
-            dense = nn.Linear(module.in_features, module.out_features, device="meta")
-            dense.weight = nn.Parameter(module.dense_weight().to(dtype), requires_grad=False)
-            dense.bias = module.bias
-            model.set_submodule(name, dense)
+        allow_resizing(model)
+        weights: dict[nn.Parameter, nn.Parameter] = {}  # tied modules get the same
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SketchedLinear | SketchedEmbedding):
+                table = module.weight_table
+                if table not in weights:
+                    weight = module.dense_weight().to(dtype)
+                    weights[table] = nn.Parameter(weight, requires_grad=False)
+                model.set_submodule(name, module.dense(weights[table]))
         return model
 
 
 def _table_dtypes(model: nn.Module) -> set[torch.dtype]:
-    return {m.weight_table.dtype for m in model.modules() if isinstance(m, SketchedLinear)}
+    sketched = SketchedLinear | SketchedEmbedding
+    return {m.weight_table.dtype for m in model.modules() if isinstance(m, sketched)}
+
+
+def _size(module: nn.Linear | nn.Embedding) -> tuple[int, int]:
+    """Return the rows and columns of the weight of a dense module."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return module.num_embeddings, module.embedding_dim
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Return the names of parameters that another module owns."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, SketchedLinear | SketchedEmbedding) and module.is_tied
+        for name in ("weight", "weight_table")
+    }
 
 
 def _widest(kinds: set[torch.dtype]) -> torch.dtype:

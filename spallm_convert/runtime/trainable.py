@@ -14,7 +14,6 @@ from torch import nn
 
 from spallm_convert.errors import OptionError
 
-from .linear import SketchedLinear
 from .parameters import sketched_layers, sketched_model
 from .table_sets import TableSets
 
@@ -140,7 +139,7 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         OptionError: If the model has no sketched layers.
     """
     model = sketched_model(model)
-    layers = [module for module in model.modules() if isinstance(module, SketchedLinear)]
+    layers = list(sketched_layers(model).values())
     tables = [layer.weight_table for layer in layers]
     maps = [layer.weight for layer in layers]
     known = {id(parameter) for parameter in (*tables, *maps)}
@@ -148,7 +147,7 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     trained = [p for p in (*tables, *others) if p.requires_grad]
     trained_bytes = sum(p.nbytes for p in trained)
     return TrainableSummary(
-        weights=sum(layer.in_features * layer.out_features for layer in layers),
+        weights=sum(layer.shape.weights for layer in layers),
         trained_tables=sum(p.numel() for p in tables if p.requires_grad),
         tables=sum(p.numel() for p in tables),
         trained_others=sum(p.numel() for p in others if p.requires_grad),

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from spallm_convert.config import AUTO, SketchConfig
+from spallm_convert.source.embeddings import with_token_weights
 from spallm_convert.source.linear_weights import LinearWeight
 from spallm_convert.source.skeleton import Skeleton
 from spallm_convert.source.stored_names import LoadedNames, Piece, loaded_names, matrix_rows
@@ -31,6 +32,7 @@ class FoundLayers:
         ignored: Names of the tensors that the user leaves dense.
         problems: What keeps layers from being sketched although they should be.
         names: What the stored tensors become in the model.
+        notes: What the user should know about the embedding and the head.
     """
 
     names: LoadedNames
@@ -38,6 +40,7 @@ class FoundLayers:
     left_dense: dict[str, str] = field(default_factory=dict)
     ignored: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def find_layers(
@@ -54,10 +57,14 @@ def find_layers(
         The layers.
 
     Raises:
-        OptionError: If a pattern to ignore matches no weight.
+        OptionError: If a pattern to ignore matches no weight, or the model has no embedding or head
+            to sketch.
     """
     shapes = ((name, tensor.shape) for name, tensor in tensors.items())
     found = FoundLayers(loaded_names(skeleton.model, matrix_rows(shapes)))
+    skeleton, found.notes = with_token_weights(
+        skeleton, found.names, embeddings=config.embeddings, lm_head=config.lm_head
+    )
     seen: list[tuple[str, ...]] = []
     for parameters, names in _together(skeleton.weights, found.names):
         paths = [parameter.removesuffix(INDEX_MAP_SUFFIX) for parameter in parameters]

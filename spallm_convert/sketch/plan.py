@@ -14,6 +14,7 @@ from spallm_convert.config import SketchConfig
 from spallm_convert.errors import SourceError
 from spallm_convert.source.checkpoint import DenseCheckpoint
 from spallm_convert.source.layer_count import layer_count_problem
+from spallm_convert.source.linears import is_in_block
 from spallm_convert.source.skeleton import read_skeleton
 from spallm_formats import (
     Shard,
@@ -46,6 +47,7 @@ class Plan:
             layer.
         limit: Limit of the table values, if the model loads in a dtype with a smaller range.
         shards: The weight files to write, with the place of every tensor.
+        notes: What the user should know about the embedding and the head, if they were asked for.
     """
 
     metadata: SketchMetadata
@@ -55,6 +57,7 @@ class Plan:
     dense_weights: dict[str, int]
     limit: Limit | None
     shards: list[Shard]
+    notes: tuple[str, ...] = ()
 
     @property
     def sketched_weights(self) -> int:
@@ -63,8 +66,9 @@ class Plan:
 
     @property
     def dense_warning(self) -> str | None:
-        """Return a warning if more than 5 % of the linear weights stay dense."""
-        return dense_warning(self.dense_weights, self.sketched_weights)
+        """Return a warning if more than 5 % of the linear weights in the blocks stay dense."""
+        in_blocks = (layer for layer in self.layers.values() if is_in_block(layer.path))
+        return dense_warning(self.dense_weights, sum(layer.module.weights for layer in in_blocks))
 
     @property
     def by_path(self) -> dict[str, Layer]:
@@ -108,7 +112,7 @@ class Plan:
 def make_plan(
     checkpoint: DenseCheckpoint, config: SketchConfig, *, trust_remote_code: bool = False
 ) -> Plan:
-    """Plan to sketch every linear layer in the model's blocks.
+    """Plan to sketch every linear layer in the model's blocks, and the ends that are asked for.
 
     With `target_bits`, all layers get the bits of `config` first, and `reallocate` changes them.
 
@@ -150,6 +154,7 @@ def make_plan(
         dense_weights=dense_weights(tensors, sketched, found.ignored),
         limit=loading_limit(checkpoint.config, stored, config.table_dtype),
         shards=shards,
+        notes=tuple(found.notes),
     )
 
 
