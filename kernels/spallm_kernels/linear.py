@@ -100,9 +100,7 @@ def dequantize(
     return weight
 
 
-def check_shapes(
-    in_features: int, index_map: Tensor, table: Tensor, hash_seed: int | None
-) -> None:
+def check_shapes(in_features: int, index_map: Tensor, table: Tensor, hash_seed: int | None) -> None:
     """Check that an index map and tables can belong together.
 
     Args:

@@ -1,22 +1,13 @@
-"""Define `SketchedEmbedding`, and tie sketched embeddings and heads as the model ties dense ones.
-
-Tied modules have one index map and one table. The module that the checkpoint stores owns them, and
-every list of sketched layers names that module only.
-"""
+"""Define `SketchedEmbedding`, an embedding whose weight is an index map and trainable tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from spallm_convert.errors import FormatError, OptionError
-from spallm_convert.source.embeddings import tied_modules
+from spallm_convert.errors import FormatError
 from spallm_convert.source.lookups import NORM, Finish, find_finish, finished
-from spallm_formats import INDEX_MAP_SUFFIX, TABLE_ENDING, TABLE_SUFFIX, SketchedModule, row_bytes
+from spallm_formats import SketchedModule, row_bytes
 from spallm_kernels.embedding import lut_embedding
 from spallm_kernels.linear import dequantize
 
@@ -76,6 +67,7 @@ class SketchedEmbedding(FinishedEmbedding):
             `hash_seed`: uint8 [num_embeddings, 0].
         weight_table: The tables, float [num_embeddings, groups_per_row, 2^bits], trainable.
         is_tied: Whether another module owns the parameters and gives them their stored name.
+        row_dtype: Dtype of the rows, that of the weight that the model was made for.
     """
 
     weight_table: nn.Parameter
@@ -106,7 +98,7 @@ class SketchedEmbedding(FinishedEmbedding):
         self.shape = shape
         self.stored_name = stored_name
         self.hash_seed = hash_seed
-        # Tables may be wider. The output has the dtype of the weight that the model was made for.
+        # Tables may be wider, for training. Layers behind it expect the dtype of the model.
         self.row_dtype = dense.weight.dtype
         # Without this, transformers fills parameters that are offloaded to disk with random bytes.
         self._is_hf_initialized = True
@@ -143,83 +135,3 @@ class SketchedEmbedding(FinishedEmbedding):
             f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}, "
             f"bits={self.shape.bits}, groups_per_row={self.shape.groups_per_row}, mapping={mapping}"
         )
-
-
-def tie_sketches(
-    model: PreTrainedModel, sketched: Mapping[str, Any], replace: Callable[[str, str], Any]
-) -> None:
-    """Sketch the modules that are tied to sketched ones, and let transformers tie their tables.
-
-    If several tied modules are stored, transformers decides whether to tie them, as for dense ones.
-
-    Args:
-        model: The model. Its sketched modules are in place.
-        sketched: The sketched modules that the checkpoint stores, by path.
-        replace: Function of a path and the path of a sketched module; puts a sketch of the same
-            shape in place of the module at the first path, and returns it.
-    """
-    for path, owner in sketched.items():
-        for other in tied_modules(model, path):
-            if other not in sketched:
-                made = replace(other, path)
-                made.weight, made.weight_table = owner.weight, owner.weight_table
-                made.is_tied = True
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            _tie_tables(module)
-
-
-def refuse_resizing(model: PreTrainedModel) -> None:
-    """Make `resize_token_embeddings` raise a clear error if the embedding or head is sketched."""
-    sketched = any(isinstance(module, SketchedEmbedding) for module in model.modules())
-    if not sketched and not hasattr(model.get_output_embeddings(), "weight_table"):
-        return
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module._get_resized_embeddings = _keep_size  # type: ignore[assignment]
-            module._get_resized_lm_head = _keep_size  # type: ignore[assignment]
-
-
-def allow_resizing(model: PreTrainedModel) -> None:
-    """Undo `refuse_resizing` and the ties of tables, on a model that becomes dense."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            for name in ("_get_resized_embeddings", "_get_resized_lm_head"):
-                vars(module).pop(name, None)
-            for name in ("_tied_weights_keys", "all_tied_weights_keys"):
-                if name in vars(module):
-                    pairs = vars(module)[name].items()
-                    vars(module)[name] = {k: v for k, v in pairs if not k.endswith(TABLE_SUFFIX)}
-
-
-def _keep_size(old: Any, new_num_tokens: int | None = None, *args: Any, **options: Any) -> Any:
-    rows = len(old.weight)
-    multiple = options.get("pad_to_multiple_of") or (args[0] if args else None)
-    wanted = rows if new_num_tokens is None else new_num_tokens
-    if type(multiple) is int:
-        wanted = -(-wanted // multiple) * multiple
-    if wanted == rows:
-        return old
-    raise OptionError(
-        f"the embedding of {rows} tokens cannot be resized to {wanted}: it is sketched; resize the "
-        f"dense model and convert that, or convert without --embeddings and --lm-head"
-    )
-
-
-def _tie_tables(model: Any) -> None:
-    """Add the tables of tied sketches to the pairs of parameters that transformers ties."""
-    pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    tables = {
-        target + TABLE_ENDING: source + TABLE_ENDING
-        for target, source in pairs.items()
-        if target.endswith(INDEX_MAP_SUFFIX) and _has_tables(model, target, source)
-    }
-    if tables:
-        pairs.update(tables)
-        # transformers reads this attribute again in `tie_weights`.
-        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **tables}
-
-
-def _has_tables(model: nn.Module, *parameters: str) -> bool:
-    owners = (model.get_submodule(name.removesuffix(INDEX_MAP_SUFFIX)) for name in parameters)
-    return all(hasattr(owner, "weight_table") for owner in owners)

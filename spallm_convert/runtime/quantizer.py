@@ -23,9 +23,10 @@ from spallm_convert.source.skeleton import resolve_modules
 from spallm_formats import QUANT_METHOD, TABLE_SUFFIX, SketchMetadata
 
 from .checking import check_dtype, check_files
-from .embedding import SketchedEmbedding, allow_resizing, refuse_resizing, tie_sketches
+from .embedding import SketchedEmbedding
 from .linear import SketchedLinear, train_tables_only
 from .tables import attach_set_tables
+from .tying import fit_model, tie_sketches, unfit_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,7 +108,7 @@ class SpallmQuantizer(HfQuantizer):
         self._check_parameters(model)
         train_tables_only(model)
         attach_set_tables(model)
-        refuse_resizing(model)
+        fit_model(model)
         self._describe_tables(_table_dtypes(model))
         return model
 
@@ -180,7 +181,7 @@ class SpallmQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
-        allow_resizing(model)
+        unfit_model(model)
         weights: dict[nn.Parameter, nn.Parameter] = {}  # tied modules get the same
         for name, module in list(model.named_modules()):
             if isinstance(module, SketchedLinear | SketchedEmbedding):

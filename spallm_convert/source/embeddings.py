@@ -110,13 +110,13 @@ def find_token_weights(model: PreTrainedModel, asked: set[str]) -> list[TokenWei
         paths = tied_modules(model, path)
         uses = tuple(use for use, end in ends.items() if end in paths)
         modules = {path: model.get_submodule(path) for path in paths}
-        rows, columns = model.get_submodule(path).weight.shape
+        rows, columns = model.get_parameter(path + INDEX_MAP_SUFFIX).shape
         weight = LinearWeight(int(rows), int(columns))
         found[paths] = TokenWeight(paths, uses, weight, _reason(model, modules))
     return list(found.values())
 
 
-def tied_modules(model: PreTrainedModel, path: str) -> tuple[str, ...]:
+def tied_modules(model: nn.Module, path: str) -> tuple[str, ...]:
     """Return the modules whose weight is that of a module, itself included.
 
     Args:

@@ -61,9 +61,8 @@ def find_finish(embedding: nn.Embedding) -> Finish | str:
     unknown = f"{kind} does more than look rows up"
     plain = vars(nn.Embedding(1, 1, device="meta"))
     more = set(vars(embedding)) - set(plain) - set(_SCALES)
-    parts = embedding._parameters, embedding._buffers, embedding._modules
-    known = {"weight"}, {"embed_scale"}, {NORM}
-    if more or not all(set(part) <= names for part, names in zip(parts, known, strict=True)):
+    parts = [*embedding._parameters, *embedding._buffers, *embedding._modules]
+    if more or set(parts) - {"weight", "embed_scale", NORM}:
         return unknown
     scale = next((vars(embedding)[name] for name in _SCALES if name in vars(embedding)), None)
     scale = float(scale) if isinstance(scale, int | float) else None
