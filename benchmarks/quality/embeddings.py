@@ -1,7 +1,8 @@
 """Measure what sketching the embedding and the head as well saves and costs, on a small model.
 
 Each sketch is converted without a text, loaded in float32, and measured as in `benchmarks.quality`:
-perplexity on the second half of a text. It also continues a sentence greedily.
+perplexity on the second half of a text. It also continues a sentence greedily. The file is written
+after every row, and rows that it holds are not measured again.
 
     python -m benchmarks.quality.embeddings --text FILE      writes results/embeddings.json
 """
@@ -17,6 +18,7 @@ import torch
 
 from benchmarks.shared.dense import dense_folder, digest, model_name
 from benchmarks.shared.machine import RESULTS, machine, versions, write_results
+from benchmarks.shared.processes import open_document
 from spallm_convert import SketchConfig, convert, load_sketched
 from spallm_convert.cli.terminal import EvaluationProgress, quiet_libraries
 from spallm_convert.evaluation.perplexity import evaluate_text
@@ -28,12 +30,12 @@ _PACKAGES = ("torch", "transformers", "numpy", "numba", "spallm-convert")
 _BLOCKS = ("*.layers.*",)
 #: Options of the conversion by name of the row; None is the dense model.
 ROWS: dict[str, SketchConfig | None] = {
-    "dense": None,
-    "blocks, 1 group": SketchConfig(groups_per_row=1),
     "blocks and embedding, 1 group": SketchConfig(groups_per_row=1, embeddings=True),
-    "blocks, 4 groups": SketchConfig(groups_per_row=4),
     "blocks and embedding, 4 groups": SketchConfig(groups_per_row=4, embeddings=True),
+    "blocks, 1 group": SketchConfig(groups_per_row=1),
+    "blocks, 4 groups": SketchConfig(groups_per_row=4),
     "embedding alone, 4 groups": SketchConfig(groups_per_row=4, embeddings=True, ignore=_BLOCKS),
+    "dense": None,
 }
 
 
@@ -79,6 +81,15 @@ def measure(dense: Path, config: SketchConfig | None, text: str, options: dict[s
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Dense model.  [default: the demo's, SmolLM2-135M]",
 )
+@click.option(
+    "--row",
+    "rows",
+    multiple=True,
+    type=click.Choice(list(ROWS)),
+    default=list(ROWS),
+    show_default="all",
+)
+@click.option("--fresh", is_flag=True, help="Discard earlier results in the file.")
 @click.option("--eval-tokens", type=click.IntRange(2), default=16384, help="Tokens to measure on.")
 @click.option("--window", type=click.IntRange(2), default=1024, help="Tokens per window.")
 @click.option("--prompt", default="The capital of France is", help="Sentence to continue.")
@@ -101,7 +112,7 @@ def main(**options: Any) -> None:
     dense = dense_folder(options["model"], None, options["cache"].expanduser())
     _, held_out = halves(options["text"].read_text(encoding="utf-8"))
     names = ("eval_tokens", "window", "prompt", "new_tokens")
-    document: dict[str, Any] = {
+    header = {
         "benchmark": "embeddings",
         "machine": machine(),
         "versions": versions(*_PACKAGES),
@@ -112,9 +123,11 @@ def main(**options: Any) -> None:
             "text_sha256": sha256(options["text"]),
             **{name: options[name] for name in names},
         },
-        "runs": [],
     }
-    for name, config in ROWS.items():
+    document = open_document(options["output"], header, fresh=options["fresh"])
+    done = {row["method"] for row in document["runs"]}
+    for name in [name for name in options["rows"] if name not in done]:
+        config = ROWS[name]
         row = measure(dense, config, held_out, options)
         document["runs"].append({"method": name, **row})
         write_results(options["output"], document)

@@ -7,17 +7,19 @@ every list of sketched layers names that module only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from spallm_convert.errors import OptionError
 from spallm_convert.source.embeddings import tied_modules
 from spallm_formats import INDEX_MAP_SUFFIX, TABLE_ENDING, TABLE_SUFFIX
 
 from .embedding import SketchedEmbedding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _RESIZING = ("_get_resized_embeddings", "_get_resized_lm_head")
 
@@ -103,6 +105,8 @@ def _owner(part: nn.Module, parameter: str) -> Any:
 
 
 def _parts(model: nn.Module) -> Iterator[PreTrainedModel]:
+    from transformers import PreTrainedModel  # it imports the quantizer, which imports this module
+
     return (module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 

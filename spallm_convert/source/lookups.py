@@ -96,19 +96,19 @@ def finished(rows: Tensor, finish: Finish, norm: Any, factors: dict[torch.dtype,
 
 def _does(embedding: nn.Embedding, finish: Finish, dtype: torch.dtype) -> bool:
     """Return whether an embedding does just this with rows of a dtype."""
-    numbers = torch.arange(_ROWS * embedding.embedding_dim, device="cpu").sin()
-    weight = numbers.view(_ROWS, -1).to(dtype)
+    weight = _numbers(_ROWS * embedding.embedding_dim).view(_ROWS, -1).to(dtype)
     probe: Any = copy.deepcopy(embedding)  # cheap: its weight has no data
     probe.weight = nn.Parameter(weight, requires_grad=False)
     probe.num_embeddings = _ROWS
     if "embed_scale" in probe._buffers:
-        probe._buffers["embed_scale"] = torch.tensor(finish.scale or 0.0, device="cpu")
+        probe._buffers["embed_scale"] = torch.tensor(
+            finish.scale or 0.0, dtype=torch.float32, device="cpu"
+        )
     norm = probe._modules.get(NORM)
     if norm is not None:
         probe._modules[NORM] = norm = norm.to_empty(device="cpu").to(dtype)
         for parameter in norm.parameters():
-            parameter.data = torch.arange(parameter.numel(), device="cpu").cos().view_as(parameter)
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = _numbers(parameter.numel()).view_as(parameter).to(dtype)
     ids = torch.arange(_ROWS, device="cpu")
     try:
         with torch.no_grad():
@@ -117,3 +117,8 @@ def _does(embedding: nn.Embedding, finish: Finish, dtype: torch.dtype) -> bool:
     except Exception:  # a model's code may raise anything
         return False
     return torch.equal(found, expected)
+
+
+def _numbers(count: int) -> Tensor:
+    """Return numbers that differ, whatever torch's default dtype and device are."""
+    return torch.arange(count, dtype=torch.float32, device="cpu").cos()
