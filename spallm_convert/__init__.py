@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .evaluation.opening import load_any
     from .evaluation.perplexity import evaluate_text, perplexity
     from .progress import Progress
+    from .recipe import Recipe, Rule
     from .runtime.linear import SketchedLinear
     from .runtime.loading import load_sketched
     from .runtime.tables import load_tables, save_tables, set_tables, table_sets
@@ -50,7 +51,9 @@ __all__ = [
     "OptionError",
     "Plan",
     "Progress",
+    "Recipe",
     "Report",
+    "Rule",
     "SketchConfig",
     "SketchedLinear",
     "SourceError",
@@ -84,7 +87,9 @@ _HOMES = {
     "OptionError": "errors",
     "Plan": "sketch.plan",
     "Progress": "progress",
+    "Recipe": "recipe",
     "Report": "conversion.report",
+    "Rule": "recipe",
     "SketchConfig": "config",
     "SketchedLinear": "runtime.linear",
     "SourceError": "errors",

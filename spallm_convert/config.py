@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from spallm_formats import shown, summary
 from spallm_formats.dtypes import TABLE_DTYPES
 from spallm_formats.metadata import MAPPINGS
 
 from .errors import OptionError
+from .recipe import AUTO, Recipe, bits_problems, groups_problems
 
-BITS = (2, 3, 4)
-AUTO = "auto"
 #: `groups_per_row="auto"` takes as many groups as keep this many columns each, up to
 #: AUTO_MAX_GROUPS: a group costs 2^bits x 16 bits of table, which is 0.25 bit per weight at 4 bits
 #: and this width.
@@ -87,6 +87,11 @@ class CalibrationConfig:
 class SketchConfig:
     """Options of a conversion. Together with the source they decide every byte of the result.
 
+    A pattern is a shell pattern that is compared with the whole name of a layer, in the model and
+    in the checkpoint. A pattern that matches no layer is an error. Weights that belong to one
+    parameter of the model, such as those of all experts of a block, are sketched together: a
+    pattern of `include` or `ignore` that matches one of them counts for all.
+
     Args:
         bits: 2, 3 or 4 bits per code, so 4, 8 or 16 entries per sketch table.
         groups_per_row: Tables per row ("GPR" in the SketchTune paper), a divisor of the columns of
@@ -102,7 +107,14 @@ class SketchConfig:
             it, both are one weight, which is sketched and stored once.
         lm_head: Sketch the output head too. If it is tied to the input embedding, this is the same
             as `embeddings`.
-        ignore: Shell patterns of module paths to leave dense.
+        include: Patterns of layers. If there are any, all other layers stay dense.
+        ignore: Patterns of layers to leave dense, even if `include` or `recipe` names them.
+        recipe: Other bits and groups for the layers that match a pattern. The last entry that
+            matches a layer decides, and what it does not give is taken from `bits` and
+            `groups_per_row`. With `target_bits`, it may only leave layers dense.
+        strict: Raise SourceError, before any work, if more than 5 % of the linear weights would
+            stay dense although no pattern asks for it. Without it, that is a warning. It does not
+            change the result.
         max_shard_size: Largest size of a weight file, such as "5GB" (powers of 1000), or in bytes.
         calibration: How to fit layers to a text. None: sketch the weights alone.
 
@@ -117,18 +129,18 @@ class SketchConfig:
     seed: int = 0
     embeddings: bool = False
     lm_head: bool = False
+    include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    recipe: Recipe | None = None
+    strict: bool = False
     max_shard_size: str | int = "5GB"
     calibration: CalibrationConfig | None = None
 
     def __post_init__(self) -> None:
+        _freeze_names(self, "include")
         _freeze_names(self, "ignore")
-        problems = []
-        if type(self.bits) is not int or self.bits not in BITS:
-            problems.append(f"bits must be 2, 3 or 4, found {self.bits!r}")
-        groups = self.groups_per_row
-        if groups != AUTO and not (type(groups) is int and groups >= 1):
-            problems.append(f"groups_per_row must be 'auto' or at least 1, found {groups!r}")
+        problems = bits_problems("bits", self.bits)
+        problems += groups_problems("groups_per_row", self.groups_per_row)
         if self.mapping not in MAPPINGS:
             problems.append(f"mapping must be one of {MAPPINGS}, found {self.mapping!r}")
         if not isinstance(self.table_dtype, str) or self.table_dtype not in TABLE_DTYPES:
@@ -136,11 +148,7 @@ class SketchConfig:
             problems.append(f"table_dtype must be one of {accepted}, found {self.table_dtype!r}")
         if not (type(self.seed) is int and 0 <= self.seed < 2**32):
             problems.append(f"seed must be 0 to 2^32 - 1, found {self.seed!r}")
-        for name in ("embeddings", "lm_head"):
-            if type(getattr(self, name)) is not bool:
-                problems.append(f"{name} must be True or False, found {getattr(self, name)!r}")
-        if not _are_names(self.ignore):
-            problems.append(f"ignore must be a sequence of patterns, found {self.ignore!r}")
+        problems += self._choice_problems()
         try:
             parse_size(self.max_shard_size)
         except OptionError as error:
@@ -151,6 +159,22 @@ class SketchConfig:
             problems.append(f"calibration must be a CalibrationConfig, found {self.calibration!r}")
         if problems:
             raise OptionError("; ".join(problems))
+
+    def _choice_problems(self) -> list[str]:
+        """Return what is wrong with the options that choose layers."""
+        problems = []
+        for name, patterns in (("include", self.include), ("ignore", self.ignore)):
+            if not _are_names(patterns):
+                problems.append(f"{name} must be a sequence of patterns, found {patterns!r}")
+        if self.recipe is not None and not isinstance(self.recipe, Recipe):
+            problems.append(
+                f"recipe must be a Recipe, found {self.recipe!r}: Recipe.read(FILE) and "
+                f"Recipe.parse(DICT) make one"
+            )
+        for name in ("embeddings", "lm_head", "strict"):
+            if type(getattr(self, name)) is not bool:
+                problems.append(f"{name} must be True or False, found {getattr(self, name)!r}")
+        return problems
 
     def _calibration_problems(self, calibration: CalibrationConfig) -> list[str]:
         """Return what the options of calibration contradict here."""
@@ -168,6 +192,12 @@ class SketchConfig:
         for name, chosen in (("bits", self.bits), ("groups_per_row", self.groups_per_row)):
             if chosen != getattr(type(self), name):
                 problems.append(f"target_bits chooses {name} itself, found {chosen!r}")
+        rules = self.recipe.rules if isinstance(self.recipe, Recipe) else ()
+        if choosing := [shown(rule.pattern) for rule in rules if rule.chooses]:
+            problems.append(
+                f"target_bits chooses bits and groups itself, found some in the recipe for "
+                f"{summary(choosing, ', ')}: with target_bits, a recipe may only leave layers dense"
+            )
         return problems
 
     @property
@@ -179,10 +209,16 @@ class SketchConfig:
     def max_shard_bytes(self) -> int:
         return parse_size(self.max_shard_size)
 
-    def groups_for(self, in_features: int) -> int:
-        """Groups per row of a layer with `in_features` columns; an explicit number may not fit."""
-        if isinstance(self.groups_per_row, int):
-            return self.groups_per_row
+    def groups_for(self, in_features: int, groups: int | str | None = None) -> int:
+        """Groups per row of a layer with `in_features` columns; an explicit number may not fit.
+
+        Args:
+            in_features: Number of columns.
+            groups: Groups that a recipe gives to the layer, in place of `groups_per_row`.
+        """
+        wanted = self.groups_per_row if groups is None else groups
+        if isinstance(wanted, int):
+            return wanted
         fitting = (
             groups
             for groups in range(AUTO_MAX_GROUPS, 1, -1)
@@ -193,9 +229,12 @@ class SketchConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the options as they stand in `conversion.json`, those of calibration beside them.
 
-        `calibration` is the source of the text there, or None.
+        `calibration` is the source of the text there, or None. `strict` is left out: it decides no
+        byte of the result.
         """
-        options = asdict(self) | {"ignore": list(self.ignore)}
+        options = asdict(self) | {"include": list(self.include), "ignore": list(self.ignore)}
+        options["recipe"] = None if self.recipe is None else self.recipe.to_json()
+        del options["strict"]
         nested = asdict(self.calibration or CalibrationConfig())
         text = nested.pop("text")
         nested["without"] = list(nested["without"])

@@ -26,7 +26,7 @@ FLOORS = (
     ("sketch", "runtime"),
     ("source",),
     ("config", "devices", "hub_retries"),
-    ("hub_errors",),
+    ("hub_errors", "recipe"),
     ("errors", "paths", "progress", "version"),
 )
 #: Inside calibration; "" are the files that lie in no room of their own, which may import each

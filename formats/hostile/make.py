@@ -1,6 +1,6 @@
 """Write the hostile checkpoints: python formats/hostile/make.py
 
-Each is the golden 3-bit checkpoint with one thing broken. `error.txt` holds a part of the message
+Each is a golden 3-bit checkpoint with one thing broken. `error.txt` holds a part of the message
 that a reader must give.
 """
 
@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "cluster-3bit"
+EXPERTS = GOLDEN.parent / "experts-cluster-3bit"
 MODULE = "model.layers.0.mlp.up_proj"
 WEIGHT, TABLE, NORM = MODULE + ".weight", MODULE + ".weight_table", "model.norm.weight"
+FUSED = "model.layers.0.mlp.experts.up_proj"
+FUSED_TABLE = FUSED + "_table"
+IN_FILE = "model.safetensors"
 
 Header = dict[str, Any]
 
@@ -28,14 +32,14 @@ def join(header: Header | str, body: bytes) -> bytes:
     return struct.pack("<Q", len(text.encode())) + text.encode() + body
 
 
-def with_header(change: Callable[[Header], object]) -> bytes:
-    header, body = split((GOLDEN / "model.safetensors").read_bytes())
+def with_header(change: Callable[[Header], object], golden: Path = GOLDEN) -> bytes:
+    header, body = split((golden / IN_FILE).read_bytes())
     change(header)
     return join(header, body)
 
 
-def with_config(change: Callable[[Header], object]) -> str:
-    config = json.loads((GOLDEN / "config.json").read_text())
+def with_config(change: Callable[[Header], object], golden: Path = GOLDEN) -> str:
+    config = json.loads((golden / "config.json").read_text())
     change(config["quantization_config"])
     return json.dumps(config)
 
@@ -44,73 +48,75 @@ def index(weight_map: dict[str, str]) -> str:
     return json.dumps({"metadata": {}, "weight_map": weight_map})
 
 
-def cases() -> dict[str, tuple[str, dict[str, bytes | str | None]]]:
+Cases = dict[str, tuple[str, dict[str, bytes | str | None]]]
+
+
+def cases() -> Cases:
     """Return, by name, the expected error and the files to replace (None removes a file)."""
     data = (GOLDEN / "model.safetensors").read_bytes()
     header, body = split(data)
     repeated = json.dumps(header)[:-1] + f', "{NORM}": {json.dumps(header[NORM])}}}'
     everything = {WEIGHT: "model-00001-of-00001.safetensors"}
-    in_file = "model.safetensors"
     utf16 = json.dumps(header).encode("utf-16")
     return {
-        "empty-file": ("0 bytes are too few", {in_file: b""}),
+        "empty-file": ("0 bytes are too few", {IN_FILE: b""}),
         "header-beyond-file": (
             "its header would have",
-            {in_file: struct.pack("<Q", 2**62) + data[8:]},
+            {IN_FILE: struct.pack("<Q", 2**62) + data[8:]},
         ),
-        "header-not-json": ("not valid JSON", {in_file: join("{" + " " * 40, body)}),
+        "header-not-json": ("not valid JSON", {IN_FILE: join("{" + " " * 40, body)}),
         "header-not-utf8": (
             "not valid JSON",
-            {in_file: struct.pack("<Q", 4) + b"\xff\xfe\xfd\xfc"},
+            {IN_FILE: struct.pack("<Q", 4) + b"\xff\xfe\xfd\xfc"},
         ),
-        "header-deep": ("not valid JSON", {in_file: join("[" * 200_00, b"")}),
-        "header-list": ("must be a JSON object", {in_file: join("[]", b"")}),
-        "header-repeats-key": ("repeated keys", {in_file: join(repeated, body)}),
-        "truncated": ("truncated or overlong", {in_file: data[:-7]}),
-        "overlong": ("truncated or overlong", {in_file: data + b"\0"}),
+        "header-deep": ("not valid JSON", {IN_FILE: join("[" * 200_00, b"")}),
+        "header-list": ("must be a JSON object", {IN_FILE: join("[]", b"")}),
+        "header-repeats-key": ("repeated keys", {IN_FILE: join(repeated, body)}),
+        "truncated": ("truncated or overlong", {IN_FILE: data[:-7]}),
+        "overlong": ("truncated or overlong", {IN_FILE: data + b"\0"}),
         "hole": (
             "no holes, no overlaps",
             {
-                in_file: with_header(
+                IN_FILE: with_header(
                     lambda h: h[TABLE].update(shape=[6, 2, 7], data_offsets=[0, 336])
                 )
             },
         ),
         "overlap": (
             "no holes, no overlaps",
-            {in_file: with_header(lambda h: h[NORM].update(data_offsets=[380, 400]))},
+            {IN_FILE: with_header(lambda h: h[NORM].update(data_offsets=[380, 400]))},
         ),
         "header-utf16": (
             "not valid JSON",
-            {in_file: struct.pack("<Q", len(utf16)) + utf16 + body},
+            {IN_FILE: struct.pack("<Q", len(utf16)) + utf16 + body},
         ),
         "metadata-not-text": (
             "must map names to strings",
-            {in_file: with_header(lambda h: h.update(__metadata__={"format": 1}))},
+            {IN_FILE: with_header(lambda h: h.update(__metadata__={"format": 1}))},
         ),
         "two-kinds-of-files": (
             "found both",
-            {"model.safetensors.index.json": index({WEIGHT: in_file})},
+            {"model.safetensors.index.json": index({WEIGHT: IN_FILE})},
         ),
         "size-lies": (
             "its data_offsets span",
-            {in_file: with_header(lambda h: h[TABLE].update(shape=[2**20, 2**20, 2**20]))},
+            {IN_FILE: with_header(lambda h: h[TABLE].update(shape=[2**20, 2**20, 2**20]))},
         ),
         "size-huge": (
             "shape of 2^63 elements or more",
-            {in_file: with_header(lambda h: h[TABLE].update(shape=[10**3000, 10**3000]))},
+            {IN_FILE: with_header(lambda h: h[TABLE].update(shape=[10**3000, 10**3000]))},
         ),
         "negative-size": (
             "expected a list of sizes",
-            {in_file: with_header(lambda h: h[TABLE].update(shape=[-6, -2, 8]))},
+            {IN_FILE: with_header(lambda h: h[TABLE].update(shape=[-6, -2, 8]))},
         ),
         "negative-offset": (
             "expected [begin, end]",
-            {in_file: with_header(lambda h: h[TABLE].update(data_offsets=[-8, 376]))},
+            {IN_FILE: with_header(lambda h: h[TABLE].update(data_offsets=[-8, 376]))},
         ),
         "unknown-dtype": (
             "dtype 'F4096'",
-            {in_file: with_header(lambda h: h[TABLE].update(dtype="F4096"))},
+            {IN_FILE: with_header(lambda h: h[TABLE].update(dtype="F4096"))},
         ),
         "wrong-table-dtype": (
             "expected BF16",
@@ -126,7 +132,7 @@ def cases() -> dict[str, tuple[str, dict[str, bytes | str | None]]]:
         ),
         "table-missing": (
             "is missing",
-            {in_file: with_header(lambda h: h.update({"other": h.pop(TABLE)}))},
+            {IN_FILE: with_header(lambda h: h.update({"other": h.pop(TABLE)}))},
         ),
         "table-unlisted": (
             "config.json lists no such module",
@@ -156,45 +162,146 @@ def cases() -> dict[str, tuple[str, dict[str, bytes | str | None]]]:
         "index-leaves-folder": (
             "expected plain names of safetensors files",
             {
-                in_file: None,
+                IN_FILE: None,
                 "model.safetensors.index.json": index({WEIGHT: "../model.safetensors"}),
             },
         ),
         "index-shard-missing": (
             "model-00001-of-00001.safetensors is missing",
-            {in_file: None, "model.safetensors.index.json": index(everything)},
+            {IN_FILE: None, "model.safetensors.index.json": index(everything)},
         ),
         "index-disagrees": (
             "is not in the index",
             {
-                in_file: None,
+                IN_FILE: None,
                 "model-00001-of-00001.safetensors": data,
                 "model.safetensors.index.json": index(everything),
             },
         ),
-        "padding-set": ("padding bits", {in_file: data[:-1] + b"\x80"}),
-        "table-not-finite": ("NaN or infinite", {in_file: _with_nan(data)}),
+        "padding-set": ("padding bits", {IN_FILE: data[:-1] + b"\x80"}),
+        "table-not-finite": ("NaN or infinite", {IN_FILE: with_nan(data, TABLE, 0)}),
+        "transposed-false": (
+            "transposed is False, expected true, or no such key",
+            {"config.json": with_config(lambda c: c["modules"][MODULE].update(transposed=False))},
+        ),
+        "shape-huge": (
+            "its shape is too large",
+            {
+                "config.json": with_config(
+                    lambda c: c["modules"][MODULE].update(
+                        in_features=2**31 - 1, groups_per_row=2**31 - 1, out_features=2**31 - 1
+                    )
+                )
+            },
+        ),
     }
 
 
-def _with_nan(data: bytes) -> bytes:
+def expert_cases() -> Cases:
+    """Return the cases that are made from fused experts."""
+    data = (EXPERTS / IN_FILE).read_bytes()
+    layer = {FUSED + ".weight": FUSED, FUSED + ".weight_table": FUSED_TABLE}
+    return with_broken_modules() | {
+        "experts-flat": (
+            "is U8 [18, 16], expected U8 [3, 6, 16]",
+            {IN_FILE: with_header(lambda h: h[FUSED].update(shape=[18, 16]), EXPERTS)},
+        ),
+        "experts-table-of-other-experts": (
+            "is F32 [6, 3, 2, 8], expected F32 [3, 6, 2, 8]",
+            {IN_FILE: with_header(lambda h: h[FUSED_TABLE].update(shape=[6, 3, 2, 8]), EXPERTS)},
+        ),
+        "experts-table-missing": (
+            f"{FUSED_TABLE!r} of a sketched module is missing",
+            {IN_FILE: with_header(lambda h: h.update({"other": h.pop(FUSED_TABLE)}), EXPERTS)},
+        ),
+        "experts-named-like-a-layer": (
+            "is U8 [3, 6, 16], expected U8 [6, 16]",
+            {
+                "config.json": with_config(lambda c: c["modules"][FUSED].pop("experts"), EXPERTS),
+                IN_FILE: with_header(
+                    lambda h: h.update({new: h.pop(old) for new, old in layer.items()}), EXPERTS
+                ),
+            },
+        ),
+        "experts-padding-set": ("padding bits", {IN_FILE: with_byte(data, FUSED, 143, 0x80)}),
+        "experts-table-not-finite": ("NaN or infinite", {IN_FILE: with_nan(data, FUSED_TABLE, -1)}),
+    }
+
+
+def with_broken_modules() -> Cases:
+    """Return the cases of fused experts whose modules in config.json are wrong."""
+
+    def module(**changes: object) -> dict[str, bytes | str | None]:
+        return {"config.json": with_config(lambda c: c["modules"][FUSED].update(changes), EXPERTS)}
+
+    def modules(*fused: str, layers: tuple[str, ...] = ()) -> dict[str, bytes | str | None]:
+        def change(config: Header) -> None:
+            experts = config["modules"][FUSED]
+            layer = {key: value for key, value in experts.items() if key != "experts"}
+            config["modules"] = dict.fromkeys(fused, experts) | dict.fromkeys(layers, layer)
+
+        return {"config.json": with_config(change, EXPERTS)}
+
+    return {
+        "experts-none": ("experts is 0, expected 1 to", module(experts=0)),
+        "experts-null": ("experts is None, expected 1 to", module(experts=None)),
+        "experts-as-boolean": ("experts is True, expected 1 to", module(experts=True)),
+        "experts-too-many": ("expected U8 [4, 6, 16]", module(experts=4)),
+        "experts-not-counted": (
+            f"'{FUSED}.weight' of a sketched module is missing",
+            modules(layers=(FUSED,)),
+        ),
+        "experts-huge": (
+            "its shape is too large",
+            module(experts=2**31 - 1, out_features=2**31 - 1),
+        ),
+        "experts-transposed-as-number": ("transposed is 1, expected true", module(transposed=1)),
+        "weight-of-two-modules": (
+            f"both have a tensor '{FUSED}.weight'",
+            modules(FUSED + ".weight", layers=(FUSED,)),
+        ),
+        "table-of-two-modules": (
+            f"both have a tensor '{FUSED_TABLE}'",
+            modules(FUSED, FUSED_TABLE),
+        ),
+        "experts-with-reserved-name": (
+            "the name of fused experts ends in '.weight_table'",
+            modules(FUSED + ".weight_table"),
+        ),
+    }
+
+
+def with_byte(data: bytes, tensor: str, place: int, value: int) -> bytes:
+    """Replace one byte of a tensor."""
     header, body = split(data)
-    begin = header[TABLE]["data_offsets"][0]
-    return data[: len(data) - len(body)] + body[:begin] + b"\0\0\xc0\x7f" + body[begin + 4 :]
+    begin = len(data) - len(body) + header[tensor]["data_offsets"][0] + place
+    return data[:begin] + bytes([value]) + data[begin + 1 :]
+
+
+def with_nan(data: bytes, tensor: str, value: int) -> bytes:
+    """Replace one value of a float32 tensor."""
+    header, body = split(data)
+    at = len(data) - len(body) + header[tensor]["data_offsets"][value < 0] + 4 * value
+    return data[:at] + b"\0\0\xc0\x7f" + data[at + 4 :]
+
+
+def write(golden: Path, name: str, error: str, files: dict[str, bytes | str | None]) -> None:
+    folder = Path(__file__).parent / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for source in ("config.json", IN_FILE):
+        shutil.copy(golden / source, folder)
+    for filename, content in files.items():
+        if content is None:
+            (folder / filename).unlink()
+        elif isinstance(content, str):
+            (folder / filename).write_text(content)
+        else:
+            (folder / filename).write_bytes(content)
+    (folder / "error.txt").write_text(error + "\n")
 
 
 if __name__ == "__main__":
-    for name, (error, files) in cases().items():
-        folder = Path(__file__).parent / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for source in ("config.json", "model.safetensors"):
-            shutil.copy(GOLDEN / source, folder)
-        for filename, content in files.items():
-            if content is None:
-                (folder / filename).unlink()
-            elif isinstance(content, str):
-                (folder / filename).write_text(content)
-            else:
-                (folder / filename).write_bytes(content)
-        (folder / "error.txt").write_text(error + "\n")
+    for golden, made in ((GOLDEN, cases()), (EXPERTS, expert_cases())):
+        for name, (error, files) in made.items():
+            write(golden, name, error, files)

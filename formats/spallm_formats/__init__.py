@@ -12,6 +12,7 @@ from .files import (
     sha256,
     to_json,
 )
+from .float8 import FLOAT8_DTYPES, float4_to_float32, float8_to_float32
 from .header import (
     StoredTensor,
     TensorSpec,
@@ -23,16 +24,8 @@ from .header import (
     read_header,
 )
 from .layout import INDEX_FILE, SHARDS_GLOB, SINGLE_SHARD, Shard, index_json, plan_shards
-from .metadata import (
-    FORMAT_VERSION,
-    INDEX_MAP_SUFFIX,
-    MAPPINGS,
-    QUANT_METHOD,
-    TABLE_ENDING,
-    TABLE_SUFFIX,
-    SketchedModule,
-    SketchMetadata,
-)
+from .metadata import FORMAT_VERSION, MAPPINGS, QUANT_METHOD, SketchMetadata
+from .module import INDEX_MAP_SUFFIX, TABLE_ENDING, TABLE_SUFFIX, SketchedModule
 from .packing import pack, pack_reference, row_bytes, unpack, unpack_reference
 from .publishing import CONFIG_FILE, check_replaceable
 from .reader import SketchedCheckpoint, open_shards, read_bytes, read_index
@@ -51,6 +44,7 @@ from .work_folder import check_output_folder, is_inside, is_unfinished, remove_l
 
 __all__ = [
     "CONFIG_FILE",
+    "FLOAT8_DTYPES",
     "FLOAT_STORAGE",
     "FORMAT_VERSION",
     "INDEX_FILE",
@@ -81,6 +75,8 @@ __all__ = [
     "check_output_folder",
     "check_replaceable",
     "fingerprint",
+    "float4_to_float32",
+    "float8_to_float32",
     "from_float32",
     "header_length",
     "header_metadata",

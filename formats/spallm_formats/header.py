@@ -30,7 +30,7 @@ MAX_HEADER_BYTES = 1 << 25
 MAX_DIMENSIONS = 64
 _METADATA = "__metadata__"
 #: Elements of a tensor stay below this number, and so do the products of its first dimensions.
-_MOST = 1 << 63
+SIZE_LIMIT = 1 << 63
 #: Enough for the header of a small file, so that it is read at once.
 _FIRST_BYTES = 1 << 16
 
@@ -266,7 +266,7 @@ def _checked_entry(
         raise FormatError(f"{where} has data_offsets {shown(offsets)}, expected [begin, end]")
     if len(shape) > MAX_DIMENSIONS:
         raise FormatError(f"{where} has {len(shape)} dimensions, at most {MAX_DIMENSIONS} are read")
-    if not all(product < _MOST for product in accumulate(shape, mul)):
+    if not all(product < SIZE_LIMIT for product in accumulate(shape, mul)):
         raise FormatError(f"{where} has a shape of 2^63 elements or more")
     begin, end = offsets
     tensor = StoredTensor(name, dtype, tuple(shape), path, data_start + begin)

@@ -8,117 +8,20 @@ because they could change the meaning of the known ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from .dtypes import TABLE_DTYPES
 from .errors import FormatError
-from .header import TensorSpec
-from .packing import MAX_BITS, row_bytes
+from .header import SIZE_LIMIT, TensorSpec
+from .module import TABLE_SUFFIX, SketchedModule
+from .packing import MAX_BITS
 from .text import shown
 
 QUANT_METHOD = "spallm"
 FORMAT_VERSION = 1
 MAPPINGS = ("cluster", "hash")
-INDEX_MAP_SUFFIX = ".weight"
-TABLE_ENDING = "_table"
-TABLE_SUFFIX = INDEX_MAP_SUFFIX + TABLE_ENDING
-
-
-@dataclass(frozen=True, kw_only=True)
-class SketchedModule:
-    """Hold the shape of one sketched linear layer, or of all experts in one fused tensor.
-
-    Attributes:
-        in_features: Columns of the weight.
-        out_features: Rows of the weight, or of each expert's.
-        bits: Bits of a code, 1 to 8.
-        groups_per_row: Tables per row; divides in_features.
-        experts: Number of experts whose weights are fused in one tensor. None: the module is one
-            linear layer.
-        transposed: Whether the source stores the weight, or each expert's, with a row per input.
-    """
-
-    in_features: int
-    out_features: int
-    bits: int
-    groups_per_row: int
-    experts: int | None = None
-    transposed: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Return the number of rows, those of all experts together."""
-        return self.out_features * (1 if self.experts is None else self.experts)
-
-    @property
-    def entries(self) -> int:
-        """Return the entries of one sketch table, which serves one group of one row."""
-        return 1 << self.bits
-
-    @property
-    def weights(self) -> int:
-        """Return the number of weights."""
-        return self.in_features * self.rows
-
-    @property
-    def table_shape(self) -> tuple[int, ...]:
-        """Return the shape of the tables, (out_features, groups_per_row, entries).
-
-        The number of experts stands before it if there are any.
-        """
-        return *self._leading, self.out_features, self.groups_per_row, self.entries
-
-    @property
-    def _leading(self) -> tuple[int, ...]:
-        return () if self.experts is None else (self.experts,)
-
-    def index_map_name(self, name: str) -> str:
-        """Return the name of the module's index map, given the name of the module.
-
-        A layer's weight is a tensor of its module. Fused experts are a tensor, whose own name is
-        that of the module.
-        """
-        return name + INDEX_MAP_SUFFIX if self.experts is None else name
-
-    def table_name(self, name: str) -> str:
-        """Return the name of the module's tables, given the name of the module."""
-        return self.index_map_name(name) + TABLE_ENDING
-
-    def stored_bits_per_weight(self, mapping: str, table_dtype: str) -> float:
-        """Return the bits on disk per weight of this module: index map with padding, plus tables.
-
-        Args:
-            mapping: "cluster" or "hash".
-            table_dtype: "bfloat16", "float16" or "float32".
-        """
-        specs = self.tensors("module", mapping, table_dtype)
-        return 8 * sum(spec.nbytes for spec in specs) / self.weights
-
-    def tensors(self, name: str, mapping: str, table_dtype: str) -> tuple[TensorSpec, TensorSpec]:
-        """Return the index map and the table of this module as they are stored.
-
-        Args:
-            name: Path of the module in the model.
-            mapping: "cluster" or "hash".
-            table_dtype: "bfloat16", "float16" or "float32".
-        """
-        packed = row_bytes(self.in_features, self.bits) if mapping == "cluster" else 0
-        shape = (*self._leading, self.out_features, packed)
-        return (
-            TensorSpec(self.index_map_name(name), "U8", shape),
-            TensorSpec(self.table_name(name), TABLE_DTYPES[table_dtype], self.table_shape),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the module's object in `quantization_config`."""
-        document = asdict(self)
-        if self.experts is None:
-            del document["experts"]
-        if not self.transposed:
-            del document["transposed"]
-        return document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +31,7 @@ class SketchMetadata:
     Attributes:
         mapping: "cluster" (the index map is stored) or "hash" (it is computed from `hash_seed`).
         table_dtype: "bfloat16", "float16" or "float32".
-        modules: Sketched modules by their path in the transformers model.
+        modules: Sketched modules by name.
         hash_seed: Seed of the `hash` mapping, 0 to 2^32 - 1.
     """
 
@@ -197,7 +100,7 @@ class SketchMetadata:
                     problems.append(f"bits is {document['bits']}, the widest module has {widest}")
         if problems:
             raise FormatError(problems)
-        return cls(
+        metadata = cls(
             mapping=document["mapping"],
             table_dtype=document["table_dtype"],
             hash_seed=document["hash_seed"],
@@ -205,6 +108,9 @@ class SketchMetadata:
                 name: SketchedModule(**module) for name, module in document["modules"].items()
             },
         )
+        if problems := _tensor_problems(metadata):
+            raise FormatError(problems)
+        return metadata
 
 
 _Check = tuple[Callable[[Any], bool], str]
@@ -259,7 +165,7 @@ def _key_problems(
 def _module_problems(name: str, module: Any) -> list[str]:
     where = f"module {shown(name)}"
     if not name or not isinstance(module, dict):
-        return [f"{where}: expected a module path and an object"]
+        return [f"{where}: expected the name of a module and an object"]
     problems = _key_problems(where, module, _MODULE, _OPTIONAL)
     if not problems and module["in_features"] % module["groups_per_row"]:
         problems.append(
@@ -267,3 +173,35 @@ def _module_problems(name: str, module: Any) -> list[str]:
             f"in_features {module['in_features']}"
         )
     return problems
+
+
+def _tensor_problems(metadata: SketchMetadata) -> list[str]:
+    """Return the modules whose tensors would be too large or have names that are taken."""
+    shapes = set(metadata.modules.values())  # few, even if there are 70,000 experts
+    too_large = {shape for shape in shapes if _largest_size(metadata, shape) >= SIZE_LIMIT}
+    problems = []
+    owners: dict[str, str] = {}
+    for name, module in metadata.modules.items():
+        if too_large and module in too_large:
+            problems.append(
+                f"module {shown(name)}: its shape is too large, expected sizes below 2^63"
+            )
+        if module.experts is not None and name.endswith(TABLE_SUFFIX):
+            problems.append(
+                f"module {shown(name)}: the name of fused experts ends in {TABLE_SUFFIX!r}, which "
+                f"only tables may have"
+            )
+        tensors = (module.index_map_name(name), module.table_name(name))
+        taken = [tensor for tensor in tensors if owners.setdefault(tensor, name) != name]
+        if taken:
+            problems.append(
+                f"modules {shown(owners[taken[0]])} and {shown(name)} both have a tensor "
+                f"{shown(taken[0])}, expected a module for each tensor"
+            )
+    return problems
+
+
+def _largest_size(metadata: SketchMetadata, module: SketchedModule) -> int:
+    """Return the weights of a module or the bytes of one of its tensors, whichever are more."""
+    index_map, table = module.tensors("", metadata.mapping, metadata.table_dtype)
+    return max(module.weights, index_map.nbytes, table.nbytes)

@@ -22,7 +22,8 @@ from .errors import FormatError
 from .files import open_regular, read_json
 from .header import StoredTensor, TensorSpec, read_header
 from .layout import INDEX_FILE, SINGLE_SHARD
-from .metadata import TABLE_SUFFIX, SketchMetadata
+from .metadata import SketchMetadata
+from .module import TABLE_SUFFIX
 from .packing import padding_is_zero
 from .publishing import CONFIG_FILE
 from .text import shown, summary
@@ -188,7 +189,7 @@ class SketchedCheckpoint:
         """Read the packed index map of a module.
 
         Args:
-            module: Path of the module in the model.
+            module: Name of the module.
 
         Returns:
             uint8 [out_features, row_bytes]; row_bytes is 0 for the `hash` mapping. Fused experts
@@ -201,7 +202,7 @@ class SketchedCheckpoint:
         """Read the sketch tables of a module.
 
         Args:
-            module: Path of the module in the model.
+            module: Name of the module.
 
         Returns:
             float32 [out_features, groups_per_row, 2^bits]. Fused experts have one dimension more,

@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import FormatError
 from .files import load_json
-from .metadata import SketchedModule
+from .module import SketchedModule
 from .text import shown
 
 TABLES_FILE = "sketch_tables.safetensors"

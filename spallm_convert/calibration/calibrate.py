@@ -7,19 +7,23 @@ copies of one block, the hidden states of the text, and the sums over the inputs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from spallm_convert.calibration.blocks.blocks import Blocks
 from spallm_convert.calibration.blocks.stages import Streams
+from spallm_convert.calibration.blocks.targets import Target
 from spallm_convert.config import SketchConfig
 from spallm_convert.progress import Progress
 from spallm_convert.sketch.layer import Layer
 from spallm_convert.sketch.plan import Plan
 from spallm_convert.sketch.rows import reduction_note
 from spallm_formats import SketchMetadata
-from spallm_kernels import look_up
 
+from .experts import SeenExperts
 from .sketching import replay_block, sketch_block
 from .store import CalibratedModule, CalibratedModules
 
@@ -33,7 +37,7 @@ def calibrate(
     *,
     check: Callable[[], None] = lambda: None,
 ) -> CalibratedModules:
-    """Sketch every module of a plan on the text that `blocks` were opened with.
+    """Sketch the modules of a plan in blocks that the text of `blocks` runs through.
 
     Args:
         blocks: The dense model. Its `inputs` are taken.
@@ -50,66 +54,84 @@ def calibrate(
         CalibrationError: Activations are not finite, or a layer cannot be sketched.
     """
     assert config.calibration is not None
-    without = config.calibration.without
     done = CalibratedModules(folder, check)
-    layers_of = [plan.in_block(blocks.path_of(number)) for number in range(len(blocks))]
+    found = [
+        _Part(listed, number, listed.targets(number, plan.layers.values()))
+        for listed in blocks.lists
+        for number in range(len(listed))
+    ]
     missing = [
-        number
-        for number, layers in enumerate(layers_of)
-        if not done.has(layers.values(), plan.metadata)
+        number for number, part in enumerate(found) if not done.has(part.layers, plan.metadata)
     ]
     if missing:  # healed tables belong to the blocks as they were; later blocks need the originals
         done.forget_healed()
     inputs = blocks.take_inputs()
     streams = Streams(inputs, list(inputs))
-    for number, layers in enumerate(layers_of):
+    for number, part in enumerate(found):
+        if part.number == 0 and number and missing and number <= missing[-1]:
+            streams = Streams(*part.blocks.enter(*streams))
         if number in missing:
-            sketched = _sketch(blocks, number, layers, plan, without, streams, progress)
-            done.write(number, sketched)
+            sketched, seen = _sketch(part, plan, config, streams, progress)
+            done.write(number, sketched, (len(seen.few), len(seen.seen)))
             continue
         if missing and number < missing[-1]:  # a later block needs the outputs of this one
-            _replay(blocks, number, layers, plan.metadata, done, streams)
-        for layer in layers.values():
+            _replay(part, plan.metadata, done, streams)
+        for layer in part.layers:
             progress.advance(layer.module.weights, layer.name)
     return done
 
 
+class _Part(NamedTuple):
+    """A block of the model.
+
+    Attributes:
+        blocks: The blocks of its list.
+        number: Its number in the list.
+        targets: The parameters to sketch, by name in the block.
+    """
+
+    blocks: Blocks
+    number: int
+    targets: dict[str, Target]
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Return the stored weights to sketch."""
+        layers = (layer for target in self.targets.values() for layer in target.layers)
+        return list({layer.name: layer for layer in layers}.values())
+
+
 def _sketch(
-    blocks: Blocks,
-    number: int,
-    layers: dict[str, Layer],
-    plan: Plan,
-    without: Sequence[str],
-    streams: Streams,
-    progress: Progress,
-) -> dict[str, CalibratedModule]:
-    """Sketch the layers of a block, by their names in it; return them by name in the checkpoint."""
+    part: _Part, plan: Plan, config: SketchConfig, streams: Streams, progress: Progress
+) -> tuple[dict[str, CalibratedModule], SeenExperts]:
+    """Sketch the layers of a block; return them by name in the checkpoint, and its experts."""
+    assert config.calibration is not None
     found: dict[str, CalibratedModule] = {}
-    made = sketch_block(blocks, number, layers, streams, plan.metadata, without, plan.limit)
-    for inner, sketched in made:
-        error, norm = sketched.rows.sums.sum(axis=0).tolist()
-        name = layers[inner].name
+    seen, metadata = SeenExperts(), plan.metadata
+    without = config.calibration.without
+    made = sketch_block(
+        part.blocks, part.number, part.targets, streams, metadata, without, plan.limit, seen
+    )
+    for sketched in made:
+        name, module = sketched.layer.name, sketched.layer.module
+        codes, table = module.tensors(name, metadata.mapping, metadata.table_dtype)
         found[name] = CalibratedModule(
-            sketched.rows.index_map, sketched.rows.table, (error, norm, *sketched.output_sums)
+            sketched.index_map.reshape(codes.shape),
+            sketched.table.reshape(table.shape),
+            sketched.sums,
         )
-        if plan.limit is not None and sketched.rows.reduced:
-            progress.remark(reduction_note(name, sketched.rows.reduced, plan.limit))
-        progress.advance(layers[inner].module.weights, name)
-    return found
+        if plan.limit is not None and sketched.reduced:
+            progress.remark(reduction_note(name, sketched.reduced, plan.limit))
+        progress.advance(module.weights, name)
+    return found, seen
 
 
 def _replay(
-    blocks: Blocks,
-    number: int,
-    layers: dict[str, Layer],
-    metadata: SketchMetadata,
-    done: CalibratedModules,
-    streams: Streams,
+    part: _Part, metadata: SketchMetadata, done: CalibratedModules, streams: Streams
 ) -> None:
     """Run the streams through a block that an earlier run has sketched."""
-    weights = {}
-    for inner, layer in layers.items():
-        kept = done.read(layer.name)
-        table = kept.wide_table(layer.module, metadata)
-        weights[inner] = look_up(table, kept.codes(layer.module, metadata))
-    replay_block(blocks, number, weights, streams)
+
+    def read(layer: Layer) -> np.ndarray[Any, Any]:
+        return done.read(layer.name).dense(layer.module, metadata)
+
+    replay_block(part.blocks, part.number, part.targets, read, streams)

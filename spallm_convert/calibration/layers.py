@@ -52,21 +52,28 @@ class LayerInputs:
     numerics: Numerics
 
 
-def prepare_inputs(hessian: Tensor, cross: Tensor, without: Collection[str] = ()) -> LayerInputs:
+def prepare_inputs(
+    hessian: Tensor,
+    cross: Tensor | None,
+    without: Collection[str] = (),
+    fitted: Tensor | None = None,
+) -> LayerInputs:
     """Prepare the matrices that layers with the same inputs share.
 
     Args:
         hessian: X^T X, float64 [n, n].
-        cross: X^T Z, float64 [n, n].
+        cross: X^T Z, float64 [n, n]. None: there is no correction.
         without: Steps of `STEPS` to leave out.
+        fitted: The matrix to fit sketches to in place of `hessian`, which errors are measured with,
+            float64 [n, n].
 
     Raises:
         ValueError: The damped Hessian cannot be factored.
     """
     numerics = choose_numerics(hessian.device)
-    damped = numerics.prepare_hessian(hessian, DAMPING)
+    damped = numerics.prepare_hessian(hessian if fitted is None else fitted, DAMPING)
     change = None
-    if "correction" not in without:
+    if cross is not None and "correction" not in without:
         change = torch.linalg.solve(torch.as_tensor(damped.full), cross - hessian)
     return LayerInputs(hessian, damped, change, numerics)
 
@@ -82,7 +89,7 @@ def fit_options(without: Collection[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SketchedLayer:
-    """A linear layer after sketching.
+    """Rows of a linear layer after sketching.
 
     Attributes:
         rows: Index map and tables, as they are stored.
@@ -102,16 +109,18 @@ def sketch_layer(
     metadata: SketchMetadata,
     without: Collection[str] = (),
     limit: Limit | None = None,
+    first_row: int = 0,
 ) -> SketchedLayer:
-    """Sketch a whole layer.
+    """Sketch a layer, or some of its rows.
 
     Args:
-        weights: The dense weights, float32 [out_features, in_features], on the device of `inputs`.
+        weights: The dense weights, float32 [rows, in_features], on the device of `inputs`.
         inputs: Matrices of the layer's inputs.
         module: Shape, bits and groups.
         metadata: Mapping, seed and table dtype.
         without: Steps of `STEPS` to leave out.
         limit: Limit of the dtype that the model loads in.
+        first_row: Number of the first row in the layer, or in its expert.
 
     Raises:
         OverflowError: A value of a table is too large for the stored dtype, or weights are beyond
@@ -124,7 +133,7 @@ def sketch_layer(
         target = (wide + wide @ inputs.change.T).float()
     sweeps = 0
     if metadata.mapping == "hash":
-        table, codes = _fit_hashed(target, inputs, module, metadata.hash_seed, without)
+        table, codes = _fit_hashed(target, inputs, module, metadata.hash_seed, without, first_row)
     else:
         how = fit_options(without)
         sweeps = how["sweeps"]
@@ -140,7 +149,7 @@ def sketch_layer(
         return codes.cpu().numpy()
 
     arrays = weights.cpu().numpy(), table.cpu().numpy()
-    rows = store_rows(*arrays, choose, module, metadata, limit=limit)
+    rows = store_rows(*arrays, choose, module, metadata, first_row, limit)
     dense = numerics.look_up(torch.from_numpy(rows.rounded).to(weights.device), codes)
     error, norm = (
         float(numerics.quadratic_loss(weights, other, inputs.hessian).sum())
@@ -157,15 +166,16 @@ def _fit_hashed(
     module: SketchedModule,
     seed: int,
     without: Collection[str],
+    first_row: int,
 ) -> tuple[Tensor, Tensor]:
     """Return tables (float32) by least squares for the codes (uint8) of the hash mapping."""
     if not bool(target.isfinite().all()):
         raise ValueError("weights must be finite, found NaN or infinite values")
     rows, columns = target.shape
     groups, bits = module.groups_per_row, module.bits
-    means = hash_table(target.cpu().numpy(), groups, bits, seed)
+    means = hash_table(target.cpu().numpy(), groups, bits, seed, first_row)
     table = torch.from_numpy(means).float().to(target.device)
-    codes = torch.from_numpy(hash_codes(rows, columns, bits, seed)).to(target.device)
+    codes = torch.from_numpy(hash_codes(rows, columns, bits, seed, first_row)).to(target.device)
     if "least-squares" in without:
         return table, codes
     solved, renamed = inputs.numerics.least_squares(target, table, codes, inputs.damped)

@@ -36,9 +36,9 @@ from spallm_formats import (
     unpack,
 )
 from spallm_formats.durable import write_atomic
-from spallm_kernels import hash_codes
+from spallm_kernels import hash_codes, look_up
 
-_SUMS, _HEALING = "sums", "healing"
+_SUMS, _HEALING, _EXPERTS = "sums", "healing", "experts"
 _BLOCK, _HEALED = "block", "healed"
 #: Dtype and shape of a stored tensor. NumPy has no bfloat16, so its bits are stored as U16.
 _Kind = tuple[str, tuple[int, ...]]
@@ -49,8 +49,9 @@ class CalibratedModule:
     """A sketched module, as it is stored.
 
     Attributes:
-        index_map: Packed codes, uint8 [out_features, row_bytes].
-        table: Tables in their stored dtype, [out_features, groups, 2^bits].
+        index_map: Packed codes, uint8 [out_features, row_bytes]. The number of experts stands
+            before it if there are any.
+        table: Tables in their stored dtype, [out_features, groups, 2^bits], with experts likewise.
         sums: Squared error and squared norm of the weights, then of the outputs on the calibration
             text, before any healing.
     """
@@ -62,18 +63,27 @@ class CalibratedModule:
     def codes(
         self, module: SketchedModule, metadata: SketchMetadata
     ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Return the module's codes, uint8 [out_features, in_features]."""
+        """Return the module's codes, uint8 [rows, in_features], those of all experts together."""
         if metadata.mapping == "hash":
             shape = module.out_features, module.in_features
-            return hash_codes(*shape, module.bits, metadata.hash_seed)
-        return unpack(self.index_map, module.bits, module.in_features)
+            codes = hash_codes(*shape, module.bits, metadata.hash_seed)
+            return np.tile(codes, (module.rows // module.out_features, 1))
+        packed = self.index_map.reshape(module.rows, -1)
+        return unpack(packed, module.bits, module.in_features)
 
     def wide_table(
         self, module: SketchedModule, metadata: SketchMetadata
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Return the tables in float32, [out_features, groups, 2^bits]."""
+        """Return the tables in float32, [rows, groups, 2^bits], those of all experts together."""
         stored = TABLE_DTYPES[metadata.table_dtype]
-        return to_float32(self.table.tobytes(), stored).reshape(module.table_shape)
+        shape = module.rows, module.groups_per_row, module.entries
+        return to_float32(self.table.tobytes(), stored).reshape(shape)
+
+    def dense(
+        self, module: SketchedModule, metadata: SketchMetadata
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Return the weights that the sketch stands for, float32 [rows, in_features]."""
+        return look_up(self.wide_table(module, metadata), self.codes(module, metadata))
 
 
 class _Kept(NamedTuple):
@@ -100,14 +110,31 @@ class CalibratedModules:
     def __init__(self, folder: Path, check: Callable[[], None] = lambda: None) -> None:
         self._folder, self._check = folder, check
         self._kept: dict[str, _Kept] = {}
+        self._experts: dict[Path, list[int]] = {}
         for path in sound_files(folder, _BLOCK):
-            self._kept |= _read_block(path)
+            self._keep(path)
         self._healed: Path | None = None
         self.healing: dict[str, float] | None = None
         self._healed_sums: dict[str, Sequence[float]] = {}
         for path in sound_files(folder, _HEALED):
             if (found := _read_healed(path, self._kept)) is not None:
                 self._healed, (self.healing, self._healed_sums) = path, found
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether a module is stored, by its name in the checkpoint."""
+        return name in self._kept
+
+    @property
+    def experts(self) -> tuple[int, int]:
+        """Return the number of experts that few tokens reached, and of all calibrated experts."""
+        few, seen = zip((0, 0), *self._experts.values(), strict=True)
+        return sum(few), sum(seen)
+
+    def _keep(self, path: Path) -> None:
+        modules, experts = _read_block(path)
+        self._kept |= modules
+        if modules:
+            self._experts[path] = experts
 
     def has(self, layers: Iterable[Layer], metadata: SketchMetadata) -> bool:
         """Return whether all layers are stored with the bits, groups and dtype that are wanted."""
@@ -131,12 +158,18 @@ class CalibratedModules:
             sums = [*self._healed_sums[name], *sums[2:]]
         return CalibratedModule(index_map, table, sums)
 
-    def write(self, number: int, modules: dict[str, CalibratedModule]) -> None:
+    def write(
+        self,
+        number: int,
+        modules: dict[str, CalibratedModule],
+        experts: tuple[int, int] = (0, 0),
+    ) -> None:
         """Write the modules of a block, all of them or none.
 
         Args:
             number: Number of the block.
             modules: The modules, by their names in the checkpoint.
+            experts: Number of experts of the block that few tokens reached, and of all.
         """
         self._check()
         tensors: dict[str, Any] = {}
@@ -144,9 +177,9 @@ class CalibratedModules:
             tensors[name + INDEX_MAP_SUFFIX] = module.index_map
             tensors[name + TABLE_SUFFIX] = module.table
         sums = {name: module.sums for name, module in modules.items()}
-        data = save(tensors, metadata={_SUMS: json.dumps(sums)})
-        path = write_sound(self._folder, f"{_BLOCK}-{number:05d}", data)
-        self._kept |= _read_block(path)
+        metadata = {_SUMS: json.dumps(sums), _EXPERTS: json.dumps(experts)}
+        data = save(tensors, metadata=metadata)
+        self._keep(write_sound(self._folder, f"{_BLOCK}-{number:05d}", data))
 
     def forget_healed(self) -> None:
         """Delete the healed tables, so that `read` returns the tables from before healing."""
@@ -220,20 +253,23 @@ def _kind(tensor: TensorSpec) -> _Kind:
     return "U16" if tensor.dtype == "BF16" else tensor.dtype, tensor.shape
 
 
-def _read_block(path: Path) -> dict[str, _Kept]:
-    """Return the modules in the file of a block; none if it is not one that `write` wrote."""
+def _read_block(path: Path) -> tuple[dict[str, _Kept], list[int]]:
+    """Return the modules in the file of a block, and the numbers of experts that `write` got.
+
+    Return no modules if it is not a file that `write` wrote.
+    """
     tensors, metadata = _read_parts(path)
-    sums = metadata.get(_SUMS)
-    if not are_sums(sums, 4):
-        return {}
+    sums, experts = metadata.get(_SUMS), metadata.get(_EXPERTS)
+    if not are_sums(sums, 4) or experts is None or not are_sums({"": experts}, 2):
+        return {}, [0, 0]
     found = {}
     for name, numbers in sums.items():
         stored = [tensors.get(name + suffix) for suffix in (INDEX_MAP_SUFFIX, TABLE_SUFFIX)]
         codes, table = stored
         if codes is None or table is None:
-            return {}
+            return {}, [0, 0]
         found[name] = _Kept(path, (_kind(codes), _kind(table)), numbers)
-    return found
+    return found, list(map(int, experts))
 
 
 def _read_healed(

@@ -8,10 +8,11 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from spallm_convert.config import AUTO, BITS, STEPS, CalibrationConfig, SketchConfig
+from spallm_convert.config import STEPS, CalibrationConfig, SketchConfig
 from spallm_convert.devices import AUTO_DEVICE
 from spallm_convert.errors import HubError
 from spallm_convert.paths import user_path
+from spallm_convert.recipe import AUTO, BITS, Recipe
 from spallm_formats.dtypes import TABLE_DTYPES
 from spallm_formats.metadata import MAPPINGS
 
@@ -121,10 +122,26 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
     help="Sketch the output head too, from its weights alone; see --embeddings for tied weights.",
 )
 @click.option(
+    "--include",
+    multiple=True,
+    metavar="PATTERN",
+    help="Sketch only layers that match, for example '*.mlp.*'; may be repeated.",
+)
+@click.option(
     "--ignore",
     multiple=True,
     metavar="PATTERN",
-    help="Modules to leave dense, for example '*.down_proj'; may be repeated.",
+    help="Layers to leave dense, for example '*.down_proj'; may be repeated.",
+)
+@click.option(
+    "--recipe",
+    metavar="FILE",
+    help="TOML or JSON file with bits, groups or dense for patterns of layers.",
+)
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse a model if more than 5 % of its linear weights would stay dense unasked.",
 )
 @click.option(
     "--max-shard-size", default=_DEFAULTS.max_shard_size, help="Largest size of a weight file."
@@ -168,7 +185,10 @@ def command(
     fallback: bool,
     embeddings: bool,
     lm_head: bool,
+    include: tuple[str, ...],
     ignore: tuple[str, ...],
+    recipe: str | None,
+    strict: bool,
     max_shard_size: str,
     revision: str | None,
     trust_remote_code: bool,
@@ -214,7 +234,10 @@ def command(
         seed=seed,
         embeddings=embeddings,
         lm_head=lm_head,
+        include=include,
         ignore=ignore,
+        recipe=None if recipe is None else Recipe.read(recipe),
+        strict=strict,
         max_shard_size=max_shard_size,
         calibration=nested,
     )

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from spallm_convert.conversion.report import Report
 from spallm_convert.sketch.plan import Plan
+from spallm_convert.source.quantized.dense import quantization_remark
 from spallm_convert.source.skeleton import numbers_starred
 
 from .lines import say
@@ -46,6 +47,9 @@ def print_plan(plan: Plan, *, as_json: bool, totals_alone: bool = False) -> None
         print_table(table)
         _print_left_dense(plan.left_dense)
     _print_totals(totals)
+    layers = [layer.weight for layer in plan.layers.values()]
+    if (remark := quantization_remark([*layers, *plan.kept.values()])) is not None:
+        say(remark)
     say(f"{len(plan.shards)} weight file(s) would be written")
 
 
@@ -71,6 +75,10 @@ def print_report(report: Report) -> None:
     _print_healing(report.document.get("healing"))
     if (reason := report.document.get("not_calibrated")) is not None:
         say(f"not calibrated: {reason}")
+    if (about := report.document.get("source_quantization")) is not None:
+        say(
+            f"{about['stored_bytes'] / 1e6:,.1f} MB of the source were quantized: {about['scheme']}"
+        )
 
 
 def _print_healing(healing: dict[str, float] | None) -> None:

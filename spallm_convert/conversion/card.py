@@ -13,6 +13,7 @@ from .report import Report
 
 CARD_FILE = "README.md"
 _WORST_SHOWN = 5
+_ENTRIES_SHOWN = 8
 
 
 def model_card(report: Report, config: dict[str, Any]) -> str:
@@ -34,9 +35,10 @@ def model_card(report: Report, config: dict[str, Any]) -> str:
         f"| `{_plain(module['name'])}` | {module['relative_error']:.4f} |" for module in worst
     )
     widths = _listed(report.widths)
-    share = "Most" if report.left_dense else "All"
+    rest = _recipe(report) + _calibration(report)
+    share = "Some" if options.get("include") else "Most" if report.left_dense else "All"
     return f"""{_front_matter(report, is_decoder)}
-# {name}, sketched to {_size(report)} bits
+# {name}, sketched to {_joined(_sizes(report))} bits
 
 {share} linear layers of this model's blocks are **sketches**: a small trainable table per row and
 group, and a frozen index map of {widths} bits per weight that says which entry each weight
@@ -44,13 +46,13 @@ is. The model is fine-tuned by training the tables themselves: no adapter.
 
 | | |
 | --- | --- |
-| source | {_plain(source["model"])}{_at_revision(source)} |
+| source | {_plain(source["model"])}{_at_revision(source)} |{_quantized(report)}
 | bits per code | {widths}{_chosen(report)} |
 | groups per row | {_listed(groups)} |
 | mapping | {options["mapping"]} |
 | bits per sketched weight, tables included | {totals["bits_per_weight"]:.3f} |
-| size | {totals["sketched_bytes"] / 1e6:,.1f} MB, was {totals["source_bytes"] / 1e6:,.1f} MB |
-| relative error of the weights (Frobenius) | {totals["relative_error"]:.4f} |{_calibration(report)}
+| size | {totals["sketched_bytes"] / 1e6:,.1f} MB, was {_was(report)} |
+| relative error of the weights (Frobenius) | {totals["relative_error"]:.4f} |{rest}
 
 ## How to load it
 
@@ -89,10 +91,27 @@ def _front_matter(report: Report, is_decoder: bool) -> str:
         "tags:",
         "- spallm",
         "- sketched",
-        f"- {_size(report)}-bit",
+        *(f"- {size}-bit" for size in _sizes(report)),
         "---",
     ]
     return "\n".join(lines)
+
+
+def _quantized(report: Report) -> str:
+    """Return the row of the table about a quantized source, empty if it is dense."""
+    about = report.document.get("source_quantization")
+    if about is None:
+        return ""
+    return f"\n| weights of the source | {_plain(about['scheme'])}, dequantized before sketching |"
+
+
+def _was(report: Report) -> str:
+    """Return the size of the source; of a quantized one, also its dense size."""
+    dense = f"{report.totals['source_bytes'] / 1e6:,.1f} MB"
+    about = report.document.get("source_quantization")
+    if about is None:
+        return dense
+    return f"{about['stored_bytes'] / 1e6:,.1f} MB quantized, dense {dense}"
 
 
 def _calibration(report: Report) -> str:
@@ -121,11 +140,33 @@ def _healing(report: Report) -> str:
     )
 
 
-def _size(report: Report) -> str:
-    """Return the bits per code, or the target in bits per weight if there was one."""
+def _recipe(report: Report) -> str:
+    """Return the row of the table about the recipe, empty without one."""
+    entries = [
+        f"`{_plain(rule['pattern'])}`: "
+        + ", ".join(f"{key} {_said(value)}" for key, value in rule.items() if key != "pattern")
+        for rule in report.document["options"].get("recipe") or []
+    ]
+    if len(entries) > _ENTRIES_SHOWN:
+        entries[_ENTRIES_SHOWN:] = [f"and {len(entries) - _ENTRIES_SHOWN} more"]
+    return f"\n| recipe | {'; '.join(entries)} |" if entries else ""
+
+
+def _said(value: object) -> str:
+    return str(value).lower()  # true, as in a recipe
+
+
+def _sizes(report: Report) -> list[str]:
+    """Return the bits per code that occur, or the target in bits per weight if there was one."""
     options = report.document["options"]
     target = options.get("target_bits")
-    return f"{options['bits'] if target is None else target:g}"
+    if target is not None:
+        return [f"{target:g}"]
+    return [str(bits) for bits in (report.widths if options.get("recipe") else [options["bits"]])]
+
+
+def _joined(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:])
 
 
 def _chosen(report: Report) -> str:

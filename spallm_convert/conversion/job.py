@@ -15,6 +15,7 @@ from spallm_convert.calibration.blocks.blocks import Blocks
 from spallm_convert.calibration.blocks.opening import open_blocks
 from spallm_convert.calibration.calibrate import calibrate
 from spallm_convert.calibration.healing.heal import heal
+from spallm_convert.calibration.notes import few_tokens_note, partly_calibrated
 from spallm_convert.calibration.store import CalibratedModules, calibrated_bytes, kept_bytes
 from spallm_convert.config import SketchConfig
 from spallm_convert.devices import clear_memory_errors, full_float32
@@ -57,6 +58,8 @@ class Job:
     def planned(self, scratch: Path) -> tuple[DenseCheckpoint, Plan]:
         """Open the source and plan the conversion; a GGUF file is dequantized into `scratch`."""
         checkpoint = self.source.open(scratch)
+        for line in checkpoint.quantization.remarks() if checkpoint.quantization else ():
+            self.progress.remark(line)
         return checkpoint, checked_plan(checkpoint, self.config, self.trust_remote_code)
 
     def texts(self) -> Texts | None:
@@ -106,6 +109,8 @@ def carry_out(
     if texts is not None:
         with clear_memory_errors(job.place), full_float32():
             plan, sketches, notes = _calibrated(job, staging, checkpoint, plan, texts)
+    if checkpoint.quantization is not None:
+        notes["source_quantization"] = checkpoint.quantization.to_json()
     return plan, _write_shards(job, staging, plan, same | notes, sketches)
 
 
@@ -133,6 +138,8 @@ def _calibrated(
         progress.remark(f"not calibrated: {error}")
         return plan, None, {"not_calibrated": str(error)}
     notes: dict[str, Any] = {}
+    if (partly := partly_calibrated(blocks, plan, config)) is not None:
+        notes["partly_calibrated"] = partly
     if config.target_bits is not None:
         allocation = allocate(
             blocks, plan, config, texts.calibration, folder, progress, check=job.watch.check
@@ -145,6 +152,11 @@ def _calibrated(
     if texts.healing is not None and sketches.healing is None:
         blocks = job.blocks(checkpoint, plan, texts.healing, to_heal=True)
         heal(blocks, plan, config, texts.healing, sketches, progress)
+    if (few := few_tokens_note(sketches)) is not None:
+        notes["experts"] = few
+    for note in (partly, few):
+        if note is not None:
+            progress.remark(note)
     return plan, sketches, notes
 
 
@@ -159,12 +171,13 @@ def _write_shards(
     _check_space(staging, plan)
     records = {}
     for shard in plan.shards:
-        record = kept_record(staging, shard, plan, calibrated=sketches is not None)
+        record = kept_record(staging, shard, plan, sketches)
         if record is None:
             record = write_shard(staging, shard, plan, sketches, job.progress, job.watch.check)
-        elif sketches is None:
+        else:
             for name in record["modules"]:
-                job.progress.advance(plan.layers[name].module.weights, name)
+                if sketches is None or name not in sketches:
+                    job.progress.advance(plan.layers[name].module.weights, name)
         records[shard.filename] = record
     return make_report(plan, same, records, sketches.healing if sketches else None)
 

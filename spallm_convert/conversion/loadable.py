@@ -26,6 +26,7 @@ from spallm_convert.runtime.checking import check_generation_config
 from spallm_convert.sketch.plan import Plan, make_plan
 from spallm_convert.source.checkpoint import DenseCheckpoint
 from spallm_convert.source.layer_count import layer_count_problem
+from spallm_convert.source.parsed_config import parsed_config
 from spallm_convert.source.skeleton import find_model_class, remote_class
 from spallm_formats import CONFIG_FILE, SketchMetadata, TensorSpec, shown, summary
 
@@ -156,7 +157,7 @@ def _load_empty(
     trust_remote_code: bool,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a checkpoint on the meta device; return the model and transformers' report."""
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = parsed_config(folder, trust_remote_code=trust_remote_code)
     config.quantization_config = metadata.to_json()
     empty = {
         spec.name: torch.empty(

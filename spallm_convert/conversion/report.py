@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,13 @@ class Report:
         document: The whole report, a JSON object. Besides the parts that have a property here, it
             holds `options`, `versions` and `format_version`. With calibration it also holds
             `device` and digests of the tokens, or `not_calibrated` with the reason if the fallback
-            was used. With `target_bits` it holds `predicted_loss`: predicted KL(dense || sketched)
+            was used. It holds `partly_calibrated` with the layers that the text does not reach, and
+            `experts` with the number of experts that few tokens reach, if there are any.
+            With `target_bits` it holds `predicted_loss`: predicted KL(dense || sketched)
             in nats per token, for the `chosen` bits and for "2", "3" and "4" bits in every layer.
+            If the source is quantized it holds `source_quantization`: `method`, `scheme`, number of
+            quantized `weights`, `stored_bytes` of the source's tensors, and number of tensors that
+            were `dropped`, such as scales of activations.
             With healing it holds `healing`: the same divergence, measured on samples that were left
             out, as `kl_before` and `kl_after`.
     """
@@ -41,9 +47,10 @@ class Report:
         Returns:
             A dict with `sketched_weights` and `kept_weights` (numbers of weights),
             `bits_per_weight` (of the sketched weights, tables and padding included), `source_bytes`
-            and `sketched_bytes` (bytes of all tensors), `ratio` (source bytes per sketched byte)
-            and `relative_error` (Frobenius norm, over all sketched weights). With calibration it
-            also has `relative_output_error`, on the calibration text and before any healing.
+            and `sketched_bytes` (bytes of all tensors; a quantized source counts with its dense
+            size), `ratio` (source bytes per sketched byte) and `relative_error` (Frobenius norm,
+            over all sketched weights). With calibration it also has `relative_output_error`, on the
+            calibration text and before any healing.
         """
         totals: dict[str, Any] = self.document["totals"]
         return totals
@@ -54,14 +61,15 @@ class Report:
 
         Returns:
             Dicts with `name`, `shape` ([out_features, in_features]), `bits`, `groups_per_row`,
-            `bits_per_weight` and `relative_error`, and with calibration `relative_output_error`.
+            `bits_per_weight` and `relative_error`, and if the module is calibrated
+            `relative_output_error`.
         """
         modules: list[dict[str, Any]] = self.document["modules"]
         return modules
 
     @property
     def widths(self) -> list[int]:
-        """Return the bits per code that occur, ascending; several only with `target_bits`."""
+        """Return the bits per code that occur, ascending (with a recipe or a target, several)."""
         return sorted({module["bits"] for module in self.modules})
 
     @property
@@ -176,26 +184,41 @@ _MODULE: _Checks = {
 _OUTPUTS: _Checks = {"relative_output_error": _is_size}  # of calibrated modules
 #: Parts that only some reports have, and the numbers that each of them must hold.
 _NUMBERS = {"predicted_loss": {"chosen"}, "healing": {"kl_before", "kl_after"}}
-_TEXTS = ("not_calibrated", "device", "calibration_tokens", "healing_tokens")
+#: The part about a quantized source, and what is checked if a report has none.
+_QUANTIZATION: _Checks = {"scheme": _is_text, "stored_bytes": _is_size}
+_DENSE = {"scheme": "dense", "stored_bytes": 0}
+_TEXTS = (
+    "not_calibrated",
+    "partly_calibrated",
+    "experts",
+    "device",
+    "calibration_tokens",
+    "healing_tokens",
+)
 
 
 def _is_report(document: Any) -> bool:
     """Return whether a parsed file has every part of a report that is read, as it can be shown."""
     if not _has(document, _DOCUMENT):
         return False
-    outputs = {key: check for key, check in _OUTPUTS.items() if key in document["totals"]}
     return (
-        _has(document["totals"], _TOTALS | outputs)
+        _has(document["totals"], _TOTALS | _known(document["totals"]))
         and all(
             _has_numbers(document[key], names) for key, names in _NUMBERS.items() if key in document
         )
         and all(_is_text(document[key]) for key in _TEXTS if key in document)
+        and _has(document.get("source_quantization", _DENSE), _QUANTIZATION)
         and _is_text(document["source"].get("model"))
         and all(is_inside(name) for name in document["files"])
         and all(_has(file, {"sha256": _is_text}) for file in document["files"].values())
-        and all(_has(module, _MODULE | outputs) for module in document["modules"])
+        and all(_has(module, _MODULE | _known(module)) for module in document["modules"])
         and all(map(_is_text, document["left_dense"].values()))
     )
+
+
+def _known(value: Any) -> _Checks:
+    """Return checks of the errors of outputs, if there are any; not all modules are calibrated."""
+    return {key: check for key, check in _OUTPUTS.items() if _is_object(value) and key in value}
 
 
 def _has(value: Any, checks: _Checks) -> bool:
@@ -240,7 +263,8 @@ def make_report(
         }
         for name, module in plan.metadata.modules.items()
     ]
-    totals = [math.fsum(column) for column in zip(*sums.values(), strict=True)]
+    columns = itertools.zip_longest(*sums.values(), fillvalue=0.0)  # some are not calibrated
+    totals = [math.fsum(column) for column in columns]
     return Report(
         identity
         | ({} if healing is None else {"healing": healing})

@@ -18,6 +18,7 @@ from spallm_convert.sketch.layer import Layer
 from spallm_convert.sketch.plan import Plan
 from spallm_convert.sketch.row_blocks import RowBlock, read_source, row_blocks
 from spallm_convert.sketch.rows import reduction_note, sketch_rows
+from spallm_convert.source.reading import read_stored
 from spallm_formats import Shard, ShardFile, Staging, StoredTensor
 
 #: Weights that are sketched at a time, enough for all cores, and bytes that are copied at a time.
@@ -39,7 +40,7 @@ def write_shard(
         staging: Output folder.
         shard: The planned shard.
         plan: Plan of the conversion.
-        sketches: Calibrated modules. None: modules are sketched here, from their weights alone.
+        sketches: Calibrated modules. All others are sketched here, from their weights alone.
         progress: Told about every block that is sketched here.
         check: Called when the shard's tensors have been read. If it raises an error because the
             source has changed, the shard is not kept.
@@ -61,7 +62,7 @@ def write_shard(
             elif layer := layers.get(name):
                 record["modules"][layer.name] = (
                     _store(layer, sketches, file)
-                    if sketches
+                    if sketches and layer.name in sketches
                     else _sketch(layer, plan, file, progress)
                 )
         check()
@@ -69,7 +70,7 @@ def write_shard(
 
 
 def kept_record(
-    staging: Staging, shard: Shard, plan: Plan, *, calibrated: bool
+    staging: Staging, shard: Shard, plan: Plan, sketches: CalibratedModules | None
 ) -> dict[str, Any] | None:
     """Return the record of a shard that an earlier run wrote, None if it must be written again.
 
@@ -77,7 +78,7 @@ def kept_record(
         staging: Output folder.
         shard: The planned shard.
         plan: Plan of the conversion.
-        calibrated: Whether its modules are calibrated, and have sums of outputs too.
+        sketches: Calibrated modules, which have sums of outputs too.
     """
     record = staging.record(shard)
     if record is None or record.get("bytes") != shard.nbytes:
@@ -88,15 +89,19 @@ def kept_record(
         if layer.module.table_name(name) in shard.tensors
     }
     sums = record.get("modules")
-    if not are_sums(sums, 4 if calibrated else 2) or sums.keys() != names:
+    if not isinstance(sums, dict) or sums.keys() != names:
         return None
+    calibrated = {name for name in names if sketches is not None and name in sketches}
+    for some, count in ((calibrated, 4), (names - calibrated, 2)):
+        if not are_sums({name: sums[name] for name in some}, count):
+            return None
     return record
 
 
 def _copy(tensor: StoredTensor, file: ShardFile) -> None:
     for start in range(0, tensor.nbytes, _BLOCK_BYTES):
         stop = min(start + _BLOCK_BYTES, tensor.nbytes)
-        file.write(tensor.name, start, read_source(tensor, start, stop))
+        file.write(tensor.name, start, read_source(read_stored, tensor, start, stop))
 
 
 def _store(layer: Layer, sketches: CalibratedModules, file: ShardFile) -> Sequence[float]:

@@ -18,6 +18,7 @@ from spallm_convert.errors import OptionError
 
 from .embedding import SketchedEmbedding
 from .linear import SketchedLinear
+from .sketch import is_sketched
 
 #: Initial values of LoRA that do not depend on the weight. EVA reads the inputs of layers.
 _INITIAL_VALUES = (True, False, "gaussian", "eva")
@@ -34,7 +35,7 @@ def _refusal(what: str) -> OptionError:
 
 def _is_sketched(module: Any) -> bool:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base, SketchedLinear)
+    return is_sketched(base)
 
 
 class SketchedLoraLinear(Linear):  # type: ignore[misc]  # without PEFT, its class is Any

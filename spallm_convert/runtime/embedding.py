@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from spallm_convert.errors import FormatError
 from spallm_convert.source.lookups import NORM, Finish, find_finish, finished
-from spallm_formats import SketchedModule, row_bytes
-from spallm_kernels.embedding import lut_embedding
-from spallm_kernels.linear import dequantize
+from spallm_formats import row_bytes
+
+from .sketch import Sketch, Sketched
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -48,7 +48,7 @@ class FinishedEmbedding(nn.Embedding):
         return super().forward(ids)
 
 
-class SketchedEmbedding(FinishedEmbedding):
+class SketchedEmbedding(Sketched, FinishedEmbedding):
     """Look up rows of W[o, i] = weight_table[o, i // (columns / groups), code[o, i]].
 
     The class is a subclass of nn.Embedding, so code that looks for embeddings finds it. Only the
@@ -56,48 +56,34 @@ class SketchedEmbedding(FinishedEmbedding):
     uninitialized: loading a checkpoint fills them.
 
     Args:
-        shape: Shape of the weight, bits per code, and groups per row.
+        sketch: The sketch of the weight.
         dense: The embedding that it replaces.
         table_dtype: Dtype of the tables.
-        hash_seed: Seed of the mapping `hash`, whose codes are computed. None: codes are stored.
-        stored_name: Name of the module in the checkpoint. None: its path in the model.
 
     Attributes:
         weight: The index map, packed codes, uint8 [num_embeddings, row_bytes], frozen. With
             `hash_seed`: uint8 [num_embeddings, 0].
         weight_table: The tables, float [num_embeddings, groups_per_row, 2^bits], trainable.
-        is_tied: Whether another module owns the parameters and gives them their stored name.
         row_dtype: Dtype of the rows, that of the weight that the model was made for.
     """
 
     weight_table: nn.Parameter
-    is_tied = False
 
-    def __init__(
-        self,
-        shape: SketchedModule,
-        dense: nn.Embedding,
-        *,
-        table_dtype: torch.dtype,
-        hash_seed: int | None = None,
-        stored_name: str | None = None,
-    ) -> None:
+    def __init__(self, sketch: Sketch, dense: nn.Embedding, table_dtype: torch.dtype) -> None:
         finish = find_finish(dense)
         if isinstance(finish, str):
-            name = stored_name or type(dense).__name__
+            name = sketch.spans[0].name
             raise FormatError(
                 f"module {name!r} is sketched, but this version cannot load it: {finish}"
             )
-        device = dense.weight.device
-        packed = 0 if hash_seed is not None else row_bytes(shape.in_features, shape.bits)
+        shape, device = sketch.shape, dense.weight.device
+        packed = 0 if sketch.hash_seed is not None else row_bytes(shape.in_features, shape.bits)
         index_map = torch.empty(shape.out_features, packed, dtype=torch.uint8, device=device)
         super().__init__(dense, finish, nn.Parameter(index_map, requires_grad=False))
         self.weight_table = nn.Parameter(
             torch.empty(shape.table_shape, dtype=table_dtype, device=device)
         )
-        self.shape = shape
-        self.stored_name = stored_name
-        self.hash_seed = hash_seed
+        self.sketches = {"weight": sketch}
         # Tables may be wider, for training. Layers behind it expect the dtype of the model.
         self.row_dtype = dense.weight.dtype
         # Without this, transformers fills parameters that are offloaded to disk with random bytes.
@@ -108,30 +94,23 @@ class SketchedEmbedding(FinishedEmbedding):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return the rows of ids, differentiable in the tables except those of `padding_idx`."""
-        index_map: Tensor = self.weight
-        if index_map.dtype != torch.uint8:
-            # FSDP2 of torch 2.9 casts every tensor that it gathers. Floats represent bytes exactly.
-            index_map = index_map.to(torch.uint8)
-        rows = lut_embedding(
-            ids, index_map, self.weight_table, self.embedding_dim, hash_seed=self.hash_seed
-        )
+        rows = self.sketches["weight"].rows(ids, self.weight, self.weight_table)
         if self.padding_idx is not None and rows.requires_grad:
             rows = rows.where((ids != self.padding_idx)[..., None], rows.detach())
         return rows.to(self.row_dtype)
 
     def dense_weight(self) -> Tensor:
         """Return the dense weight, [num_embeddings, columns], in the dtype of the tables."""
-        return dequantize(
-            self.weight, self.weight_table, self.embedding_dim, hash_seed=self.hash_seed
-        )
+        return self.sketches["weight"].dense_weight(self.weight, self.weight_table)
 
     def dense(self, weight: nn.Parameter) -> FinishedEmbedding:
         """Return the same embedding with a dense weight, [num_embeddings, embedding_dim]."""
         return FinishedEmbedding(self, self.finish, weight)
 
     def extra_repr(self) -> str:
-        mapping = "cluster" if self.hash_seed is None else "hash"
+        sketch = self.sketches["weight"]
+        shape, mapping = sketch.shape, "cluster" if sketch.hash_seed is None else "hash"
         return (
             f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}, "
-            f"bits={self.shape.bits}, groups_per_row={self.shape.groups_per_row}, mapping={mapping}"
+            f"bits={shape.bits}, groups_per_row={shape.groups_per_row}, mapping={mapping}"
         )

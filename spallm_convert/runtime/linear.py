@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from spallm_formats import SketchedModule, row_bytes
-from spallm_kernels.linear import dequantize, lut_linear
+
+from .sketch import Sketch, Sketched, Span, table_path
 
 
-class SketchedLinear(nn.Linear):
+class SketchedLinear(Sketched, nn.Linear):
     """Compute y = x W^T + bias with W[o, i] = weight_table[o, i // (in / groups), code[o, i]].
 
     The class is a subclass of nn.Linear, so code that looks for linear layers finds it. The index
@@ -22,7 +23,8 @@ class SketchedLinear(nn.Linear):
         table_dtype: Dtype of the tables.
         hash_seed: Seed of the mapping `hash`, whose codes are computed. None: codes are stored.
         device: Device of the parameters. None: torch's default device.
-        stored_name: Name of the module in the checkpoint. None: its path in the model.
+        spans: The stored rows that the layer consists of. Empty: it is stored under its path in
+            the model.
 
     Attributes:
         weight: The index map, packed codes, uint8 [out_features, row_bytes], frozen. With
@@ -32,11 +34,9 @@ class SketchedLinear(nn.Linear):
         out_features: Rows of the weight.
         bits: Bits per code: 2, 3 or 4.
         groups_per_row: Tables per row.
-        is_tied: Whether another module owns the parameters and gives them their stored name.
     """
 
     weight_table: nn.Parameter
-    is_tied = False
 
     def __init__(
         self,
@@ -46,11 +46,11 @@ class SketchedLinear(nn.Linear):
         table_dtype: torch.dtype,
         hash_seed: int | None = None,
         device: torch.device | str | None = None,
-        stored_name: str | None = None,
+        spans: tuple[Span, ...] = (),
     ) -> None:
         nn.Module.__init__(self)
         self.shape = shape
-        self.stored_name = stored_name
+        self.sketches = {"weight": Sketch(shape, spans, hash_seed)}
         self.in_features = shape.in_features
         self.out_features = shape.out_features
         self.bits = shape.bits
@@ -90,23 +90,12 @@ class SketchedLinear(nn.Linear):
                 f"the last dimension of the input must be {self.in_features}, found the shape "
                 f"{list(input.shape)}"
             )
-        index_map: Tensor = self.weight
-        if index_map.dtype != torch.uint8:
-            # FSDP2 of torch 2.9 casts every tensor that it gathers. Floats represent bytes exactly.
-            index_map = index_map.to(torch.uint8)
-        return lut_linear(input, index_map, self.weight_table, self.bias, hash_seed=self.hash_seed)
+        sketch = self.sketches["weight"]
+        return sketch.product(input, self.weight, self.weight_table, self.bias)
 
     def dense_weight(self) -> Tensor:
         """Return the dense weight, [out_features, in_features], in the dtype of the tables."""
-        return dequantize(
-            self.weight, self.weight_table, self.in_features, hash_seed=self.hash_seed
-        )
-
-    def dense(self, weight: nn.Parameter) -> nn.Linear:
-        """Return the same layer with a dense weight, [out_features, in_features]."""
-        dense = nn.Linear(self.in_features, self.out_features, device="meta")
-        dense.weight, dense.bias = weight, self.bias
-        return dense
+        return self.sketches["weight"].dense_weight(self.weight, self.weight_table)
 
     def extra_repr(self) -> str:
         mapping = "cluster" if self.hash_seed is None else "hash"
@@ -121,6 +110,6 @@ def train_tables_only(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
-        table = getattr(module, "weight_table", None)
-        if table is not None:
-            table.requires_grad_(True)
+        if isinstance(module, Sketched):
+            for path in module.sketches:
+                module.get_parameter(table_path(path)).requires_grad_(True)

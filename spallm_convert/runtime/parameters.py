@@ -1,34 +1,33 @@
-"""Find the sketched layers of a model, and the parameters that a set of tables may replace."""
+"""Find the sketches of a model, and the parameters that a set of tables may replace."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import nn
 
 from spallm_convert.errors import OptionError
-from spallm_formats import TABLE_SUFFIX, fingerprint, map_digest
+from spallm_formats import INDEX_MAP_SUFFIX
 
-from .embedding import SketchedEmbedding
-from .linear import SketchedLinear
-from .sharding import whole
+from .sketch import Sketch, Sketched, Span, is_sketched, table_path
 
-#: The kinds of sketched layers.
-SKETCHED = (SketchedLinear, SketchedEmbedding)
 #: The name of the original module inside a compiled module.
 _COMPILED = "_orig_mod"
 
-_digests: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str]] = weakref.WeakKeyDictionary()
-
 
 class Place(NamedTuple):
-    """Say where a parameter is. Sharding puts another parameter into the same place."""
+    """Say where a parameter is. Sharding puts another parameter into the same place.
+
+    Attributes:
+        module: The module that has the parameter.
+        name: Name of the parameter in the module.
+        is_table: Whether it holds sketch tables.
+    """
 
     module: nn.Module
     name: str
+    is_table: bool = False
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -36,15 +35,22 @@ class Place(NamedTuple):
         found: nn.Parameter = getattr(self.module, self.name)
         return found
 
-    @property
-    def is_table(self) -> bool:
-        """Return whether it holds sketch tables."""
-        return isinstance(self.module, SKETCHED) and self.name == "weight_table"
 
-    @property
-    def is_index_map(self) -> bool:
-        """Return whether it holds an index map."""
-        return isinstance(self.module, SKETCHED) and self.name == "weight"
+class Pair(NamedTuple):
+    """Say where the two parameters of a sketch are.
+
+    Attributes:
+        key: Name of the tables in a model: their name in the checkpoint if they are a tensor of it,
+            otherwise their path.
+        sketch: The sketch, which has at least one span.
+        index_map: The place of the index map.
+        table: The place of the tables.
+    """
+
+    key: str
+    sketch: Sketch
+    index_map: Place
+    table: Place
 
 
 def sketched_model(model: nn.Module) -> Any:
@@ -52,57 +58,67 @@ def sketched_model(model: nn.Module) -> Any:
     inner: Any = model
     while wrapped := _wrapped_by(inner):
         inner = wrapped
-    if not any(isinstance(module, SKETCHED) for module in inner.modules()):
+    if not any(map(is_sketched, inner.modules())):
         raise OptionError(
             f"{type(inner).__name__} has no sketched layers: load the model with load_sketched"
         )
     return inner
 
 
-def sketched_layers(model: nn.Module) -> dict[str, SketchedLinear | SketchedEmbedding]:
-    """Return the sketched layers of a model by their names in the checkpoint.
+def sketched_pairs(model: nn.Module) -> list[Pair]:
+    """Return the sketches of a model, with the places of their parameters.
 
-    Layers that are tied to another one are left out.
+    Tied sketches are one: the module that the checkpoint stores has it.
     """
-    return {
-        layer.stored_name or _uncompiled(path): layer
-        for path, layer in model.named_modules()
-        if isinstance(layer, SKETCHED) and not layer.is_tied
-    }
+    return _pairs(model, tied=False)
 
 
 def replaceable(model: nn.Module) -> dict[str, Place]:
     """Return the places of all parameters except the index maps, by name.
 
-    Tables have their names in the checkpoint. Other parameters have the names that they have in a
-    model that is not compiled.
+    Tables have their names in the checkpoint if they are a tensor of it. Other parameters have the
+    names that they have in a model that is not compiled.
     """
     return dict(_places(model))
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Return the fingerprint of a model's index maps, as formats/SPEC.md defines it.
-
-    The first call reads every index map, at about the speed of SHA-256. Later calls use a cache.
-    """
-    layers = sketched_layers(model)
-    return fingerprint(
-        {name: layer.shape for name, layer in layers.items()},
-        {name: _digest(layer) for name, layer in layers.items()},
-    )
-
-
 def _places(model: nn.Module) -> Iterator[tuple[str, Place]]:
+    pairs = sketched_pairs(model)
+    every = pairs + _pairs(model, tied=True)
+    taken = {(id(p.module), p.name) for pair in every for p in (pair.index_map, pair.table)}
     seen: set[int] = set()  # tied weights are one parameter in several places
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            place = Place(module, name)
-            if id(parameter) in seen or place.is_index_map or place.is_table:
+            if id(parameter) in seen or (id(module), name) in taken:
                 continue
             seen.add(id(parameter))
-            yield _uncompiled(f"{path}.{name}" if path else name), place
-    for path, layer in sketched_layers(model).items():
-        yield path + TABLE_SUFFIX, Place(layer, "weight_table")
+            yield _uncompiled(f"{path}.{name}" if path else name), Place(module, name)
+    for pair in pairs:
+        yield pair.key, pair.table
+
+
+def _pairs(model: nn.Module, *, tied: bool) -> list[Pair]:
+    return [
+        _pair(path, module, inner, sketch)
+        for path, module in model.named_modules()
+        if isinstance(module, Sketched) and module.is_tied == tied
+        for inner, sketch in module.sketches.items()
+    ]
+
+
+def _pair(path: str, module: Any, inner: str, sketch: Sketch) -> Pair:
+    """Return the sketch of a module whose index map has the path `inner` in the module."""
+    where = _uncompiled(f"{path}.{inner}" if path else inner)
+    if not sketch.spans:  # made by hand
+        span = Span.whole(where.removesuffix(INDEX_MAP_SUFFIX), sketch.shape)
+        sketch = Sketch(sketch.shape, (span,), sketch.hash_seed)
+    (first, *others) = sketch.spans
+    key = table_path(where)
+    if first.is_whole and not others:
+        key = first.module.table_name(first.name)
+    parent, _, name = inner.rpartition(".")
+    owner = module.get_submodule(parent)
+    return Pair(key, sketch, Place(owner, name), Place(owner, table_path(name), is_table=True))
 
 
 def _uncompiled(name: str) -> str:
@@ -115,20 +131,3 @@ def _wrapped_by(model: Any) -> nn.Module | None:
     if compiled is not None or hasattr(model, "hf_quantizer"):
         return compiled
     return getattr(model, "module", None)
-
-
-def _digest(layer: SketchedLinear | SketchedEmbedding) -> str:
-    if layer.weight_table.is_meta:
-        raise OptionError(
-            f"{layer.stored_name} is offloaded (device_map), but tables are saved and loaded only "
-            f"if the whole model is in memory: load it without device_map"
-        )
-    if layer.hash_seed is not None:
-        return map_digest(None, layer.hash_seed)
-    state = (layer.weight.data_ptr(), layer.weight._version)
-    known = _digests.get(layer)
-    if known is None or known[0] != state:
-        # Not `Tensor.numpy`: after that call FSDP2 could not free the gathered memory.
-        packed = np.from_dlpack(whole(layer.weight).cpu().contiguous())
-        known = _digests[layer] = (state, map_digest(packed, None))
-    return known[1]

@@ -19,14 +19,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spallm_convert.errors import FormatError
-from spallm_convert.source.skeleton import resolve_modules
-from spallm_formats import QUANT_METHOD, TABLE_SUFFIX, SketchMetadata
+from spallm_formats import QUANT_METHOD, SketchMetadata
 
 from .checking import check_dtype, check_files
-from .embedding import SketchedEmbedding
-from .linear import SketchedLinear, train_tables_only
+from .conversions import with_tables
+from .evaluation_mode import keep_in_evaluation
+from .linear import train_tables_only
+from .parameters import sketched_pairs
+from .replacing import densify, replace_weights
+from .resolving import resolve
 from .tables import attach_set_tables
-from .tying import fit_model, tie_sketches, unfit_model
+from .tying import fit_model, tied_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,12 +49,17 @@ class SpallmConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class SpallmQuantizer(HfQuantizer):
-    """Replace linear layers by sketched layers before weights are loaded."""
+    """Replace linear layers and experts by sketched ones before weights are loaded."""
 
     requires_calibration = True
     serialized_names = {"weight": ["weight", "weight_table"]}  # noqa: RUF012
     quantization_config: SpallmConfig
     _expected: dict[str, tuple[torch.Size, bool]]  # shape, and whether it is of floats
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Return the changes that transformers makes while loading, with those of tables."""
+        whole_names = bool(model)  # see `conversions.py`
+        return with_tables(weight_conversions) if whole_names else weight_conversions
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         check_dtype(dtype)
@@ -62,41 +70,14 @@ class SpallmQuantizer(HfQuantizer):
     ) -> None:
         metadata = self.quantization_config.metadata
         check_files(checkpoint_files, metadata, model)
-        seed = metadata.hash_seed if metadata.mapping == "hash" else None
-        # Tables stored in float32 stay in float32 for training, whatever the dtype of the model.
-        table_dtype = torch.float32 if metadata.table_dtype == "float32" else None
-        modules = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | nn.Embedding)
-        }
-        paths, problems = resolve_modules(
-            metadata,
-            {name: _size(module) for name, module in modules.items()},
-            base_prefix=model.base_model_prefix,
-            model_name=type(model).__name__,
-        )
+        sketches, problems = resolve(model, metadata)
         if problems:
             raise FormatError(problems)
-        names = {path: stored for stored, path in paths.items()}
-
-        def replace(path: str, owner: str) -> nn.Module:
-            dense, stored = modules[path], names[owner]
-            options: dict[str, Any] = {
-                "table_dtype": table_dtype or dense.weight.dtype,
-                "hash_seed": seed,
-                "stored_name": stored,
-            }
-            sketched: nn.Module
-            if isinstance(dense, nn.Embedding):
-                sketched = SketchedEmbedding(metadata.modules[stored], dense, **options)
-            else:
-                options |= {"bias": dense.bias, "device": dense.weight.device}
-                sketched = SketchedLinear(metadata.modules[stored], **options)
-            model.set_submodule(path, sketched)
-            return sketched
-
-        tie_sketches(model, {path: replace(path, path) for path in names}, replace)
+        # Tables stored in float32 stay in float32 for training, whatever the dtype of the model.
+        replace_weights(
+            model, sketches, torch.float32 if metadata.table_dtype == "float32" else None
+        )
+        keep_in_evaluation(model)
         self._expected = {
             name: (parameter.shape, parameter.is_floating_point())
             for name, parameter in model.named_parameters()
@@ -137,19 +118,20 @@ class SpallmQuantizer(HfQuantizer):
         Tied sketches are saved once, under the name that the config has.
         """
         given = _given_state_dict(sys._getframe(1))
-        tables = [value for name, value in (given or {}).items() if name.endswith(TABLE_SUFFIX)]
+        endings = {pair.table.name for pair in sketched_pairs(model)}
+        tables = [v for name, v in (given or {}).items() if name.rpartition(".")[2] in endings]
         # Without tables, as in all processes of FSDP but the first, the config is not saved either.
         kinds = {table.dtype for table in tables} or _table_dtypes(model)
         self._describe_tables(kinds)  # the config is saved after this
         kind = _widest(kinds)
-        tied = _tied(model)
+        tied = tied_parameters(model)
         if kinds <= {kind} and not tied:
             return given, {}
         if torch.float64 in kinds:
             warnings.warn("float64 sketch tables are saved rounded to float32", stacklevel=3)
         state_dict = model.state_dict() if given is None else given
         return {
-            name: value.to(kind) if name.endswith(TABLE_SUFFIX) else value
+            name: value.to(kind) if name.rpartition(".")[2] in endings else value
             for name, value in state_dict.items()
             if name not in tied
         }, {}
@@ -181,38 +163,12 @@ class SpallmQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
-        unfit_model(model)
-        weights: dict[nn.Parameter, nn.Parameter] = {}  # tied modules get the same
-        for name, module in list(model.named_modules()):
-            if isinstance(module, SketchedLinear | SketchedEmbedding):
-                table = module.weight_table
-                if table not in weights:
-                    weight = module.dense_weight().to(dtype)
-                    weights[table] = nn.Parameter(weight, requires_grad=False)
-                model.set_submodule(name, module.dense(weights[table]))
+        densify(model, dtype)
         return model
 
 
 def _table_dtypes(model: nn.Module) -> set[torch.dtype]:
-    sketched = SketchedLinear | SketchedEmbedding
-    return {m.weight_table.dtype for m in model.modules() if isinstance(m, sketched)}
-
-
-def _size(module: nn.Linear | nn.Embedding) -> tuple[int, int]:
-    """Return the rows and columns of the weight of a dense module."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    return module.num_embeddings, module.embedding_dim
-
-
-def _tied(model: nn.Module) -> set[str]:
-    """Return the names of parameters that another module owns."""
-    return {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(module, SketchedLinear | SketchedEmbedding) and module.is_tied
-        for name in ("weight", "weight_table")
-    }
+    return {pair.table.parameter.dtype for pair in sketched_pairs(model)}
 
 
 def _widest(kinds: set[torch.dtype]) -> torch.dtype:

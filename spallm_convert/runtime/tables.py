@@ -17,8 +17,9 @@ from spallm_convert.errors import FormatError, OptionError
 from spallm_convert.paths import user_path
 from spallm_formats import TABLES_FILE, TablesMetadata, shown
 
-from .parameters import Place, model_fingerprint, sketched_model
+from .parameters import sketched_model
 from .sharding import is_first_process, is_sharded, on_first_process, placed_like, whole
+from .stored_modules import StoredModules
 from .table_sets import BASE, TableSets
 from .tables_file import DTYPES, StoredTables, find_tables, open_tables, write_tables
 
@@ -56,12 +57,16 @@ def save_tables(
     together = any(map(is_sharded, portable.values()))
     if not (together or is_first_process()):
         return target
-    metadata = _describe(model)
+    modules = StoredModules.of(model)
+    metadata = _describe(model, modules.fingerprint())
     tensors = {}
     for name, parameter in portable.items():
         value = whole(parameter)  # in every process: gathering needs all of them
         if is_first_process():
             tensors[name] = value.cpu()
+    if is_first_process():
+        tables = {pair.key: tensors.pop(pair.key) for pair in modules.pairs}
+        tensors |= modules.cut(tables)
     on_first_process(
         lambda: write_tables(target, tensors, metadata, overwrite=overwrite), together=together
     )
@@ -105,11 +110,12 @@ def load_tables(
             f"another name"
         )
     folder = find_tables(source, revision)
-    own = model_fingerprint(model)
+    modules = StoredModules.of(model)
+    own = modules.fingerprint()
     sets = TableSets.of(model)
     with open_tables(folder) as stored:
         _check_base(stored.metadata, own, source)
-        tensors = _read(stored, sets.places)
+        tensors = _read(stored, sets, modules)
     table_dtype = _common_dtype(sets, tensors)
     values = {}
     for key, tensor in tensors.items():
@@ -202,7 +208,7 @@ def _portable(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _describe(model: Any) -> TablesMetadata:
+def _describe(model: Any, fingerprint: str) -> TablesMetadata:
     origin = getattr(model.config, "_name_or_path", None) or None
     if origin is not None and Path(origin).exists():
         origin = Path(origin).resolve().name  # the path on this machine helps nobody else
@@ -211,7 +217,7 @@ def _describe(model: Any) -> TablesMetadata:
     return TablesMetadata(
         base_model=origin,
         base_revision=getattr(model.config, "_commit_hash", None),
-        fingerprint=model_fingerprint(model),
+        fingerprint=fingerprint,
     )
 
 
@@ -224,19 +230,21 @@ def _check_base(metadata: TablesMetadata, own: str, source: str | os.PathLike[st
         )
 
 
-def _read(stored: StoredTables, places: dict[str, Place]) -> dict[str, Tensor]:
-    """Read all tensors. Before that, check each against the parameter that it replaces."""
-    tables = {name for name, place in places.items() if place.is_table}
-    problems = [f"{name} is missing" for name in sorted(tables - stored.tensors.keys())]
+def _read(stored: StoredTables, sets: TableSets, modules: StoredModules) -> dict[str, Tensor]:
+    """Read all tensors, and join tables. Before that, check each against the model's shapes."""
+    tables = modules.table_shapes()
+    places = {name: place for name, place in sets.places.items() if not place.is_table}
+    expected = {name: tuple(place.parameter.shape) for name, place in places.items()} | tables
+    problems = [f"{name} is missing" for name in sorted(tables.keys() - stored.tensors.keys())]
     for name, spec in stored.tensors.items():
-        if name not in places:
+        if name not in expected:
             problems.append(f"{shown(name)}: the model has no such parameter")
-        elif spec.shape != tuple(places[name].parameter.shape):
-            found, expected = list(spec.shape), list(places[name].parameter.shape)
-            problems.append(f"{name} has the shape {found}, the model expects {expected}")
+        elif spec.shape != expected[name]:
+            found, wanted = list(spec.shape), list(expected[name])
+            problems.append(f"{name} has the shape {found}, the model expects {wanted}")
         elif spec.dtype not in DTYPES:
             problems.append(f"{name} is {spec.dtype}, expected one of {', '.join(DTYPES)}")
-    kinds = {stored.tensors[name].dtype for name in tables & stored.tensors.keys()}
+    kinds = {stored.tensors[name].dtype for name in tables.keys() & stored.tensors.keys()}
     if len(kinds) > 1:
         problems.append(f"tables have several dtypes, expected one: {', '.join(sorted(kinds))}")
     tensors = {} if problems else {name: stored.read(name) for name in stored.tensors}
@@ -245,7 +253,8 @@ def _read(stored: StoredTables, places: dict[str, Place]) -> dict[str, Tensor]:
             problems.append(f"{name} has values that are not finite")
     if problems:
         raise FormatError([f"{TABLES_FILE}: {problem}" for problem in problems])
-    return tensors
+    others = {name: tensor for name, tensor in tensors.items() if name not in tables}
+    return others | modules.join(tensors.__getitem__)
 
 
 def _common_dtype(sets: TableSets, tensors: dict[str, Tensor]) -> torch.dtype:

@@ -14,7 +14,7 @@ from torch import nn
 
 from spallm_convert.errors import OptionError
 
-from .parameters import sketched_layers, sketched_model
+from .parameters import Pair, sketched_model, sketched_pairs
 from .table_sets import TableSets
 
 #: Moments that AdamW keeps of each trainable parameter, in the parameter's dtype.
@@ -84,7 +84,8 @@ def set_trainable(
     Args:
         model: A model from `load_sketched`, also inside wrappers such as DDP or torch.compile.
         tables: True: all tables. False: none. A pattern, or several: the tables of modules whose
-            name matches (`*` and `?` as in file names, for example "*.mlp.*").
+            name in the checkpoint matches (`*` and `?` as in file names, for example "*.mlp.*").
+            transformers loads all experts of a block as one, so they are chosen together.
         norms: Train scales and offsets of normalization layers too. They keep their dtype, because
             the dtype of the activations follows from it. To train them, load the model in float32
             and compute in bfloat16 with autocast (`bf16=True` in Trainer).
@@ -97,33 +98,51 @@ def set_trainable(
         The number of trainable parameters and the memory that training takes.
 
     Raises:
-        OptionError: If a pattern matches no sketched module, or the model has none.
+        OptionError: If a pattern matches no sketched module, the model has none, or the patterns
+            match some of the modules that transformers loads as one, but not all.
     """
     model = sketched_model(model)
-    layers = sketched_layers(model)
+    pairs = sketched_pairs(model)
     patterns = ["*"] if tables is True else [] if tables is False else tables
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    chosen = set()
-    for pattern in patterns:
-        matches = fnmatch.filter(layers, pattern)
-        if not matches:
-            raise OptionError(
-                f"no sketched module matches {pattern!r}; names are like {next(iter(layers))}"
-            )
-        chosen.update(matches)
+    chosen = _chosen(pairs, [patterns] if isinstance(patterns, str) else list(patterns))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     sets = TableSets.of(model)
     if chosen and dtype is not None:
         sets.cast_tables(dtype)
-    for name, layer in layers.items():
-        layer.weight_table.requires_grad_(name in chosen)
+    for pair in pairs:
+        pair.table.parameter.requires_grad_(pair.key in chosen)
     for module in model.modules() if norms else ():
         if "Norm" in type(module).__name__:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(True)
     sets.keep_apart()
     return trainable_summary(model)
+
+
+def _chosen(pairs: list[Pair], patterns: list[str]) -> set[str]:
+    """Return the keys of the tables whose modules match any pattern."""
+    names = list(dict.fromkeys(span.name for pair in pairs for span in pair.sketch.spans))
+    matching: set[str] = set()
+    for pattern in patterns:
+        matches = fnmatch.filter(names, pattern)
+        if not matches:
+            raise OptionError(f"no sketched module matches {pattern!r}; names are like {names[0]}")
+        matching.update(matches)
+    chosen = set()
+    for pair in pairs:
+        parts = [span.name for span in pair.sketch.spans]
+        others = [name for name in parts if name not in matching]
+        if others and len(others) < len(parts):
+            found = next(name for name in parts if name in matching)
+            raise OptionError(
+                f"the tables of {found} and {others[0]} are one parameter of the model, expected "
+                f"patterns that match all of its {len(parts)} modules or none; with a star in "
+                f"place of the number of an expert, a pattern matches all experts"
+            )
+        if not others:
+            chosen.add(pair.key)
+    return chosen
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
@@ -139,15 +158,15 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         OptionError: If the model has no sketched layers.
     """
     model = sketched_model(model)
-    layers = list(sketched_layers(model).values())
-    tables = [layer.weight_table for layer in layers]
-    maps = [layer.weight for layer in layers]
+    pairs = sketched_pairs(model)
+    tables = [pair.table.parameter for pair in pairs]
+    maps = [pair.index_map.parameter for pair in pairs]
     known = {id(parameter) for parameter in (*tables, *maps)}
     others = [parameter for parameter in model.parameters() if id(parameter) not in known]
     trained = [p for p in (*tables, *others) if p.requires_grad]
     trained_bytes = sum(p.nbytes for p in trained)
     return TrainableSummary(
-        weights=sum(layer.shape.weights for layer in layers),
+        weights=sum(pair.sketch.shape.weights for pair in pairs),
         trained_tables=sum(p.numel() for p in tables if p.requires_grad),
         tables=sum(p.numel() for p in tables),
         trained_others=sum(p.numel() for p in others if p.requires_grad),

@@ -17,6 +17,7 @@ from spallm_convert.source.embeddings import tied_modules
 from spallm_formats import INDEX_MAP_SUFFIX, TABLE_ENDING, TABLE_SUFFIX
 
 from .embedding import SketchedEmbedding
+from .sketch import Sketched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +50,16 @@ def tie_sketches(
         _tie_tables(part)
 
 
+def tied_parameters(model: nn.Module) -> set[str]:
+    """Return the names of the parameters of sketches that another module owns."""
+    return {
+        name
+        for path, module in model.named_modules()
+        if isinstance(module, Sketched) and module.is_tied
+        for name in (path + INDEX_MAP_SUFFIX, path + TABLE_SUFFIX)
+    }
+
+
 def fit_model(model: PreTrainedModel) -> None:
     """Make methods of a loaded model right that read or write the weights of its embedding or head.
 
@@ -65,7 +76,7 @@ def fit_model(model: PreTrainedModel) -> None:
         type(part).dtype = property(_dtype)  # type: ignore[method-assign, assignment]
 
 
-def unfit_model(model: PreTrainedModel) -> None:
+def unfit_model(model: nn.Module) -> None:
     """Undo what `tie_sketches` and `fit_model` did to a model that becomes dense."""
     for part in _parts(model):
         for name in _RESIZING:

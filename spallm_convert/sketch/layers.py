@@ -7,19 +7,21 @@ sketched together or not at all, because a parameter cannot be sketched in part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from spallm_convert.config import AUTO, SketchConfig
+from spallm_convert.config import SketchConfig
+from spallm_convert.recipe import AUTO
 from spallm_convert.source.embeddings import with_token_weights
 from spallm_convert.source.linear_weights import LinearWeight
 from spallm_convert.source.skeleton import Skeleton
 from spallm_convert.source.stored_names import LoadedNames, Piece, loaded_names, matrix_rows
 from spallm_formats import INDEX_MAP_SUFFIX, SketchedModule, StoredTensor
 
-from .ignoring import check_patterns, matches
 from .layer import Layer, Part
-from .problems import double_weights, tensor_problems
+from .left_dense import matrices
+from .problems import double_weights, missing_experts, tensor_problems
+from .wishes import Stored, Wish, Wishes
 
 
 @dataclass
@@ -57,28 +59,27 @@ def find_layers(
         The layers.
 
     Raises:
-        OptionError: If a pattern to ignore matches no weight, or the model has no embedding or head
-            to sketch.
+        OptionError: If a pattern matches no weight, or a recipe is for weights that belong
+            together and treats them differently, or the model has no embedding or head to sketch.
     """
     shapes = ((name, tensor.shape) for name, tensor in tensors.items())
     found = FoundLayers(loaded_names(skeleton.model, matrix_rows(shapes)))
     skeleton, found.notes = with_token_weights(
         skeleton, found.names, embeddings=config.embeddings, lm_head=config.lm_head
     )
-    seen: list[tuple[str, ...]] = []
+    wishes = Wishes(config)
+    belonging: set[str] = set()
     for parameters, names in _together(skeleton.weights, found.names):
-        paths = [parameter.removesuffix(INDEX_MAP_SUFFIX) for parameter in parameters]
-        every = [*paths, *(name.removesuffix(INDEX_MAP_SUFFIX) for name in names)]
-        seen.append(tuple(every))
-        pattern = next((p for p in config.ignore if matches(p, *every)), None)
-        if pattern is not None:
+        belonging.update(names)
+        wish = wishes.wish(list(_stored(parameters, found.names)))
+        reason = wish.dense
+        if reason is not None:
             found.ignored.update(names)
-            reason: str | None = f"ignored by the pattern {pattern!r}"
         else:
             reason = _unfit(parameters, names, skeleton, found.names)
         if reason is None:
-            made = list(_made(parameters, names, skeleton, found.names, tensors, config))
-            reason = _reason_to_keep(made, config)
+            made = list(_made(parameters, names, skeleton, found.names, tensors, config, wish))
+            reason = _reason_to_keep(made, config, wish)
             if reason is None:
                 found.layers |= {layer.name: layer for layer in made}
                 for parameter in parameters:
@@ -89,8 +90,29 @@ def find_layers(
         if reason is not None:
             kept = names or parameters
             found.left_dense |= {name.removesuffix(INDEX_MAP_SUFFIX): reason for name in kept}
-    check_patterns(config.ignore, seen)
+    counts = {weight.experts for weight in skeleton.weights.values() if weight.experts}
+    found.problems += missing_experts(tensors, counts)
+    _leave_others(tensors.keys() - belonging, tensors, wishes, found)
+    wishes.check()
     return found
+
+
+def _leave_others(
+    names: Collection[str], tensors: Mapping[str, StoredTensor], wishes: Wishes, found: FoundLayers
+) -> None:
+    """Note the matrices of no linear layer that the user leaves dense; they stay so in any case."""
+    for name in matrices({name: tensor for name, tensor in tensors.items() if name in names}):
+        reason = wishes.unwanted(name)
+        if reason is not None:
+            found.ignored.add(name)
+            found.left_dense[name] = reason
+
+
+def _stored(parameters: list[str], names: LoadedNames) -> Iterator[Stored]:
+    """Yield the names of weights that belong together."""
+    for parameter in parameters:
+        tensors = dict.fromkeys(piece.tensor for piece in names.pieces.get(parameter, ()))
+        yield from (Stored(tensor, parameter) for tensor in tensors or [None])
 
 
 def _together(
@@ -147,28 +169,27 @@ def _made(
     names: LoadedNames,
     stored: Mapping[str, StoredTensor],
     config: SketchConfig,
+    wish: Wish,
 ) -> Iterator[Layer]:
     """Yield the layers of weights that belong together."""
-    for name in tensors:
+    by_tensor: dict[str, list[Part]] = {name: [] for name in tensors}
+    for parameter in parameters:
+        pieces = names.pieces[parameter]
+        first = 0
+        for piece in pieces:
+            rows = _rows(piece, pieces, skeleton.weights[parameter], stored)
+            by_tensor[piece.tensor].append(Part(parameter, first, piece.first, rows))
+            first += rows
+    for name, parts in by_tensor.items():
         tensor = stored[name]
-        parts: list[Part] = []
-        for parameter in parameters:
-            weight = skeleton.weights[parameter]
-            pieces = names.pieces[parameter]
-            first = 0
-            for piece in pieces:
-                rows = _rows(piece, pieces, weight, stored)
-                if piece.tensor == name:
-                    parts.append(Part(parameter, first, piece.first, rows))
-                first += rows
         weight = skeleton.weights[parts[0].parameter]
         fused = _fused(parts[0].parameter, skeleton, names)
         is_transposed = weight.transposed != _turned(parts[0].parameter, tensor, skeleton, names)
         module = SketchedModule(
             in_features=weight.in_features,
             out_features=weight.out_features if fused else sum(part.rows for part in parts),
-            bits=config.bits,
-            groups_per_row=config.groups_for(weight.in_features),
+            bits=wish.bits,
+            groups_per_row=config.groups_for(weight.in_features, wish.groups),
             experts=weight.experts if fused else None,
             transposed=is_transposed,
         )
@@ -209,9 +230,9 @@ def _stored_shape(layer: Layer, found: tuple[int, ...]) -> tuple[int, ...]:
     return (module.experts * rows, columns) if len(found) == 2 else (module.experts, rows, columns)
 
 
-def _reason_to_keep(layers: list[Layer], config: SketchConfig) -> str | None:
+def _reason_to_keep(layers: list[Layer], config: SketchConfig, wish: Wish) -> str | None:
     """Return the reason to keep layers dense, None if they are to be sketched."""
-    if config.groups_per_row != AUTO:
+    if wish.groups != AUTO:
         return None
     for layer in layers:
         specs = layer.module.tensors(layer.name, config.mapping, config.table_dtype)

@@ -27,7 +27,7 @@ from spallm_formats import (
 
 from .layer import Layer
 from .layers import find_layers
-from .left_dense import dense_warning, dense_weights, other_matrices
+from .left_dense import WARNING, dense_reasons, dense_warning, dense_weights, other_matrices
 from .limits import Limit, loading_limit
 from .problems import check_groups, name_problems, why_none
 from .widths import Choice, check_target, with_choice
@@ -45,6 +45,7 @@ class Plan:
         left_dense: The reason for every linear layer or matrix that is not sketched, by name.
         dense_weights: Number of linear weights that stay dense without the user's wish, by kind of
             layer.
+        dense_reasons: The main reason for that, by kind of layer.
         limit: Limit of the table values, if the model loads in a dtype with a smaller range.
         shards: The weight files to write, with the place of every tensor.
         notes: What the user should know about the embedding and the head, if they were asked for.
@@ -55,6 +56,7 @@ class Plan:
     kept: dict[str, StoredTensor]
     left_dense: dict[str, str]
     dense_weights: dict[str, int]
+    dense_reasons: dict[str, str]
     limit: Limit | None
     shards: list[Shard]
     notes: tuple[str, ...] = ()
@@ -68,7 +70,8 @@ class Plan:
     def dense_warning(self) -> str | None:
         """Return a warning if more than 5 % of the linear weights in the blocks stay dense."""
         in_blocks = (layer for layer in self.layers.values() if is_in_block(layer.path))
-        return dense_warning(self.dense_weights, sum(layer.module.weights for layer in in_blocks))
+        sketched = sum(layer.module.weights for layer in in_blocks)
+        return dense_warning(self.dense_weights, sketched, self.dense_reasons)
 
     @property
     def by_path(self) -> dict[str, Layer]:
@@ -122,10 +125,11 @@ def make_plan(
         trust_remote_code: Whether to run model code from the checkpoint.
 
     Raises:
-        OptionError: Groups do not divide a layer's columns, a pattern to ignore matches nothing, or
-            the target cannot be met.
-        SourceError: No layer can be sketched, or a weight has an unsupported dtype or an unexpected
-            shape.
+        OptionError: Groups do not divide a layer's columns, a pattern matches nothing, a recipe
+            treats weights differently that belong together, the target cannot be met, or the model
+            has no embedding or head to sketch.
+        SourceError: No layer can be sketched, a weight has an unsupported dtype or an unexpected
+            shape, or `config.strict` forbids what would stay dense.
     """
     folder, tensors = checkpoint.folder, checkpoint.tensors
     if too_many := layer_count_problem(checkpoint.config, len(tensors)):
@@ -134,8 +138,9 @@ def make_plan(
     found = find_layers(skeleton, tensors, config)
     layers = found.layers
     sketched = {layer.weight.name for layer in layers.values()}
+    own = skeleton.model.state_dict().keys()
     left_dense = found.left_dense | other_matrices(
-        tensors, sketched, found.left_dense, skeleton.unfit, found.names
+        tensors, sketched, found.left_dense, skeleton.unfit, found.names, own
     )
     if problems := name_problems(tensors, layers) + found.problems:
         raise SourceError(f"{folder}: {summary(problems)}")
@@ -146,16 +151,23 @@ def make_plan(
     check_target(modules, config)
     metadata, kept, shards = _laid_out(tensors, layers, config)
     stored = {tensor.dtype for tensor in kept.values()}
-    return Plan(
+    plan = Plan(
         metadata=metadata,
         layers=layers,
         kept=kept,
         left_dense=left_dense,
         dense_weights=dense_weights(tensors, sketched, found.ignored),
+        dense_reasons=dense_reasons(left_dense, found.ignored),
         limit=loading_limit(checkpoint.config, stored, config.table_dtype),
         shards=shards,
         notes=tuple(found.notes),
     )
+    if config.strict and plan.dense_warning is not None:
+        raise SourceError(
+            f"{folder}: {plan.dense_warning.removeprefix(WARNING)}; --strict accepts 5 %: name "
+            f"layers that may stay dense with --ignore, or leave out --strict"
+        )
+    return plan
 
 
 def reallocate(

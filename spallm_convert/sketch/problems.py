@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 
 from spallm_convert.errors import OptionError
 from spallm_convert.source.stored_names import LoadedNames
@@ -17,6 +18,8 @@ from spallm_formats import (
 )
 
 from .layer import Layer
+
+_EXPERT = re.compile(r"(.*\.experts\.)(\d{1,6})(\..*)")
 
 
 def name_problems(tensors: Mapping[str, StoredTensor], layers: Mapping[str, Layer]) -> list[str]:
@@ -56,21 +59,50 @@ def tensor_problems(weight: StoredTensor, shape: tuple[int, ...]) -> list[str]:
     return []
 
 
+def missing_experts(tensors: Iterable[str], counts: Collection[int]) -> list[str]:
+    """Return a problem if experts of a block are not stored although others are.
+
+    Args:
+        tensors: Names of the tensors of the checkpoint.
+        counts: The numbers of experts that blocks of the model have.
+    """
+    stored: dict[str, dict[str, set[int]]] = {}  # by block and kind of weight
+    for match in filter(None, map(_EXPERT.fullmatch, tensors)):
+        stored.setdefault(match[1], {}).setdefault(match[3], set()).add(int(match[2]))
+    missing = []
+    for block, kinds in stored.items():
+        most = max(map(max, kinds.values())) + 1
+        fitting = [count for count in counts if count >= most]  # ERNIE stores two sets as one
+        for kind, numbers in kinds.items():
+            lost = sorted(set(range(min(fitting, default=0))) - numbers)
+            missing += [f"{block}{number}{kind}" for number in lost]
+    if not missing:
+        return []
+    return [
+        f"experts without a tensor: {summary(missing, ', ')}; use the {CONFIG_FILE} that belongs "
+        f"to these weights, or get the weights again"
+    ]
+
+
 def check_groups(modules: dict[str, SketchedModule]) -> None:
     """Raise OptionError if the groups do not divide the columns of every module."""
-    misfits = [
+    misfits = {n: m for n, m in modules.items() if m.in_features % m.groups_per_row}
+    if not misfits:
+        return
+    groups = next(iter(misfits.values())).groups_per_row  # of a recipe, one number after another
+    named = [
         f"{name} ({module.in_features} columns)"
-        for name, module in modules.items()
-        if module.in_features % module.groups_per_row
+        for name, module in misfits.items()
+        if module.groups_per_row == groups
     ]
-    if misfits:
-        groups = next(iter(modules.values())).groups_per_row
-        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-        named = ", ".join(misfits[:3]) + more
-        raise OptionError(
-            f"groups_per_row {groups} does not divide the columns of {named}; use a divisor, or "
-            f"--groups-per-row auto"
-        )
+    raise OptionError(
+        f"groups_per_row {groups} does not divide the columns of {_enumerated(named)}; use a "
+        f"divisor, or --groups-per-row auto"
+    )
+
+
+def _enumerated(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def why_none(left_dense: dict[str, str]) -> str:

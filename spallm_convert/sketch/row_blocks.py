@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from spallm_convert.errors import SourceError, SpallmError
-from spallm_formats import ITEM_BYTES, StoredTensor, read_bytes, to_float32
+from spallm_convert.source.quantized.weights import DequantizedTensor
+from spallm_convert.source.reading import read_columns, read_rows
+from spallm_formats import StoredTensor
 
 from .layer import Layer
+
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -44,44 +49,53 @@ def row_blocks(layer: Layer, most: int, *, each_expert: bool = False) -> Iterato
     Raises:
         SourceError: If the source changed.
     """
-    module = layer.module
+    module, tensor = layer.module, layer.weight
     step = max(1, most // module.in_features)
-    whole = layer.module.transposed or each_expert
+    whole = module.transposed or each_expert
     part = module.out_features if whole else module.rows  # rows that are read without a gap
     for start in range(0, module.rows, part):
-        turned = _transposed(layer, start) if module.transposed else None
+        expert = start // module.out_features
+        columns = _columns(layer, expert) if module.transposed else None
         for first in range(0, part, step):
-            rows = min(step, part - first)
-            if turned is None:
-                weights = _rows(layer, start + first, rows)
+            stop = min(first + step, part)
+            if columns is None:
+                weights = read_source(read_rows, tensor, start + first, start + stop)
             else:
-                weights = np.ascontiguousarray(turned[first : first + rows])
+                weights = columns(first, stop)
             yield RowBlock(start + first, first if whole else start + first, weights)
 
 
-def read_source(tensor: StoredTensor, start: int, stop: int) -> bytearray:
-    """Read bytes [start, stop) of a tensor of the source.
+def read_source(
+    reader: Callable[[StoredTensor, int, int], _Read], tensor: StoredTensor, start: int, stop: int
+) -> _Read:
+    """Read a part of a tensor of the source.
+
+    Args:
+        reader: The function that reads it.
+        tensor: The tensor.
+        start: Where the part starts, in the units of `reader`.
+        stop: Where it ends.
+
+    Returns:
+        What the reader returns.
 
     Raises:
         SourceError: If the source changed.
     """
     try:
-        return read_bytes(tensor, start, stop)
+        return reader(tensor, start, stop)
     except SpallmError as error:
         raise SourceError(f"{error} (the source changed during the conversion)") from error
 
 
-def _rows(layer: Layer, first: int, rows: int) -> npt.NDArray[np.float32]:
-    tensor, columns = layer.weight, layer.module.in_features
-    row_bytes = columns * ITEM_BYTES[tensor.dtype]
-    raw = read_source(tensor, first * row_bytes, (first + rows) * row_bytes)
-    return to_float32(raw, tensor.dtype).reshape(rows, columns)
+def _columns(layer: Layer, expert: int) -> Callable[[int, int], npt.NDArray[np.float32]]:
+    """Return a function that reads columns of an expert's stored matrix, as rows."""
+    tensor, size = layer.weight, layer.module.in_features
+    if isinstance(tensor, DequantizedTensor):  # it is stored by columns, or in blocks
 
+        def read(source: StoredTensor, first: int, stop: int) -> npt.NDArray[np.float32]:
+            return read_columns(source, expert, first, stop)
 
-def _transposed(layer: Layer, start: int) -> npt.NDArray[np.float32]:
-    """Return the weight of the layer, or of the expert whose first row is `start`."""
-    tensor, module = layer.weight, layer.module
-    count = module.in_features * module.out_features * ITEM_BYTES[tensor.dtype]
-    offset = start // module.out_features * count
-    raw = read_source(tensor, offset, offset + count)
-    return to_float32(raw, tensor.dtype).reshape(module.in_features, module.out_features).T
+        return lambda first, stop: read_source(read, tensor, first, stop)
+    matrix = read_source(read_rows, tensor, expert * size, (expert + 1) * size)
+    return lambda first, stop: np.ascontiguousarray(matrix[:, first:stop].T)

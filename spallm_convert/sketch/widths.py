@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from spallm_convert.config import BITS, SketchConfig
+from spallm_convert.config import SketchConfig
 from spallm_convert.errors import OptionError
+from spallm_convert.recipe import BITS
 from spallm_formats import SketchedModule
 from spallm_kernels.triton.tiles import ALIGNMENT
 

@@ -9,14 +9,31 @@ from spallm_convert.errors import OptionError
 if TYPE_CHECKING:
     import torch
 
-#: Losses of the classes in transformers that predict the next token; older ones have None.
-_CAUSAL_LOSSES = {"ForCausalLM", "ForConditionalGeneration", None}
+#: Losses of the classes in transformers that predict the next token.
+_CAUSAL_LOSSES = {"ForCausalLM", "ForConditionalGeneration"}
 
 
 def predicts_next_token(model: Any) -> bool:
-    """Return whether a transformers model is a causal language model, judged by its class."""
-    causal = getattr(model, "loss_type", None) in _CAUSAL_LOSSES
-    return causal and not model.config.is_encoder_decoder
+    """Return whether a transformers model is a causal language model, judged by its class.
+
+    The base model of one, such as LlamaModel, counts too: its blocks see only earlier tokens.
+
+    Args:
+        model: The model.
+    """
+    from transformers.models.auto import modeling_auto
+
+    if model.config.is_encoder_decoder:
+        return False
+    loss = getattr(model, "loss_type", None)
+    if loss is not None:
+        return loss in _CAUSAL_LOSSES
+    if model.can_generate() or "LMHead" in type(model).__name__:  # older classes: GPT2LMHeadModel
+        return True
+    family = model.config.model_type
+    has_causal = family in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    # Families such as BERT have a causal class too, but their base model sees the whole text.
+    return has_causal and family not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def check_tokens(model: Any, tokens: torch.Tensor, length: int, option: str) -> None:

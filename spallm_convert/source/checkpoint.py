@@ -1,4 +1,4 @@
-"""Read a dense checkpoint in a folder: config and headers of its tensors."""
+"""Read a checkpoint in a folder: config and headers of its tensors."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ from spallm_formats import (
     summary,
 )
 
+from .quantized.dense import SourceQuantization, dense_form
+from .quantized.methods import refuse_unreadable
+from .reading import stored_parts
+
 ADAPTER_CONFIG = "adapter_config.json"
 
 #: Endings of files with weights, in the order in which a message shows what was found.
@@ -32,18 +36,21 @@ class DenseCheckpoint:
 
     Attributes:
         folder: Folder of the checkpoint.
-        config: The parsed `config.json`.
-        tensors: Every tensor by name, in the order of the files and of the data in each file.
+        config: The parsed `config.json`, as a dense model has it.
+        tensors: Every tensor by name, in the order of the files and of the data in each file. The
+            weights of a quantized source are in here as the dense weights that they stand for.
+        quantization: How the source is quantized. None: it is dense.
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    quantization: SourceQuantization | None = None
 
     @property
     def weight_files(self) -> list[Path]:
         """Return the files that hold the tensors, sorted."""
-        return sorted({tensor.file for tensor in self.tensors.values()})
+        return sorted({part.file for t in self.tensors.values() for part in stored_parts(t)})
 
 
 def open_dense(folder: Path, tensors: dict[str, StoredTensor]) -> DenseCheckpoint:
@@ -57,16 +64,16 @@ def open_dense(folder: Path, tensors: dict[str, StoredTensor]) -> DenseCheckpoin
         The checkpoint.
 
     Raises:
-        SourceError: If the config cannot be used, as in `read_config`.
+        SourceError: If the config cannot be used, as in `read_config`, or quantized weights do not
+            fit their scales.
     """
+    config, tensors, about = dense_form(read_config(folder / CONFIG_FILE), tensors, folder)
     ordered = sorted(tensors.values(), key=lambda tensor: (tensor.file.name, tensor.offset))
-    return DenseCheckpoint(
-        folder, read_config(folder / CONFIG_FILE), {tensor.name: tensor for tensor in ordered}
-    )
+    return DenseCheckpoint(folder, config, {tensor.name: tensor for tensor in ordered}, about)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read the `config.json` of a dense model.
+    """Read the `config.json` of a model whose weights can be read.
 
     Args:
         path: The file.
@@ -75,7 +82,8 @@ def read_config(path: Path) -> dict[str, Any]:
         The parsed config.
 
     Raises:
-        SourceError: If it is not valid JSON, names no model class, or describes a quantized model.
+        SourceError: If it is not valid JSON, names no model class, or describes weights that are
+            quantized by a method that is not read.
     """
     try:
         config = read_json(path)
@@ -86,13 +94,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path}: no architectures are named, expected a list such as ['LlamaForCausalLM']; "
             f"get the config again from the model's page"
         )
-    quantized = config.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise SourceError(
-            f"{path}: already quantized ({method}), expected dense weights; "
-            f"convert the original model instead"
-        )
+    refuse_unreadable(config, str(path))
     return config
 
 

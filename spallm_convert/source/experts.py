@@ -7,6 +7,7 @@ tried with stand-ins: the code runs for one token, and no weight is in memory.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,9 @@ from spallm_convert.errors import one_line
 
 from .expert_weights import ExpertWeights, call_with
 from .linear_weights import LinearWeight
+
+#: Names of classes that hold experts. Early versions of transformers 5 call some of them NaiveMoe.
+_NAMES = re.compile("Experts|NaiveMoe")
 
 
 def find_experts(model: nn.Module) -> tuple[dict[str, LinearWeight], dict[str, str]]:
@@ -56,7 +60,7 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if inside and path.startswith(inside):
             continue
-        if "Experts" in type(module).__name__ and _stacked(module):
+        if _NAMES.search(type(module).__name__) and _stacked(module):
             inside = path + "."
             yield path, module
 
@@ -110,13 +114,13 @@ def _run(
 
         return ExpertWeights(shape, token, product)
 
-    token = torch.ones(1, size)
-    weights: dict[str, Any] = {name: stand_in(name, shape) for name, shape in shapes.items()}
-    rest = [*module.named_parameters(), *module.named_buffers()]
-    weights |= {name: torch.zeros(v.shape) for name, v in rest if name not in shapes}
-    experts = next(iter(shapes.values()))[0]
-    own = getattr(type(module).forward, "__wrapped__", type(module).forward)
-    with torch.device("cpu"), torch.no_grad():
+    with torch.device("cpu"), torch.no_grad():  # not on the device of `torch.device` around
+        token = torch.ones(1, size)
+        weights: dict[str, Any] = {name: stand_in(name, shape) for name, shape in shapes.items()}
+        rest = [*module.named_parameters(), *module.named_buffers()]
+        weights |= {name: torch.zeros(v.shape) for name, v in rest if name not in shapes}
+        experts = next(iter(shapes.values()))[0]
+        own = getattr(type(module).forward, "__wrapped__", type(module).forward)
         match list(inspect.signature(own).parameters)[1:]:
             case [_]:  # Llama 4: all tokens for every expert
                 call_with(module, weights, torch.ones(experts, size))

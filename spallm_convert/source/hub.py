@@ -46,7 +46,7 @@ def download(model: str, revision: str | None) -> tuple[Path, str]:
 
     Raises:
         SourceError: If the repository does not exist, is gated or private, cannot be reached, has
-            no safetensors weights, or is already quantized.
+            no safetensors weights, or is quantized by a method that is not read.
     """
     listing = list_files(model, revision)
     if listing is None:

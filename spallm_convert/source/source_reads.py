@@ -43,8 +43,7 @@ class Read:
     is_first_parameter: bool = False
 
 
-@lru_cache(maxsize=1024)
-def reads_of(module_class: type[nn.Module]) -> tuple[Read, ...]:
+def reads_of(module_class: type) -> tuple[Read, ...]:
     """List the expressions in a class and its parents that use the weight of a submodule.
 
     Functions that prepare weights, and those that no code in the same file calls, are left out. The
@@ -56,35 +55,79 @@ def reads_of(module_class: type[nn.Module]) -> tuple[Read, ...]:
     Returns:
         The expressions. None are found in classes without a source file.
     """
+    return _reads(_lineage(module_class))
+
+
+def mode_tests(module_class: type) -> tuple[ast.expr | None, ...]:
+    """List where a class uses `self.training` for more than to decide about such expressions.
+
+    Args:
+        module_class: The class of a module.
+
+    Returns:
+        The test of each `if` that does, and None for each use that is not in such a test.
+    """
+    return _mode_tests(_lineage(module_class))
+
+
+def _lineage(module_class: type) -> tuple[tuple[str, str], ...]:
+    """Return the Python module and the name of a class and its parents."""
+    return tuple(
+        (parent.__module__, parent.__name__)
+        for parent in module_class.__mro__
+        if parent is not object and not parent.__module__.startswith(_LIBRARY)
+    )
+
+
+@lru_cache(maxsize=1024)
+def _reads(lineage: tuple[tuple[str, str], ...]) -> tuple[Read, ...]:
     found: list[Read] = []
-    for parent in module_class.__mro__:
-        if parent is object or parent.__module__.startswith(_LIBRARY):
-            continue
-        tree = _parsed(parent.__module__)
-        if tree is not None:
-            called = _names(tree)
-            for node in ast.walk(tree):
-                if isinstance(node, ast.ClassDef) and node.name == parent.__name__:
-                    found += _reads_in(node.body, parent.__name__ + ".", called)
-            found += _reads_in(tree.body, "", called)
+    for file, tree in _trees(lineage).items():
+        called = _names(file)
+        for name, definition in tree:
+            found += _reads_in(definition.body, name + ".", called)
+        found += _reads_in(_parsed(file).body, "", called)
     return tuple(found)
 
 
+@lru_cache(maxsize=1024)
+def _mode_tests(lineage: tuple[tuple[str, str], ...]) -> tuple[ast.expr | None, ...]:
+    decided = {id(test) for read in _reads(lineage) for test, _ in read.conditions}
+    definitions = [d for tree in _trees(lineage).values() for _, d in tree]
+    nodes = [node for definition in definitions for node in ast.walk(definition)]
+    tests = [node.test for node in nodes if isinstance(node, ast.If | ast.IfExp)]
+    inside = {id(part): test for test in tests for part in ast.walk(test)}
+    uses = [inside.get(id(node)) for node in nodes if chain(node) == ("self", "training")]
+    return tuple(test for test in uses if id(test) not in decided)
+
+
+def _trees(
+    lineage: tuple[tuple[str, str], ...],
+) -> dict[str, list[tuple[str, ast.ClassDef]]]:
+    """Return the names and definitions of classes, by Python module."""
+    found: dict[str, list[tuple[str, ast.ClassDef]]] = {}
+    for file, name in lineage:
+        for node in ast.walk(_parsed(file)):
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                found.setdefault(file, []).append((name, node))
+    return found
+
+
 @lru_cache(maxsize=256)
-def _parsed(module_name: str) -> ast.Module | None:
-    """Return the syntax tree of a Python module, if its source may read weights."""
+def _parsed(module_name: str) -> ast.Module:
+    """Return the syntax tree of a Python module; an empty one if it cannot read weights."""
     try:
         file = inspect.getsourcefile(sys.modules[module_name])
         source = Path(file or "").read_text(encoding="utf-8")
     except (KeyError, TypeError, OSError, UnicodeDecodeError):  # built in, or typed in
-        return None
-    if ".weight" not in source and ".parameters()" not in source:
-        return None
-    return ast.parse(source)
+        source = ""
+    return ast.parse(source if ".weight" in source or ".parameters()" in source else "")
 
 
-def _names(tree: ast.Module) -> set[str]:
-    """Return every name that the code of a file uses."""
+@lru_cache(maxsize=256)
+def _names(module_name: str) -> set[str]:
+    """Return every name that the code of a Python module uses."""
+    tree = _parsed(module_name)
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     return attributes | {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
@@ -103,19 +146,19 @@ def _walk(
     node: ast.AST, above: tuple[ast.AST, ...], function: str, conditions: tuple[Condition, ...]
 ) -> Iterator[Read]:
     """Yield the reads below a node of the syntax tree; `above` are the nodes that contain it."""
-    names = _names_of_weight(node)
-    if names and not _is_harmless(above):
-        yield Read(names[1:], names[0] == "self", function, conditions)
-    names = _names_of_parameters(node)
-    if names and not _is_harmless(above[:-1]):
-        yield Read(names[1:], True, function, conditions, is_first_parameter=True)
+    weight, parameters = _names_of_weight(node), _names_of_parameters(node)
+    if weight and not _is_harmless(above):
+        yield Read(weight[1:], weight[0] == "self", function, conditions)
+    if parameters and not _is_harmless(above[:-1]):
+        yield Read(parameters[1:], True, function, conditions, is_first_parameter=True)
     inside = (*above, node)
     if isinstance(node, ast.If | ast.IfExp):
         # If the test is false, nothing that it compares has an effect.
         met, unmet = (*conditions, (node.test, True)), (*conditions, (node.test, False))
         yield from _walk(node.test, inside, function, met)
         for branch, holds in ((node.body, met), (node.orelse, unmet)):
-            for child in branch if isinstance(branch, list) else [branch]:
+            children: list[ast.AST] = [*branch] if isinstance(branch, list) else [branch]
+            for child in children:
                 yield from _walk(child, inside, function, holds)
         return
     for child in ast.iter_child_nodes(node):
@@ -126,7 +169,9 @@ def _names_of_weight(node: ast.AST) -> tuple[str, ...]:
     """Return ("self", "a", "b") for self.a.b.weight; empty for all else, also for self.weight."""
     if isinstance(node, ast.Attribute) and node.attr == "weight":
         names = chain(node.value)
-        return names if len(names) > 1 else ()
+        # `layers[0].weight` says nothing about the layer if `layers` is not of `self`.
+        known = len(names) > 1 and (names[0] == "self" or names[-1] != "*")
+        return names if known else ()
     return ()
 
 

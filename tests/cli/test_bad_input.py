@@ -234,7 +234,13 @@ def test_output_that_is_the_source_by_another_name(fails, source, tmp_path, monk
 
 def test_patterns_that_match_nothing(fails, source, tmp_path):
     line = fails(2, source, "-o", tmp_path / "out", "--ignore", "*.downproj")
-    assert "['*.downproj'] match no linear layer" in line
+    assert "--ignore '*.downproj': matches no linear layer" in line
+    assert "near names are model.layers.*.mlp.down_proj" in line
+
+
+def test_a_recipe_that_cannot_be_read(fails, source, tmp_path):
+    line = fails(2, source, "-o", tmp_path / "out", "--recipe", tmp_path / "none.toml")
+    assert "none.toml: cannot be read (No such file or directory)" in line
 
 
 def test_values_that_the_tables_cannot_hold(fails, source, tmp_path):

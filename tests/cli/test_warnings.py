@@ -7,15 +7,16 @@ import sys
 
 import pytest
 
-from helpers.architectures import save_tiny
 from helpers.tiny_gguf import save_tiny_gguf
+from helpers.tiny_models import add_matrices, save_tiny_llama
 from spallm_convert.cli import main
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A model whose language model stays dense."""
-    return save_tiny("LlavaForConditionalGeneration", tmp_path_factory.mktemp("llava"))
+    """A model with matrices that are not the weights of linear layers."""
+    folder = save_tiny_llama(tmp_path_factory.mktemp("matrices")).folder
+    return add_matrices(folder, "model.layers.0.extra.weight")
 
 
 @pytest.mark.parametrize("options", [(), ("--dry-run",)])
@@ -28,12 +29,24 @@ def test_a_model_that_stays_dense(source, tmp_path, capfd, options, quiet):
     out, err = capfd.readouterr()
     assert err.count("stay dense") == 1
     assert "warning: " in err
-    assert "stay dense: language_model.model.layers.*.mlp.down_proj, " in err
+    assert "stay dense: model.layers.*.extra (transformers does not load it)" in err
     assert "stay dense" not in out
     if quiet == ("--json",):
         assert json.loads(out)["left_dense"]
     if quiet == ("--quiet",) and not options:
         assert out == ""
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_a_strict_conversion_fails_with_one_line(source, tmp_path, capfd, options):
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in (source, "-o", tmp_path / "out", "--strict", *options)])
+    assert stop.value.code == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "stay dense: model.layers.*.extra (transformers does not load it); --strict" in err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -311,7 +311,7 @@ def test_what_belongs_to_a_model_is_taken_along_and_nothing_else(tiny_llama, tmp
     assert not left & files
 
 
-def test_fused_experts_are_reported_not_forgotten(tmp_path):
+def test_experts_are_sketched_and_the_router_is_not(tmp_path):
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
@@ -328,9 +328,10 @@ def test_fused_experts_are_reported_not_forgotten(tmp_path):
     )
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
     plan = plan_conversion(tmp_path / "moe")
-    experts = [name for name in plan.left_dense if ".experts." in name]
-    assert experts
-    assert len(plan.metadata.modules) == 4
+    experts = [name for name in plan.metadata.modules if ".experts." in name]
+    assert len(experts) == 2 * 3
+    assert len(plan.metadata.modules) == 4 + 2 * 3
+    assert plan.left_dense == {"model.layers.0.mlp.gate.weight": "it chooses the experts"}
 
 
 def test_an_encoder_is_sketched_too(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fuzz.reader import dense_weight, read_folder
 from spallm_formats import FormatError, SketchedCheckpoint, build_header, pack, unpack
 from spallm_kernels import dequantize
 
@@ -16,40 +17,71 @@ HOSTILE = sorted(path.parent for path in FORMATS.glob("hostile/*/error.txt"))
 
 
 def test_the_fixtures_are_there():
-    names = {folder.name for folder in GOLDEN}
-    assert names == {"cluster-2bit", "cluster-3bit", "cluster-4bit", "hash-3bit"}
-    assert len(HOSTILE) >= 30
+    assert {folder.name for folder in GOLDEN} == {
+        *(f"cluster-{bits}bit" for bits in (2, 3, 4)),
+        *(f"experts-{kind}-3bit" for kind in ("apart", "cluster", "hash", "transposed")),
+        "hash-3bit",
+        "transposed-3bit",
+    }
+    assert len(HOSTILE) >= 50
+
+
+def expected_weights(folder, modules):
+    """Return the dense weights of a golden checkpoint by module, with a row per output."""
+    dense = json.loads((folder / "dense.json").read_text())
+    by_module = dense if isinstance(dense, dict) else dict.fromkeys(modules, dense)
+    assert set(by_module) == set(modules)
+    weights = {}
+    for name, module in modules.items():
+        weight = torch.tensor(by_module[name])
+        weights[name] = weight.mT if module.get("transposed") else weight
+    return weights
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
+def test_golden_decodes_from_the_specification_alone(folder):
+    config = json.loads((folder / "config.json").read_text())
+    expected = expected_weights(folder, config["quantization_config"]["modules"])
+    tensors = read_folder(folder)
+    for name, weight in expected.items():
+        assert torch.equal(dense_weight(tensors, config, name), weight)
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_golden_decodes_to_its_dense_weights(folder, backend):
     checkpoint = SketchedCheckpoint.open(folder)
-    ((name, module),) = checkpoint.metadata.modules.items()
-    seed = checkpoint.metadata.hash_seed if checkpoint.metadata.mapping == "hash" else None
-    dense = dequantize(
-        torch.from_numpy(checkpoint.index_map(name).copy()),
-        torch.from_numpy(checkpoint.table(name)),
-        module.in_features,
-        hash_seed=seed,
-        backend=backend,
-    )
-    assert dense.tolist() == json.loads((folder / "dense.json").read_text())
+    metadata = checkpoint.metadata
+    expected = expected_weights(folder, metadata.to_json()["modules"])
+    for name, module in metadata.modules.items():
+        index_map = torch.from_numpy(checkpoint.index_map(name).copy())
+        table = torch.from_numpy(checkpoint.table(name))
+        leading = index_map.shape[:-2]
+        assert leading == (() if module.experts is None else (module.experts,))
+        for expert in np.ndindex(leading):
+            dense = dequantize(
+                index_map[expert],
+                table[expert],
+                module.in_features,
+                hash_seed=metadata.hash_seed if metadata.mapping == "hash" else None,
+                backend=backend,
+            )
+            assert torch.equal(dense, expected[name][expert])
     assert list(checkpoint.deep_problems()) == []
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
 def test_golden_is_written_byte_for_byte(folder):
     checkpoint = SketchedCheckpoint.open(folder)
-    ((name, module),) = checkpoint.metadata.modules.items()
-    index_map = checkpoint.index_map(name)
-    if checkpoint.metadata.mapping == "cluster":
-        index_map = pack(unpack(index_map, module.bits, module.in_features), module.bits)
-    contents = {
-        name + ".weight": index_map,
-        name + ".weight_table": checkpoint.table(name),
-        "model.norm.weight": np.arange(5, dtype=np.float32),
-    }
+    contents = {"model.norm.weight": np.arange(5, dtype=np.float32)}
+    for name, module in checkpoint.metadata.modules.items():
+        index_map = checkpoint.index_map(name)
+        if checkpoint.metadata.mapping == "cluster":
+            packed = index_map.reshape(module.rows, -1)
+            codes = unpack(packed, module.bits, module.in_features)
+            index_map = pack(codes, module.bits).reshape(index_map.shape)
+        contents[module.index_map_name(name)] = index_map
+        contents[module.table_name(name)] = checkpoint.table(name)
     header, offsets = build_header(list(checkpoint.tensors.values()))
     written = bytearray(header)
     for tensor in sorted(offsets, key=lambda tensor: (offsets[tensor], contents[tensor].nbytes)):

@@ -57,6 +57,30 @@ def module_shape(folder: Path, rng: random.Random) -> None:
     write(folder / "config.json", config)
 
 
+@kind("checkpoint", "module: experts")
+def module_experts(folder: Path, rng: random.Random) -> None:
+    """Make a layer fused experts or transposed, and often its tensors with it."""
+    config = read(folder / "config.json")
+    modules = config["quantization_config"]["modules"]
+    name = rng.choice(sorted(modules))
+    module = modules.pop(name)
+    key = rng.choice(("experts", "experts", "transposed"))
+    value = rng.choice((1, 2, 2, True, 0, 2**30) if key == "experts" else (True, True, False))
+    module[key] = value
+    if value == 2:
+        module["out_features"] //= value
+    modules[name + ".weight" if key == "experts" and rng.random() < 0.8 else name] = module
+    write(folder / "config.json", config)
+    if key == "experts" and value in (1, 2) and rng.random() < 0.8:
+        for path in folder.glob("*.safetensors"):
+            header, body = split(path.read_bytes())
+            for tensor in (name + ".weight", name + ".weight_table"):
+                if tensor in header:
+                    first, *others = header[tensor]["shape"]
+                    header[tensor]["shape"] = [value, first // value, *others]
+            path.write_bytes(join(header, body))
+
+
 @kind("checkpoint", "module: another name")
 def module_name(folder: Path, rng: random.Random) -> None:
     """Give a module another name, in the config and in the header."""

@@ -64,19 +64,27 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
 def dense_weight(
     tensors: dict[str, torch.Tensor], config: dict[str, Any], name: str
 ) -> torch.Tensor:
-    """Return the dense weight of a sketched module, in the dtype of its tables."""
+    """Return the dense weight of a sketched module, in the dtype of its tables.
+
+    It has a row per output. Fused experts have one dimension more, in front.
+    """
     sketch = config["quantization_config"]
     module = sketch["modules"][name]
     rows, columns, bits = module["out_features"], module["in_features"], module["bits"]
+    stored = name if "experts" in module else f"{name}.weight"
+    packed, table = tensors[stored].numpy(), tensors[f"{stored}_table"]
     if sketch["mapping"] == "hash":
-        codes = _hash_codes(rows, columns, sketch["hash_seed"]) % (1 << bits)
+        codes = np.zeros((*packed.shape[:-1], columns), np.int64)
+        codes += _hash_codes(rows, columns, sketch["hash_seed"]) % (1 << bits)
     else:
-        stream = np.unpackbits(tensors[f"{name}.weight"].numpy(), axis=1, bitorder="little")
-        fields = stream[:, : columns * bits].reshape(rows, columns, bits)
+        stream = np.unpackbits(packed, axis=-1, bitorder="little")
+        fields = stream[..., : columns * bits].reshape(*packed.shape[:-1], columns, bits)
         codes = (fields.astype(np.int64) << np.arange(bits)).sum(-1)
-    table = tensors[f"{name}.weight_table"]
     group = torch.arange(columns) // (columns // module["groups_per_row"])
-    return table[torch.arange(rows)[:, None], group, torch.from_numpy(codes)]
+    by_row = table.reshape(-1, *table.shape[-2:])
+    index_map = torch.from_numpy(codes).reshape(-1, columns)
+    weight = by_row[torch.arange(len(by_row))[:, None], group, index_map]
+    return weight.reshape(codes.shape)
 
 
 def _hash_codes(rows: int, columns: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -55,7 +55,17 @@ SKETCH = {
     "mapping": "cluster",
     "hash_seed": 0,
     "table_dtype": "bfloat16",
-    "modules": {"a": {"in_features": 8, "out_features": 4, "bits": 3, "groups_per_row": 2}},
+    "modules": {
+        "a": {"in_features": 8, "out_features": 4, "bits": 3, "groups_per_row": 2},
+        "b.w": {
+            "in_features": 6,
+            "out_features": 2,
+            "bits": 2,
+            "groups_per_row": 1,
+            "experts": 5,
+            "transposed": True,
+        },
+    },
 }
 TABLES = {
     "format": "spallm-tables",
@@ -258,6 +268,39 @@ def test_any_json_is_metadata_or_an_error_of_the_format(parse, sound, data):
     document = data.draw(changed(sound))
     parsed = parsed_or_refused(lambda: parse(document))
     assert parsed is None or parse(parsed.to_json()) == parsed
+
+
+MODULES = st.fixed_dictionaries(
+    {
+        "in_features": st.just(12),
+        "out_features": st.integers(1, 3),
+        "bits": st.just(3),
+        "groups_per_row": st.sampled_from([1, 2, 3, 4, 6, 12]),
+    },
+    optional={"experts": st.integers(1, 3), "transposed": st.just(True)},
+)
+ALIKE = st.lists(st.sampled_from(["", ".weight", "_table"]), max_size=3).map("".join)
+
+
+@SAME_EVERY_TIME
+@given(st.dictionaries(ALIKE.map("a{}".format), MODULES, min_size=1, max_size=4))
+def test_modules_are_refused_if_and_only_if_names_of_tensors_clash(modules):
+    document = SKETCH | {"modules": modules}
+    names = [name if "experts" in m else name + ".weight" for name, m in modules.items()]
+    clash = len({*names, *(name + "_table" for name in names)}) < 2 * len(names)
+    reserved = any(name.endswith(".weight_table") for name in names)
+    parsed = parsed_or_refused(lambda: SketchMetadata.from_json(document))
+    assert (parsed is None) == (clash or reserved)
+    if parsed is not None:
+        assert parsed.to_json() == document
+        stored = parsed.tensors()
+        assert [*stored] == [part for name in names for part in (name, name + "_table")]
+        for (name, module), index_map in zip(modules.items(), names, strict=True):
+            leading = (module["experts"],) if "experts" in module else ()
+            rows = (*leading, module["out_features"])
+            assert stored[index_map].shape == (*rows, row_bytes(12, 3))
+            assert stored[index_map + "_table"].shape == (*rows, module["groups_per_row"], 8)
+            assert parsed.modules[name].weights == 12 * np.prod(rows)
 
 
 @settings(SAME_EVERY_TIME, max_examples=200)

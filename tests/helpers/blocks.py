@@ -9,9 +9,15 @@ from spallm_convert.source.skeleton import build_empty, read_skeleton
 
 def open_blocks(folder, tokens, batch=2):
     checkpoint = find_here(str(folder)).open(folder)
-    linears = read_skeleton(checkpoint.folder, checkpoint.config).linears
+    linears = linear_paths(checkpoint)
     model = build_empty(checkpoint.folder, checkpoint.config)
     return Blocks(model, checkpoint.tensors, linears, tokens, batch=batch)
+
+
+def linear_paths(checkpoint):
+    """Return the paths of the linear layers in the blocks of a model."""
+    skeleton = read_skeleton(checkpoint.folder, checkpoint.config)
+    return [parameter.removesuffix(".weight") for parameter in skeleton.weights]
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from spallm_convert import (
     set_trainable,
 )
 from spallm_convert.runtime.embedding import SketchedEmbedding
-from spallm_convert.runtime.parameters import sketched_layers
+from spallm_convert.runtime.parameters import sketched_pairs
 from spallm_formats import SketchedCheckpoint
 
 IDS = torch.tensor([[5, 9, 5, 0, 17, 3]])
@@ -106,10 +106,10 @@ def test_gradients_are_those_of_the_dense_weight_and_of_both_uses(folders):
         twin = dense_twin(model, folders / f"{name}-source").requires_grad_(True)
         for each in (model, twin):
             each(IDS, labels=IDS).loss.backward()
-        layers = sketched_layers(model)
-        assert (HEAD in layers) == (name == "untied")
-        for path in {EMBEDDING, HEAD} & layers.keys():
-            layer = layers[path]
+        stored = {pair.sketch.spans[0].name: pair.table.module for pair in sketched_pairs(model)}
+        assert (HEAD in stored) == (name == "untied")
+        for path in {EMBEDDING, HEAD} & stored.keys():
+            layer = stored[path]
             grad = torch.zeros_like(layer.weight_table)
             marks = torch.arange(layer.weight_table[0].numel()).float().view(1, 1, -1)
             codes = layer.weight_table.detach().clone()

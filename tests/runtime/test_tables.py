@@ -22,7 +22,7 @@ from spallm_convert import (
     set_trainable,
     table_sets,
 )
-from spallm_convert.runtime.tables import model_fingerprint
+from spallm_convert.runtime.stored_modules import StoredModules
 from spallm_formats import TABLES_FILE, TABLES_METADATA_FILE
 
 
@@ -144,18 +144,18 @@ def test_the_fingerprint_is_the_one_of_the_specification(folder, model):
             digest = f"hash:{config['hash_seed']}"
         numbers = (shape[k] for k in ("out_features", "in_features", "bits", "groups_per_row"))
         whole.update(" ".join([name, *map(str, numbers), digest]).encode() + b"\n")
-    assert model_fingerprint(model) == whole.hexdigest()
+    assert StoredModules.of(model).fingerprint() == whole.hexdigest()
 
 
 def test_a_changed_index_map_changes_the_fingerprint(tiny_llama, tmp_path):
     convert(tiny_llama.folder, tmp_path / "out")
     model = load_sketched(tmp_path / "out")
-    before = model_fingerprint(model)
-    assert model_fingerprint(model) == before
+    before = StoredModules.of(model).fingerprint()
+    assert StoredModules.of(model).fingerprint() == before
     layer = next(module for module in model.modules() if isinstance(module, SketchedLinear))
     with torch.no_grad():
         layer.weight[0, 0] ^= 1
-    assert model_fingerprint(model) != before
+    assert StoredModules.of(model).fingerprint() != before
 
 
 def test_dense_models_are_refused():

@@ -20,6 +20,8 @@ from helpers.hub_client import (
 )
 from helpers.hub_faults import Fault
 from helpers.hub_server import HubServer
+from helpers.quantized_models import fp8_blocks, save_pair
+from helpers.tiny_models import save_tiny_llama
 from helpers.tiny_tokenizer import tiny_tokenizer
 from spallm_convert import FormatError, convert, load_sketched, push_to_hub, save_tables
 
@@ -287,9 +289,12 @@ def test_eval_from_the_hub_and_from_the_folder_alike(hub, work, pushed, tiny, tm
 
 @pytest.mark.slow
 def test_dry_run_reads_headers_alone(hub, work, pushed, tmp_path, monkeypatch):
+    dense = save_tiny_llama(tmp_path / "dense").folder
+    blocks = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    hub.add_repo("org/fp8", contents(save_pair(dense, fp8_blocks((16, 16)), blocks)))
     weights = {
         f"/{repo}/resolve/{hub.repos[repo].head}/{name}": len(data)
-        for repo in ("org/tiny", "org/sharded")
+        for repo in ("org/tiny", "org/sharded", "org/fp8")
         for name, data in hub.files(repo).items()
         if name.endswith(".safetensors")
     }
@@ -310,6 +315,7 @@ def test_dry_run_reads_headers_alone(hub, work, pushed, tmp_path, monkeypatch):
             "table": ("", "org/tiny", "--dry-run", "--output-dir", output),
             "json": ("", "org/tiny", "--dry-run", "--json", "--output-dir", output),
             "sharded": ("", "org/sharded", "--dry-run", "--json", "--output-dir", output),
+            "fp8": ("", "org/fp8", "--dry-run", "--output-dir", output),
         },
     )
     for name, answer in answers.items():
@@ -328,6 +334,7 @@ def test_dry_run_reads_headers_alone(hub, work, pushed, tmp_path, monkeypatch):
     sizes = json.loads(answers["json"].out)["totals"]
     for size in (sizes["source_bytes"], sizes["sketched_bytes"]):
         assert f"{size / 1e6:,.1f} MB" in answers["table"].out
+    assert "the source is quantized (FP8 in blocks of 16 x 16)" in answers["fp8"].out
 
 
 @pytest.mark.slow

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from spallm_convert.calibration.blocks.blocks import Blocks
 from spallm_convert.calibration.store import is_finite, sound_files, write_sound
-from spallm_convert.config import BITS, SketchConfig
+from spallm_convert.config import SketchConfig
 from spallm_convert.errors import CalibrationError
 from spallm_convert.progress import Progress
+from spallm_convert.recipe import BITS
 from spallm_convert.sketch.plan import Plan
 from spallm_convert.sketch.widths import Choice, budget_for, stored_bits, uniform
 from spallm_convert.sketch.widths import choices as all_choices
@@ -117,7 +118,10 @@ def allocate(
     kept = Allocation.read(folder, plan, config)
     if kept is not None:
         return kept
-    costs = sensitivities(blocks, tokens, plan.by_path, seed=config.seed, say=progress.say)
+    layers = plan.layers.values()
+    by_block = (blocks.targets(number, layers) for number in range(len(blocks)))
+    paths = {target.path for targets in by_block for target in targets.values()}
+    costs = sensitivities(blocks, tokens, paths, seed=config.seed, say=progress.say)
     sets = predict(blocks, plan, config, costs, say=progress.say)
     chosen = choose(sets, plan, config)
     check()

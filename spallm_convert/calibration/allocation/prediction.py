@@ -8,7 +8,7 @@ if there is enough text: on the same text, wide layers would look better than th
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -24,12 +24,12 @@ from spallm_convert.calibration.blocks.stages import (
     check_sums,
     find_stages,
     flat_inputs,
-    on_input,
 )
+from spallm_convert.calibration.blocks.targets import Target
+from spallm_convert.calibration.blocks.watching import Note, watched
 from spallm_convert.calibration.layers import DAMPING, fit_options
 from spallm_convert.config import SketchConfig
 from spallm_convert.errors import CalibrationError
-from spallm_convert.sketch.layer import Layer
 from spallm_convert.sketch.plan import Plan
 from spallm_convert.sketch.widths import Choice, choices
 from spallm_convert.source.skeleton import numbers_starred
@@ -38,6 +38,8 @@ from .sensitivity import Doubles, Sensitivity, measured_batches
 
 #: Number of rows of a layer that are sketched for its prediction.
 SAMPLE_ROWS = 32
+#: For experts, it is this many times as large, but not more than once for each of them.
+_MORE_ROWS = 4
 
 #: Sums over inputs (X^T X) that are in memory at a time, as a multiple of the sum of a block's
 #: widest layer. All sums of a block like Llama's take 1.2 to 1.5 times as much as that one.
@@ -74,11 +76,13 @@ class Trial(NamedTuple):
         errors: The sketched weights minus the dense ones, float32 [choices, rows, in_features].
         factors: Weights of the rows, float64 [rows]. The weighted sum of the rows' losses estimates
             the loss of the whole layer.
+        experts: Number of the expert of each row, int64 [rows]; 0 without experts.
     """
 
     choices: list[Choice]
     errors: Tensor
     factors: Doubles
+    experts: Tensor
 
 
 @torch.no_grad()
@@ -106,28 +110,55 @@ def predict(
         CalibrationError: Inputs or weights are not finite.
     """
     count = measured_batches(blocks)
-    measured, others = blocks.inputs[:count], blocks.inputs[count:]
-    found = []
+    measured = dict(enumerate(blocks.inputs[:count]))
+    others = {count + number: hidden for number, hidden in enumerate(blocks.inputs[count:])}
+    found: list[FusedSet] = []
     for number in range(len(blocks)):
         say(f"predicting losses: block {number + 1} of {len(blocks)}")
         block = blocks.load(number)
-        layers = plan.in_block(blocks.path_of(number))
-        weights = {inner: _weights(block, inner, layer.path) for inner, layer in layers.items()}
-        costs = {inner: sensitivities[layer.path] for inner, layer in layers.items()}
-        stages = find_stages(blocks, number, block, layers, measured[0])
+        targets = blocks.targets(number, plan.layers.values())
+        _check_weights(block, targets)
+        costs = {inner: sensitivities[target.path] for inner, target in targets.items()}
+        stages = find_stages(blocks, number, block, targets, measured[0])
         trials: dict[str, Trial] = {}
-        for some in _at_once(stages, layers):
-            sums, after = _sum_inputs(blocks, number, block, some, layers, others or measured)
+        for some in _at_once(stages, targets):
+            sums, after = _sum_inputs(blocks, number, block, some, targets, others or measured)
             for stage in some:
                 hessian = sums.pop(stage.names[0])
-                check_sums(layers[stage.names[0]].path, hessian)
-                trials |= _try(stage, hessian, weights, costs, layers, config)
-        losses, measured = _measure(blocks, number, block, trials, costs, measured)
-        others = after if others else []
-        shapes = {inner: layer.weight.shape for inner, layer in layers.items()}
-        for together in fused([stage.names for stage in stages], shapes):
-            found.append(FusedSet({layers[inner].name: losses[inner] for inner in together}))
+                check_sums(targets[stage.names[0]].path, hessian)
+                trials |= _try(stage, hessian, block, costs, targets, config)
+        losses, measured = _measure(blocks, number, block, trials, costs, targets, measured)
+        others = after if others else {}
+        shapes = {n: (t.weight.rows, t.weight.in_features) for n, t in targets.items()}
+        sets = fused([stage.names for stage in stages], shapes)
+        found += _by_layer(sets, losses, targets)
         blocks.unload(number)
+    return found
+
+
+def _by_layer(
+    sets: list[list[str]], losses: Mapping[str, Losses], targets: Mapping[str, Target]
+) -> list[FusedSet]:
+    """Return sets of stored weights from sets of parameters, and divide losses by rows.
+
+    Sets that have parts of one stored weight become one set.
+    """
+    found: list[FusedSet] = []
+    for names in sets:
+        own = FusedSet({})
+        for target, layer, part in ((targets[n], *p) for n in names for p in targets[n].pieces):
+            share = part.rows / target.weight.rows
+            before = own.losses.get(layer.name, {})
+            own.losses[layer.name] = {
+                choice: before.get(choice, 0.0) + share * loss
+                for choice, loss in losses[target.name].items()
+            }
+        for other in [other for other in found if other.losses.keys() & own.losses.keys()]:
+            found.remove(other)
+            for name, values in other.losses.items():
+                mine = own.losses.get(name, dict.fromkeys(values, 0.0))
+                own.losses[name] = {c: v + mine[c] for c, v in values.items() if c in mine}
+        found.append(own)
     return found
 
 
@@ -189,28 +220,40 @@ def draw_rows(
 def _try(
     stage: Stage,
     hessian: Tensor,
-    weights: Mapping[str, Tensor],
+    block: nn.Module,
     costs: Mapping[str, Sensitivity],
-    layers: Mapping[str, Layer],
+    targets: Mapping[str, Target],
     config: SketchConfig,
 ) -> dict[str, Trial]:
-    """Return a trial of each layer of a stage. hessian: X^T X, float64 [n, n]."""
+    """Return a trial of each layer of a stage. hessian: X^T X, float64 [n, n].
+
+    For experts, it is the sum over all of them.
+    """
     assert config.calibration is not None
     how = fit_options(config.calibration.without)
     numerics = choose_numerics(hessian.device)
     damped = numerics.prepare_hessian(hessian, DAMPING)
     found = {}
     for inner in stage.names:
-        wide = weights[inner].double()
-        spreads = (wide - wide.mean(1, keepdim=True)).square() @ hessian.diagonal()
-        rows, factors = draw_rows(costs[inner].rows, spreads.cpu().numpy(), SAMPLE_ROWS)
-        sample = weights[inner][torch.from_numpy(rows).to(hessian.device)]
-        options = choices(layers[inner].module, config)
+        target = targets[inner]
+        experts, size = target.weight.experts or 1, target.weight.out_features
+        spreads = []
+        for expert in range(experts):
+            wide = target.rows(block, expert).double()
+            centred = wide - wide.mean(1, keepdim=True)
+            spreads.append(centred.square() @ hessian.diagonal())
+        count = SAMPLE_ROWS * min(experts, _MORE_ROWS)
+        rows, factors = draw_rows(costs[inner].rows, torch.cat(spreads).cpu().numpy(), count)
+        owners = rows // size
+        sample = torch.stack(
+            [target.rows(block, int(e))[int(r % size)] for e, r in zip(owners, rows, strict=True)]
+        ).float()
+        options = choices(target.module, config)
         errors = []
         for choice in options:
             table, codes, _ = numerics.fit(sample, damped, choice.groups, 1 << choice.bits, **how)
             errors.append(numerics.look_up(table, codes) - sample)
-        found[inner] = Trial(options, torch.stack(errors), factors)
+        found[inner] = Trial(options, torch.stack(errors), factors, torch.from_numpy(owners))
     return found
 
 
@@ -220,47 +263,64 @@ def _measure(
     block: nn.Module,
     trials: Mapping[str, Trial],
     costs: Mapping[str, Sensitivity],
-    hidden: list[Tensor],
-) -> tuple[dict[str, Losses], list[Tensor]]:
-    """Return the losses of layers by choice, and the block's outputs on the CPU.
+    targets: Mapping[str, Target],
+    hidden: dict[int, Tensor],
+) -> tuple[dict[str, Losses], dict[int, Tensor]]:
+    """Return the losses of layers by choice, and the block's outputs on the CPU, by batch.
 
     hidden: Hidden states that enter the block, of the text that sensitivities were measured on.
     """
     lost = {
         n: trial.errors.new_zeros(trial.errors.shape[:2]).double() for n, trial in trials.items()
     }
-    seen = dict.fromkeys(trials, 0)
-    with contextlib.ExitStack() as stack:
-        for name, trial in trials.items():
+    seen = {
+        name: list(itertools.accumulate((0, *costs[name].counts[:-1])))
+        if costs[name].counts
+        else [0]
+        for name in trials
+    }
 
-            def add(x: Tensor, name: str = name, trial: Trial = trial) -> None:
-                flat = flat_inputs(x)
-                first, seen[name] = seen[name], seen[name] + len(flat)
-                weight = costs[name].tokens[first : seen[name]].to(flat)
-                moved = flat @ trial.errors.flatten(0, 1).T
-                lost[name] += (weight @ moved.square()).view_as(lost[name])
+    def noting(name: str, trial: Trial) -> Note:
+        def add(expert: int, x: Tensor, y: Tensor) -> None:
+            flat = flat_inputs(x)
+            first = seen[name][expert]
+            seen[name][expert] = first + len(flat)
+            weight = costs[name].tokens[first : first + len(flat)].to(flat)
+            own = (trial.experts == expert).nonzero()[:, 0].to(flat.device)
+            errors = trial.errors[:, own]
+            moved = flat @ errors.flatten(0, 1).T
+            lost[name][:, own] += (weight @ moved.square()).view(errors.shape[:2])
 
-            stack.enter_context(on_input(block, name, add))
-        after = [blocks.run(number, block, states).cpu() for states in hidden]
-    tokens = sum(states[..., 0].numel() for states in hidden)
+        return add
+
+    with watched(block, {name: noting(name, trial) for name, trial in trials.items()}, targets):
+        after = _run(blocks, number, block, hidden)
+    tokens = sum(states[..., 0].numel() for states in hidden.values())
     found = {}
     for name, trial in trials.items():
         values = lost[name].cpu().numpy() @ trial.factors / (2 * tokens)
         if not np.isfinite(values).all():
             raise CalibrationError(
-                f"{blocks.path_of(number)}.{name}: its predicted losses are not all finite; use "
+                f"{targets[name].path}: its predicted losses are not all finite; use "
                 f"--bits instead of --target-bits"
             )
         found[name] = dict(zip(trial.choices, values.tolist(), strict=True))
     return found, after
 
 
-def _at_once(stages: list[Stage], layers: Mapping[str, Layer]) -> Iterator[list[Stage]]:
+def _run(
+    blocks: Blocks, number: int, block: nn.Module, hidden: dict[int, Tensor]
+) -> dict[int, Tensor]:
+    """Return a block's outputs on the CPU, by batch."""
+    return {n: blocks.run(number, block, states, n).cpu() for n, states in hidden.items()}
+
+
+def _at_once(stages: list[Stage], targets: Mapping[str, Target]) -> Iterator[list[Stage]]:
     """Yield stages whose sums fit into memory together.
 
     This is one list for a usual block, and several for a block with many experts.
     """
-    squares = [layers[stage.names[0]].module.in_features ** 2 for stage in stages]
+    squares = [targets[stage.names[0]].weight.in_features ** 2 for stage in stages]
     some: list[Stage] = []
     held = 0
     for stage, square in zip(stages, squares, strict=True):
@@ -277,36 +337,36 @@ def _sum_inputs(
     number: int,
     block: nn.Module,
     stages: list[Stage],
-    layers: Mapping[str, Layer],
-    hidden: list[Tensor],
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Return X^T X over the inputs of stages, and the block's outputs on the CPU.
+    targets: Mapping[str, Target],
+    hidden: dict[int, Tensor],
+) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+    """Return X^T X over the inputs of stages, and the block's outputs on the CPU, by batch.
 
     The sums are float64 [in_features, in_features], by the name of each stage's first layer.
     """
     sums: dict[str, Tensor] = {}
-    with contextlib.ExitStack() as stack:
-        for name in (stage.names[0] for stage in stages):
-            columns = layers[name].module.in_features
-            sums[name] = torch.zeros(columns, columns, dtype=torch.float64, device=blocks.device)
 
-            def add(x: Tensor, hessian: Tensor = sums[name]) -> None:
-                flat = flat_inputs(x)
-                hessian += flat.T @ flat
+    def noting(hessian: Tensor) -> Note:
+        def add(expert: int, x: Tensor, y: Tensor) -> None:
+            flat = flat_inputs(x)
+            hessian.add_(flat.T @ flat)
 
-            stack.enter_context(on_input(block, name, add))
-        after = [blocks.run(number, block, states).cpu() for states in hidden]
+        return add
+
+    for name in (stage.names[0] for stage in stages):
+        columns = targets[name].weight.in_features
+        sums[name] = torch.zeros(columns, columns, dtype=torch.float64, device=blocks.device)
+    with watched(block, {name: noting(total) for name, total in sums.items()}, targets):
+        after = _run(blocks, number, block, hidden)
     return sums, after
 
 
-def _weights(block: nn.Module, name: str, path: str) -> Tensor:
-    """Return a layer's weights in float32. Raise CalibrationError if they are not finite."""
-    layer = block.get_submodule(name)
-    assert isinstance(layer, nn.Linear)
-    weights = layer.weight.float()
-    if not bool(weights.isfinite().all()):
-        raise CalibrationError(
-            f"{path}: its weights are not all finite; only finite weights can be sketched "
-            f"(--ignore {path} leaves the layer dense)"
-        )
-    return weights
+def _check_weights(block: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Raise CalibrationError if weights are not finite."""
+    for target in targets.values():
+        for expert in range(target.weight.experts or 1):
+            if not bool(target.rows(block, expert).isfinite().all()):
+                raise CalibrationError(
+                    f"{target.path}: its weights are not all finite; only finite weights can be "
+                    f"sketched (--ignore {target.path} leaves the layer dense)"
+                )

@@ -20,7 +20,7 @@ One block is in memory at a time: first forward through all blocks, then backwar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,8 @@ from torch import Tensor, nn
 
 from spallm_convert.calibration.blocks.blocks import Blocks
 from spallm_convert.calibration.blocks.stages import check_states
+from spallm_convert.calibration.blocks.targets import Target
+from spallm_convert.calibration.blocks.watching import Note, watched
 from spallm_convert.errors import CalibrationError
 
 #: Tokens of the text that gradients are taken on; one batch at least. The hidden states that enter
@@ -46,10 +48,13 @@ class Sensitivity(NamedTuple):
         rows: G, the squared gradient of each output, averaged over tokens: float64 [out_features].
         tokens: c, the squared gradient of each token, averaged over outputs and divided by the
             mean over all tokens: float32 [tokens], in the order in which the layer sees them.
+            Each expert has means of its own, and its tokens together.
+        counts: Number of tokens of each expert; of a linear layer, the number of its tokens.
     """
 
     rows: Doubles
     tokens: Tensor
+    counts: tuple[int, ...] = ()
 
 
 def measured_batches(blocks: Blocks) -> int:
@@ -65,14 +70,14 @@ def sensitivities(
     seed: int,
     say: Callable[[str], None],
 ) -> dict[str, Sensitivity]:
-    """Measure the sensitivities of linear layers.
+    """Measure the sensitivities of linear layers and of experts.
 
     The result depends on the seed alone; no global random state is used.
 
     Args:
         blocks: The dense model, opened with `tokens`. Its `inputs` are read, not changed.
         tokens: The calibration text, int64 [samples, seqlen].
-        layers: Paths of the layers in the model.
+        layers: Paths in the model of the layers, or of parameters of experts.
         seed: Seed of the labels that are drawn.
         say: Gets a line per block.
 
@@ -86,7 +91,9 @@ def sensitivities(
     with torch.no_grad():
         for number in range(len(blocks)):
             block = blocks.load(number)
-            entered.append([blocks.run(number, block, hidden).cpu() for hidden in entered[-1]])
+            entered.append(
+                [blocks.run(number, block, h, batch).cpu() for batch, h in enumerate(entered[-1])]
+            )
             for hidden in entered[-1]:
                 check_states(blocks.path_of(number), hidden)
             blocks.unload(number)
@@ -95,11 +102,11 @@ def sensitivities(
     for number in reversed(range(len(blocks))):
         say(f"measuring sensitivity: block {number + 1} of {len(blocks)}")
         block, prefix = blocks.load(number), blocks.path_of(number) + "."
-        inside = [path.removeprefix(prefix) for path in layers if path.startswith(prefix)]
-        with _squares(block, inside) as squares:
+        with _squares(block, blocks.weights_of(number, layers)) as squares:
+            pairs = zip(entered.pop(), gradients, strict=True)
             gradients = [
-                blocks.pull_back(number, block, hidden, gradient).cpu()
-                for hidden, gradient in zip(entered.pop(), gradients, strict=True)
+                blocks.pull_back(number, block, hidden, gradient, batch).cpu()
+                for batch, (hidden, gradient) in enumerate(pairs)
             ]
         blocks.unload(number)
         for name, values in squares.items():
@@ -152,37 +159,46 @@ def _by_final(
 
 
 @contextlib.contextmanager
-def _squares(block: nn.Module, names: Collection[str]) -> Iterator[dict[str, Sensitivity]]:
+def _squares(block: nn.Module, targets: Mapping[str, Target]) -> Iterator[dict[str, Sensitivity]]:
     """Yield a dictionary of sensitivities by layer, which is filled when the `with` block ends."""
     sums: dict[str, Tensor] = {}
-    calls: dict[str, list[Tensor]] = {}
+    calls: dict[str, list[tuple[int, Tensor]]] = {}
     found: dict[str, Sensitivity] = {}
 
-    def watch(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def noting(name: str) -> Note:
+        def note(expert: int, x: Tensor, output: Tensor) -> None:
             place = len(calls[name])  # gradients come from the last call to the first
-            calls[name].append(torch.zeros(output[..., 0].numel()))
+            calls[name].append((expert, torch.zeros(output[..., 0].numel())))
 
             def add(gradient: Tensor) -> None:
                 squares = gradient.reshape(-1, gradient.shape[-1]).float().square()
-                sums[name] = sums[name] + squares.sum(0, dtype=torch.float64)
-                calls[name][place] = squares.mean(1).cpu()
+                sums[name][expert] += squares.sum(0, dtype=torch.float64)
+                calls[name][place] = expert, squares.mean(1).cpu()
 
             if output.requires_grad:
                 output.register_hook(add)  # type: ignore[no-untyped-call]
 
-        return layer.register_forward_hook(hook)
+        return note
 
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            layer = block.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
-            sums[name] = layer.weight.new_zeros(layer.out_features, dtype=torch.float64)
-            calls[name] = []
-            stack.callback(watch(name, layer).remove)
+    for name, target in targets.items():
+        shape = target.weight.experts or 1, target.weight.out_features
+        sums[name] = target.rows(block).new_zeros(shape, dtype=torch.float64)
+        calls[name] = []
+    with watched(block, {name: noting(name) for name in targets}, targets):
         yield found
-    for name in names:
-        tokens = torch.cat([torch.empty(0), *calls[name]])
-        rows = sums[name] / max(1, len(tokens))
-        mean = float(rows.mean())
-        found[name] = Sensitivity(rows.cpu().numpy(), tokens / mean if mean else tokens)
+    for name, total in sums.items():
+        found[name] = _sensitivity(total, calls[name])
+
+
+def _sensitivity(sums: Tensor, calls: list[tuple[int, Tensor]]) -> Sensitivity:
+    """Return a sensitivity from sums by expert and output, and the squares of every call."""
+    rows, by_expert = [], []
+    for expert, total in enumerate(sums):
+        own = [squares for number, squares in calls if number == expert]
+        tokens = torch.cat([torch.empty(0), *own])
+        means = total / max(1, len(tokens))
+        mean = float(means.mean())
+        rows.append(means)
+        by_expert.append(tokens / mean if mean else tokens)
+    counts = tuple(map(len, by_expert))
+    return Sensitivity(torch.cat(rows).cpu().numpy(), torch.cat(by_expert), counts)

@@ -60,9 +60,34 @@ class Call:
             return block(hidden, *args, **kwargs)
         return block(**kwargs, **{_HIDDEN: hidden})
 
+    def on(self, device: torch.device, moved: dict[int, Tensor]) -> Call:
+        """Return the call with its tensors on a device.
+
+        Args:
+            device: The device.
+            moved: Tensors that were moved already, by id of the original. New ones are added, so
+                that calls share tensors as before.
+        """
+        args = tuple(_moved(value, device, moved) for value in self.args)
+        kwargs = {name: _moved(value, device, moved) for name, value in self.kwargs.items()}
+        return Call(args, kwargs, self.hidden_first)
+
     def same_as(self, other: Call) -> bool:
         """Return whether the arguments are equal. Tensors are compared by value."""
         return _same((self.args, self.kwargs), (other.args, other.kwargs))
+
+
+def _moved(value: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+    """Move tensors, also those in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        if id(value) not in moved:
+            moved[id(value)] = value.to(device)
+        return moved[id(value)]
+    if type(value) in (tuple, list):
+        return type(value)(_moved(part, device, moved) for part in value)
+    if type(value) is dict:
+        return {name: _moved(part, device, moved) for name, part in value.items()}
+    return value
 
 
 def _fresh(value: Any) -> Any:

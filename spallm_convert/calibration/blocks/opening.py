@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spallm_convert.errors import CalibrationError
 from spallm_convert.sketch.plan import Plan
-from spallm_convert.source.causal import check_tokens, predicts_next_token
+from spallm_convert.source.causal import check_tokens
 from spallm_convert.source.checkpoint import DenseCheckpoint
 from spallm_convert.source.skeleton import build_empty
 
@@ -42,19 +42,20 @@ def open_blocks(
         The blocks, in batches of equal size.
 
     Raises:
-        CalibrationError: The model is not a causal language model, or cannot be run block by block.
+        CalibrationError: The model reads something else than text, or cannot be run block by block.
         OptionError: Samples are longer than the model takes, or a token is not in its vocabulary.
     """
     model = build_empty(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
-    if not predicts_next_token(model):
+    if model.main_input_name != "input_ids":
         raise CalibrationError(
-            f"{type(model).__name__} is not a causal language model, and calibration needs one"
+            f"{type(model).__name__} reads {model.main_input_name}, and calibration needs a model "
+            f"that reads text"
         )
     samples, seqlen = tokens.shape
     check_tokens(model, tokens, seqlen, f"seqlen {seqlen}")
     most = samples // min(samples, HEALING_BATCHES) if to_heal else samples
     batch = max(n for n in range(1, min(most, samples_at_once(seqlen)) + 1) if samples % n == 0)
-    paths = plan.by_path
+    paths = dict.fromkeys(layer.path for layer in plan.layers.values())
     return Blocks(model, checkpoint.tensors, paths, tokens, batch=batch, device=device)
 
 

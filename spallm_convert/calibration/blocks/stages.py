@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from spallm_convert.errors import CalibrationError
 
 from .blocks import Blocks
+from .targets import Target
+from .watching import Note, watched
 
 
 class Streams(NamedTuple):
@@ -35,8 +36,8 @@ class Stage:
     """Linear layers with the same input.
 
     Attributes:
-        names: Names of the layers in the block.
-        calls: Number of times that a run of the block calls each layer.
+        names: Names of the layers in the block, or of one parameter of experts.
+        calls: Number of times that a run of the block calls each layer, 0 for experts.
     """
 
     names: list[str]
@@ -47,51 +48,42 @@ def find_stages(
     blocks: Blocks,
     number: int,
     block: nn.Module,
-    layers: Collection[str],
+    targets: Mapping[str, Target],
     hidden: Tensor,
 ) -> list[Stage]:
     """Group a block's layers by the tensor that they read, in the order of their first call.
 
-    Layers that are called several times get a stage of their own. Layers that are not called come
-    last, each on its own: experts that no token of this batch chose may be called in another batch.
+    Layers that are called several times get a stage of their own, and so does each parameter of
+    experts. Layers that are not called come last, each on its own: experts that no token of this
+    batch chose may be called in another batch.
 
     Args:
         blocks: The blocks of the model.
         number: Number of the block.
         block: The block, loaded.
-        layers: Names of the layers in the block.
-        hidden: Hidden states of one batch that enter the block.
+        targets: The layers to sketch, by name in the block.
+        hidden: Hidden states of the first batch that enter the block.
     """
     seen: list[tuple[str, Tensor]] = []
-    with contextlib.ExitStack() as stack:
-        for name in layers:
-            stack.enter_context(on_input(block, name, lambda x, name=name: seen.append((name, x))))
+
+    def noting(name: str) -> Note:
+        return lambda _, x, __: seen.append((name, x))
+
+    with watched(block, {name: noting(name) for name in targets}, targets):
         blocks.run(number, block, hidden)
     stages: list[tuple[Tensor | None, Stage]] = []
     for name, x in seen:
         calls = sum(other == name for other, _ in seen)
         if any(name in stage.names for _, stage in stages):
             continue
-        if calls == 1 and stages and stages[-1][0] is x:
+        if targets[name].is_experts:
+            stages.append((None, Stage([name], 0)))
+        elif calls == 1 and stages and stages[-1][0] is x:
             stages[-1][1].names.append(name)
         else:
             stages.append((x if calls == 1 else None, Stage([name], calls)))
-    idle = [Stage([name], 0) for name in layers if all(name != other for other, _ in seen)]
+    idle = [Stage([name], 0) for name in targets if all(name != other for other, _ in seen)]
     return [stage for _, stage in stages] + idle
-
-
-@contextlib.contextmanager
-def on_input(block: nn.Module, name: str, note: Any) -> Iterator[None]:
-    """Call `note` with the input of a layer at every call of the layer, during a `with` block."""
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        note(args[0])
-
-    handle = block.get_submodule(name).register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def flat_inputs(x: Tensor) -> Tensor:

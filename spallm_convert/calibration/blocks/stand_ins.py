@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class StandIns:
-    """Functions that take the place of a model's blocks.
+    """Functions that take the place of the blocks of one list.
 
     Tokens passed to the methods are int64 [batch, seqlen] on the model's device.
 
@@ -34,13 +35,25 @@ class StandIns:
         path: Path of the list of blocks, for error messages.
 
     Attributes:
-        as_tuple: Whether a block returns a tuple that starts with the hidden states.
+        path: Path of the list of blocks.
+        rest: What a block returns after the hidden states, as the first block did for the first
+            batch. None: a block returns the hidden states alone, not in a tuple.
+        before: The stand-ins of the lists that the text runs through first.
+        final: Hidden states after the last block that are returned in place of those that came.
     """
 
-    def __init__(self, model: PreTrainedModel, modules: Sequence[nn.Module], path: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        modules: Sequence[nn.Module],
+        path: str,
+        before: Sequence[StandIns] = (),
+    ) -> None:
         _return_hidden_states_alone(model)
-        self._model, self._modules, self._path = model, modules, path
-        self.as_tuple = False
+        self._model, self._modules, self.path = model, modules, path
+        self.rest: tuple[Any, ...] | None = None
+        self.before = before
+        self.final: Tensor | None = None
 
     def record(self, tokens: Tensor, count: int) -> tuple[list[Call], Tensor]:
         """Run the model up to a block, and record the calls of the blocks.
@@ -65,32 +78,42 @@ class StandIns:
             if number != len(calls) or not passed:
                 raise CalibrationError(
                     f"{type(self._model).__name__} does not pass the output of each block of "
-                    f"{self._path} directly to the next, so they cannot be run one by one"
+                    f"{self.path} directly to the next, so they cannot be run one by one"
                 )
             calls.append(call)
             entered.append(hidden)
             if len(calls) == count:
                 raise StopForward
-            return (hidden,) if self.as_tuple else hidden
+            return self._output(hidden)
 
         with (
+            self._passing_before(),
             self._instead_of_blocks(stand_in),
             contextlib.suppress(StopForward),
             self.clear_errors(),
         ):
-            self._model(tokens, use_cache=False)
+            run_model(self._model, tokens)
         if len(calls) != count or entered[0].is_meta:
             why = f"the model calls only {len(calls)} of {count}"
             if calls and entered[0].is_meta:
                 why = "weights before them are missing in the checkpoint"
             raise CalibrationError(
-                f"{type(self._model).__name__}: the blocks {self._path} cannot be run: {why}"
+                f"{type(self._model).__name__}: the blocks {self.path} cannot be run: {why}"
             )
         return calls, entered[0]
 
-    def check_run_once(self, tokens: Tensor) -> None:
-        """Raise CalibrationError if the model calls its blocks again after the last one."""
+    def find_next(self, tokens: Tensor, others: Mapping[str, Sequence[nn.Module]]) -> str | None:
+        """Return the path of the list whose blocks the model calls after these blocks, if any.
+
+        Args:
+            tokens: Some tokens; few are enough.
+            others: The blocks of other lists, by path of the list.
+
+        Raises:
+            CalibrationError: The model calls these blocks again after the last one.
+        """
         calls = 0
+        found: list[str] = []
 
         def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
             nonlocal calls
@@ -98,25 +121,43 @@ class StandIns:
             if calls > len(self._modules):
                 raise StopForward
             _, hidden = Call.taken_apart(args, kwargs)
-            return (hidden,) if self.as_tuple else hidden
+            return self._output(hidden)
+
+        def other(path: str, *args: Any, **kwargs: Any) -> Any:
+            found.append(path)
+            raise StopForward
 
         # Modules after the blocks may fail, because their weights have not been read.
-        with self._instead_of_blocks(stand_in), contextlib.suppress(Exception):
-            self._model(tokens, use_cache=False)
+        with (
+            self._passing_before(),
+            contextlib.ExitStack() as stack,
+            self._instead_of_blocks(stand_in),
+            contextlib.suppress(Exception),
+        ):
+            for path, modules in others.items():
+                replaced = ((block, functools.partial(other, path)) for block in modules)
+                stack.enter_context(_replaced(replaced))
+            run_model(self._model, tokens)
         if calls > len(self._modules):
             raise CalibrationError(
-                f"{type(self._model).__name__} runs the blocks {self._path} more than once, but "
+                f"{type(self._model).__name__} runs the blocks {self.path} more than once, but "
                 f"calibration runs each block once"
             )
+        if found and calls < len(self._modules):
+            raise CalibrationError(
+                f"{type(self._model).__name__} runs the blocks {self.path} and {found[0]} by "
+                f"turns, but calibration runs one list of blocks after the other"
+            )
+        return found[0] if found else None
 
     def logits(self, tokens: Tensor, final: Tensor) -> Tensor:
         """Return the logits [batch, seqlen, vocab] of hidden states after the last block."""
 
         def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
-            return (final,) if self.as_tuple else final
+            return self._output(final)
 
         with self._instead_of_blocks(stand_in), self.clear_errors():
-            logits: Tensor = self._model(tokens, use_cache=False).logits
+            logits: Tensor = run_model(self._model, tokens).logits
         return logits
 
     @contextlib.contextmanager
@@ -131,20 +172,97 @@ class StandIns:
                 raise
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise CalibrationError(
-                f"{type(self._model).__name__}: the blocks {self._path} cannot be run one by one "
+                f"{type(self._model).__name__}: the blocks {self.path} cannot be run one by one "
                 f"({reason})"
             ) from error
+
+    def _output(self, hidden: Tensor) -> Any:
+        """Return hidden states in the form in which a block returns them."""
+        return hidden if self.rest is None else (hidden, *self.rest)
+
+    @contextlib.contextmanager
+    def _passing_before(self) -> Iterator[None]:
+        """Let the blocks of earlier lists pass hidden states through, or return their `final`."""
+        with contextlib.ExitStack() as stack:
+            for earlier in self.before:
+                stack.enter_context(earlier._passing())
+            yield
+
+    @contextlib.contextmanager
+    def _passing(self) -> Iterator[None]:
+        def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
+            hidden = Call.taken_apart(args, kwargs)[1] if self.final is None else self.final
+            return self._output(hidden)
+
+        with self._instead_of_blocks(stand_in):
+            yield
 
     @contextlib.contextmanager
     def _instead_of_blocks(self, stand_in: Callable[..., Any]) -> Iterator[None]:
         """Call `stand_in` in place of the blocks, with a block's number and its arguments."""
-        for number, block in enumerate(self._modules):
-            block.forward = functools.partial(stand_in, number)
-        try:
+        numbered = enumerate(self._modules)
+        with _replaced((block, functools.partial(stand_in, number)) for number, block in numbered):
             yield
-        finally:
-            for block in self._modules:
-                del block.forward
+
+
+def first_list(
+    model: PreTrainedModel, lists: Mapping[str, Sequence[nn.Module]], tokens: Tensor
+) -> str | None:
+    """Return the path of the list of blocks that the model calls first for a text, if any.
+
+    Args:
+        model: The model, with weights around its blocks.
+        lists: The blocks of each list, by path of the list.
+        tokens: Some tokens, int64 [batch, seqlen]; few are enough.
+    """
+    found: list[str] = []
+
+    def stand_in(path: str, *args: Any, **kwargs: Any) -> Any:
+        found.append(path)
+        raise StopForward
+
+    blocks = [
+        (block, functools.partial(stand_in, path))
+        for path, modules in lists.items()
+        for block in modules
+    ]
+    with _replaced(blocks), contextlib.suppress(StopForward):
+        run_model(model, tokens)
+    return found[0] if found else None
+
+
+def run_model(model: PreTrainedModel, tokens: Tensor) -> Any:
+    """Run a model on a text. A decoder behind an encoder gets the same text, as if to repeat it.
+
+    Args:
+        model: The model.
+        tokens: The text, int64 [batch, seqlen].
+    """
+    accepted = inspect.signature(type(model).forward).parameters
+    given: dict[str, Any] = {}
+    if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        given["use_cache"] = False
+    if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
+        config: Any = model.config
+        first = getattr(config, "decoder_start_token_id", None)
+        first = config.pad_token_id if first is None else first
+        given["decoder_input_ids"] = tokens.roll(1, 1)
+        given["decoder_input_ids"][:, 0] = 0 if first is None else first
+    return model(tokens, **given)
+
+
+@contextlib.contextmanager
+def _replaced(forwards: Any) -> Iterator[None]:
+    """Call other functions in place of the `forward` of modules during a `with` block."""
+    changed = []
+    try:
+        for module, forward in forwards:
+            module.forward = forward
+            changed.append(module)
+        yield
+    finally:
+        for module in changed:
+            del module.forward
 
 
 def _return_hidden_states_alone(model: PreTrainedModel) -> None:

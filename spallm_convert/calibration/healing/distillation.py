@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from spallm_convert.calibration.blocks.blocks import Blocks
+from spallm_convert.calibration.blocks.stand_ins import run_model
 from spallm_convert.devices import fast_products
 from spallm_convert.errors import CalibrationError
 
@@ -150,7 +151,7 @@ def _divergence(blocks: Blocks, model: Any, ids: Tensor, hidden: Tensor) -> Tens
     with fast_products(blocks.device):
         with torch.no_grad():
             expected = blocks.logits(ids, hidden)
-        found = model(ids.to(blocks.device), use_cache=False).logits
+        found = run_model(model, ids.to(blocks.device)).logits
     flat = found.flatten(0, 1), expected.flatten(0, 1)
     total: Tensor = Divergence.apply(*flat)  # type: ignore[no-untyped-call]
     return total / ids.numel()

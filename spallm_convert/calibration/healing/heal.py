@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spallm_convert.calibration.blocks.blocks import Blocks
 from spallm_convert.calibration.blocks.stages import Streams
+from spallm_convert.calibration.blocks.targets import Target
 from spallm_convert.calibration.store import CalibratedModules
 from spallm_convert.config import SketchConfig
 from spallm_convert.devices import peak_memory
@@ -26,10 +27,11 @@ from spallm_convert.progress import Progress
 from spallm_convert.runtime.linear import SketchedLinear
 from spallm_convert.sketch.layer import Layer
 from spallm_convert.sketch.plan import Plan
+from spallm_convert.sketch.row_blocks import row_blocks
 from spallm_convert.sketch.rows import store_rows
-from spallm_formats import SketchMetadata, read_bytes, to_float32
 
 from .distillation import STEP_TOKENS, Distilled, distill
+from .layers import tables_of_layers, trainable_layer
 from .reconstruction import reconstruct
 from .tuning import HELD_OUT
 
@@ -76,11 +78,10 @@ def heal(
     """
     begin = time.monotonic()
     distilled = _tuned(blocks, plan, config, tokens, done, progress.say)
-    layers = plan.by_path
-    tables = {
-        layers[path].name: _stored(layers[path], table.cpu().numpy(), plan, done)
-        for path, table in distilled.tables.items()
-    }
+    targets = _targets(blocks, plan)
+    found = {path: table.cpu().numpy() for path, table in distilled.tables.items()}
+    by_layer = tables_of_layers([(targets[path], table) for path, table in found.items()])
+    tables = {layer.name: _stored(layer, table, plan, done) for layer, table in by_layer}
     done.write_healed(tables, {"kl_before": distilled.before, "kl_after": distilled.after})
     memory = peak_memory(blocks.device)
     progress.remark(
@@ -100,12 +101,14 @@ def _tuned(
 ) -> Distilled:
     """Reconstruct all blocks, then distill the whole model."""
     assert config.calibration is not None
-    layers = plan.by_path
+    targets = _targets(blocks, plan)
     dtype: torch.dtype = getattr(torch, plan.metadata.table_dtype)
     seed = config.seed
 
-    def sketched(path: str, dense: nn.Linear) -> SketchedLinear | None:
-        return _trainable(layers[path], dense, plan.metadata, done) if path in layers else None
+    def sketched(path: str, dense: nn.Module) -> SketchedLinear | None:
+        if path not in targets:
+            return None
+        return trainable_layer(targets[path], dense, plan.metadata, done).to(blocks.device)
 
     inputs = blocks.take_inputs()
     streams = Streams(inputs, list(inputs))
@@ -134,18 +137,11 @@ def _tuned(
     )
 
 
-def _trainable(
-    layer: Layer, dense: nn.Linear, metadata: SketchMetadata, done: CalibratedModules
-) -> SketchedLinear:
-    """Return a calibrated layer with a float32 table, to take the place of its dense layer."""
-    kept = done.read(layer.name)
-    hash_seed = metadata.hash_seed if metadata.mapping == "hash" else None
-    made = SketchedLinear(
-        layer.module, bias=dense.bias, table_dtype=torch.float32, hash_seed=hash_seed
-    )
-    made.weight.data = torch.from_numpy(kept.index_map)
-    made.weight_table.data = torch.from_numpy(kept.wide_table(layer.module, metadata))
-    return made.to(dense.weight.device)
+def _targets(blocks: Blocks, plan: Plan) -> dict[str, Target]:
+    """Return the parameters that are sketched, by path in the model."""
+    layers = plan.layers.values()
+    by_block = (blocks.targets(number, layers) for number in range(len(blocks)))
+    return {target.path: target for targets in by_block for target in targets.values()}
 
 
 def _stored(
@@ -156,14 +152,24 @@ def _stored(
     Raises:
         CalibrationError: A value is too large for the stored dtype.
     """
-    codes = done.read(layer.name).codes(layer.module, plan.metadata)
-    weight = layer.weight
-    raw = read_bytes(weight, 0, weight.nbytes)
-    dense = to_float32(raw, weight.dtype).reshape(weight.shape)
-    try:
-        rows = store_rows(
-            dense, table, lambda _: codes, layer.module, plan.metadata, limit=plan.limit
-        )
-    except OverflowError as error:
-        raise CalibrationError(f"{layer.path} has {error}; use --table-dtype float32") from error
-    return rows.table, rows.sums.sum(axis=0).tolist()
+    module, metadata = layer.module, plan.metadata
+    codes = done.read(layer.name).codes(module, metadata)
+    found = []
+    for block in row_blocks(layer, module.weights):
+        place = slice(block.first, block.first + len(block.weights))
+
+        def choose(_: Any, place: slice = place) -> np.ndarray[Any, np.dtype[np.uint8]]:
+            return codes[place]
+
+        try:
+            rows = store_rows(
+                block.weights, table[place], choose, module, metadata, block.first, plan.limit
+            )
+        except OverflowError as error:
+            raise CalibrationError(
+                f"{layer.path} has {error}; use --table-dtype float32"
+            ) from error
+        found.append(rows)
+    _, spec = module.tensors(layer.name, metadata.mapping, metadata.table_dtype)
+    stored = np.concatenate([rows.table for rows in found]).reshape(spec.shape)
+    return stored, np.concatenate([rows.sums for rows in found]).sum(axis=0).tolist()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
@@ -17,15 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from spallm_convert.calibration.blocks.blocks import Blocks
+from spallm_convert.calibration.blocks.replacing import Replace
 from spallm_convert.calibration.blocks.stages import Streams, check_states, not_finite
 from spallm_convert.devices import fast_products
-from spallm_convert.runtime.linear import SketchedLinear
 
 from .tuning import TableTuner, shuffled_forever, split_batches
-
-#: Takes a path in the model and the dense layer there. Returns the sketched layer to put in its
-#: place, or None to keep the dense one.
-Replace = Callable[[str, nn.Linear], SketchedLinear | None]
 
 
 class Reconstructed(NamedTuple):
@@ -72,14 +67,14 @@ def reconstruct(
     block = blocks.load(number)
     sketched = copy.deepcopy(block)
     path = blocks.path_of(number)
-    layers = _replace_layers(sketched, path, replace)
+    layers = blocks.replace_layers(number, sketched, replace)
     _let_through(blocks, number, block, streams.dense)
     targets, inputs = streams.dense, streams.sketched
     trained, held_out = split_batches(len(targets))
 
     def error(batch: int) -> Tensor:
         with fast_products(blocks.device):
-            found = blocks.run(number, sketched, inputs[batch])
+            found = blocks.run(number, sketched, inputs[batch], batch)
         return _relative_error(found.float(), targets[batch].to(found.device))
 
     @torch.no_grad()
@@ -89,7 +84,8 @@ def reconstruct(
     before = after = measured()
     if not math.isfinite(before):
         raise not_finite(path, "outputs", "healing")
-    tables = {name: layer.weight_table.detach() for name, layer in layers.items()}
+    start = path + "."
+    tables = {n.removeprefix(start): x.weight_table.detach() for n, x in layers.items()}
     if tables and before > 0:
         tuner = TableTuner(sketched, len(trained), before, dtype)
         for batch in islice(shuffled_forever(trained, seed), len(trained)):
@@ -100,19 +96,7 @@ def reconstruct(
         tables, after = tuner.put_best(), tuner.least
     _let_through(blocks, number, sketched, streams.sketched)
     blocks.unload(number)
-    return Reconstructed({f"{path}.{n}": table for n, table in tables.items()}, before, after)
-
-
-def _replace_layers(block: nn.Module, path: str, replace: Replace) -> dict[str, SketchedLinear]:
-    """Put sketched layers into a block and return them by their names in the block."""
-    layers = {}
-    for name, layer in list(block.named_modules()):
-        if isinstance(layer, nn.Linear):
-            other = replace(f"{path}.{name}", layer)
-            if other is not None:
-                block.set_submodule(name, other)
-                layers[name] = other
-    return layers
+    return Reconstructed({start + n: table for n, table in tables.items()}, before, after)
 
 
 @torch.no_grad()
@@ -120,7 +104,7 @@ def _let_through(blocks: Blocks, number: int, block: nn.Module, stream: list[Ten
     """Replace the hidden states of a stream by the block's outputs, in float32."""
     for index, hidden in enumerate(stream):
         with fast_products(blocks.device):
-            stream[index] = blocks.run(number, block, hidden).float().cpu()
+            stream[index] = blocks.run(number, block, hidden, index).float().cpu()
         check_states(blocks.path_of(number), stream[index], "healing")
 
 

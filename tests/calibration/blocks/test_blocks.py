@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from helpers.blocks import open_blocks, run_through
+from helpers.blocks import linear_paths, open_blocks, run_through
 from spallm_convert import CalibrationError, SketchConfig
 from spallm_convert.calibration.blocks.blocks import Blocks
 from spallm_convert.sketch.plan import make_plan
 from spallm_convert.source.locate import find_here
-from spallm_convert.source.skeleton import build_empty, by_model_name, read_skeleton
+from spallm_convert.source.skeleton import build_empty, by_model_name
 
 SIZES = {
     "hidden_size": 64,
@@ -126,7 +126,7 @@ class Scaled(torch.nn.ModuleList):
 )
 def test_models_that_do_other_than_pass_through_their_blocks_are_refused(kind, message, tmp_path):
     checkpoint = find_here(str(save_model(tmp_path / "model", "llama"))).open(tmp_path)
-    linears = read_skeleton(checkpoint.folder, checkpoint.config).linears
+    linears = linear_paths(checkpoint)
     model = build_empty(checkpoint.folder, checkpoint.config)
     model.model.layers.__class__ = kind
     with pytest.raises(CalibrationError, match=message):
