@@ -30,6 +30,7 @@ from .parameters import sketched_pairs
 from .replacing import densify, replace_weights
 from .resolving import resolve
 from .tables import attach_set_tables
+from .tying import fit_model, tied_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,6 +95,7 @@ class SpallmQuantizer(HfQuantizer):
         keep_sizes_of_one(getattr(model, "_weight_conversions", None))
         train_tables_only(model)
         attach_set_tables(model)
+        fit_model(model)
         self._describe_tables(_table_dtypes(model))
         return model
 
@@ -128,6 +130,7 @@ class SpallmQuantizer(HfQuantizer):
         """Return the state dict that `save_pretrained`, the caller, saves, and its metadata.
 
         The format has one dtype for all tables, so tables of several dtypes are cast to the widest.
+        Tied sketches are saved once, under the name that the config has.
         """
         given = _given_state_dict(sys._getframe(1))
         endings = {pair.table.name for pair in sketched_pairs(model)}
@@ -136,7 +139,8 @@ class SpallmQuantizer(HfQuantizer):
         kinds = {table.dtype for table in tables} or _table_dtypes(model)
         self._describe_tables(kinds)  # the config is saved after this
         kind = _widest(kinds)
-        if kinds <= {kind}:
+        tied = tied_parameters(model)
+        if kinds <= {kind} and not tied:
             return given, {}
         if torch.float64 in kinds:
             warnings.warn("float64 sketch tables are saved rounded to float32", stacklevel=3)
@@ -144,6 +148,7 @@ class SpallmQuantizer(HfQuantizer):
         return {
             name: value.to(kind) if name.rpartition(".")[2] in endings else value
             for name, value in state_dict.items()
+            if name not in tied
         }, {}
 
     def _describe_tables(self, kinds: set[torch.dtype]) -> None:
