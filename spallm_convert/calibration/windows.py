@@ -48,8 +48,9 @@ class CalibrationText:
 
         Every placement of `samples` windows that do not overlap is equally likely. Windows come in
         the order of the text. If the tokenizer starts texts with a beginning-of-text token, every
-        window starts with it and has seqlen - 1 tokens of text. This is how the model is used, and
-        models with such a token treat the first position of a sequence unlike all others.
+        window starts with it and has seqlen - 1 tokens of text. If it puts texts between a
+        classifier token and a separator, as for BERT, every window is between them. This is how the
+        model is used, and models with such tokens treat these positions unlike all others.
 
         If the text is longer than four times the draw, pieces of it are chosen at random and put
         back into their order. The same tokenizer, source, arguments and version of NumPy give the
@@ -74,8 +75,13 @@ class CalibrationText:
                 f"found samples={samples}, seqlen={seqlen}, seed={seed}; accepted are samples of "
                 f"at least 1, seqlen of at least 2 and seed of at least 0"
             )
-        prefix = _beginning(self._tokenizer)
-        length = seqlen - len(prefix)
+        prefix, suffix = _around(self._tokenizer)
+        length = seqlen - len(prefix) - len(suffix)
+        if length < 1:
+            raise OptionError(
+                f"seqlen {seqlen} leaves no room for text between the tokens that the tokenizer "
+                f"adds; choose {seqlen - length + 1} or more"
+            )
         generator = np.random.default_rng(seed)
         tokens = self._pool(_POOL * samples * length, generator)
         if or_fewer:
@@ -92,8 +98,8 @@ class CalibrationText:
         places = np.sort(generator.choice(spare + samples, samples, replace=False))
         starts = places + np.arange(samples) * (length - 1)
         windows = tokens[starts[:, None] + np.arange(length)]
-        first = np.tile(np.array(prefix, np.int64), (samples, 1))
-        return torch.from_numpy(np.concatenate([first, windows], axis=1))
+        first, last = (np.tile(np.array(ids, np.int64), (samples, 1)) for ids in (prefix, suffix))
+        return torch.from_numpy(np.concatenate([first, windows, last], axis=1))
 
     def _pool(
         self, enough: int, generator: np.random.Generator
@@ -131,10 +137,17 @@ class CalibrationText:
             self._encoded.update(zip(missing, found, strict=True))
 
 
-def _beginning(tokenizer: Any) -> list[int]:
-    """Return the token that the tokenizer puts before every text, in a list; empty if none."""
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens that the tokenizer puts before and behind every text, in lists.
+
+    They are a beginning-of-text token, or a classifier token and a separator.
+    """
+    found = tokenizer("a")["input_ids"]
+    first, last = (getattr(tokenizer, name, None) for name in ("cls_token_id", "sep_token_id"))
+    if first is not None and last is not None and found[:1] == [first] and found[-1:] == [last]:
+        return [first], [last]
     bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+    return ([bos] if bos is not None and found[:1] == [bos] else []), []
 
 
 def _pieces(documents: list[str]) -> Iterator[tuple[int, str]]:

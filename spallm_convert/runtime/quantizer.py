@@ -24,11 +24,13 @@ from spallm_formats import QUANT_METHOD, SketchMetadata
 from .checking import check_dtype, check_files
 from .conversions import keep_sizes_of_one, wanted_dtypes, with_tables
 from .evaluation_mode import keep_in_evaluation
+from .kept_dtypes import restore_dtypes, table_dtypes
 from .linear import train_tables_only
 from .parameters import sketched_pairs
 from .replacing import densify, replace_weights
 from .resolving import resolve
 from .tables import attach_set_tables
+from .tying import fit_model, tied_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +55,7 @@ class SpallmQuantizer(HfQuantizer):
     requires_calibration = True
     serialized_names = {"weight": ["weight", "weight_table"]}  # noqa: RUF012
     quantization_config: SpallmConfig
+    _tables: dict[str, torch.dtype]
     _expected: dict[str, tuple[torch.Size, torch.dtype]]
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
@@ -77,6 +80,7 @@ class SpallmQuantizer(HfQuantizer):
             model, sketches, torch.float32 if metadata.table_dtype == "float32" else None
         )
         keep_in_evaluation(model)
+        self._tables = table_dtypes(model)
         dtypes = wanted_dtypes(model, model.dtype)
         self._expected = {
             name: (parameter.shape, dtypes[name]) for name, parameter in model.named_parameters()
@@ -87,9 +91,11 @@ class SpallmQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         self._check_parameters(model)
         self._cast_parameters(model)
+        restore_dtypes(model, self._tables)
         keep_sizes_of_one(getattr(model, "_weight_conversions", None))
         train_tables_only(model)
         attach_set_tables(model)
+        fit_model(model)
         self._describe_tables(_table_dtypes(model))
         return model
 
@@ -124,6 +130,7 @@ class SpallmQuantizer(HfQuantizer):
         """Return the state dict that `save_pretrained`, the caller, saves, and its metadata.
 
         The format has one dtype for all tables, so tables of several dtypes are cast to the widest.
+        Tied sketches are saved once, under the name that the config has.
         """
         given = _given_state_dict(sys._getframe(1))
         endings = {pair.table.name for pair in sketched_pairs(model)}
@@ -132,7 +139,8 @@ class SpallmQuantizer(HfQuantizer):
         kinds = {table.dtype for table in tables} or _table_dtypes(model)
         self._describe_tables(kinds)  # the config is saved after this
         kind = _widest(kinds)
-        if kinds <= {kind}:
+        tied = tied_parameters(model)
+        if kinds <= {kind} and not tied:
             return given, {}
         if torch.float64 in kinds:
             warnings.warn("float64 sketch tables are saved rounded to float32", stacklevel=3)
@@ -140,6 +148,7 @@ class SpallmQuantizer(HfQuantizer):
         return {
             name: value.to(kind) if name.rpartition(".")[2] in endings else value
             for name, value in state_dict.items()
+            if name not in tied
         }, {}
 
     def _describe_tables(self, kinds: set[torch.dtype]) -> None:

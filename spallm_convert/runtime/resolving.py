@@ -59,12 +59,15 @@ def resolve(
 
 
 def _weights(model: PreTrainedModel) -> dict[str, LinearWeight]:
-    """Return the weights that may be sketched, by path; linear layers anywhere in the model."""
+    """Return the weights that may be sketched, by path.
+
+    Linear layers and embeddings count anywhere in the model.
+    """
     found, _ = find_linears(model)
     outside = {
-        f"{path}.weight": LinearWeight(module.out_features, module.in_features)
+        f"{path}.weight": LinearWeight(*module.weight.shape)
         for path, module in model.named_modules()
-        if type(module) is nn.Linear
+        if type(module) is nn.Linear or isinstance(module, nn.Embedding)
     }
     return outside | found
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spallm_formats import TABLE_ENDING, SketchedModule, pack
 from spallm_kernels import hash_codes
+from spallm_kernels.embedding import lut_embedding
 from spallm_kernels.linear import dequantize, lut_linear
 
 
@@ -115,6 +116,20 @@ class Sketch:
         ]
         return torch.cat(parts)
 
+    def rows(self, ids: Tensor, index_map: Tensor, table: Tensor) -> Tensor:
+        """Return rows of the weight, [..., in_features], in the dtype of the tables.
+
+        Args:
+            ids: Numbers of rows, int64 or int32 [...].
+            index_map: As for `product`.
+            table: As for `product`.
+        """
+        if index_map.dtype != torch.uint8:
+            index_map = index_map.to(torch.uint8)
+        return lut_embedding(
+            ids, index_map, table, self.shape.in_features, hash_seed=self.hash_seed
+        )
+
     # Codes computed by NumPy are not for torch.compile.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _numbered(self, index_map: Tensor, expert: int) -> list[tuple[slice, Tensor, int | None]]:
@@ -147,9 +162,11 @@ class Sketched:
     Attributes:
         sketches: Its sketches, by path of the index map in the module. The tables have the same
             path with "_table" at the end.
+        is_tied: Whether another module owns the parameters and gives them their stored name.
     """
 
     sketches: dict[str, Sketch]
+    is_tied = False
 
 
 def table_path(index_map: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from spallm_convert.config import SketchConfig
 from spallm_convert.recipe import AUTO
+from spallm_convert.source.embeddings import with_token_weights
 from spallm_convert.source.linear_weights import LinearWeight
 from spallm_convert.source.skeleton import Skeleton
 from spallm_convert.source.stored_names import LoadedNames, Piece, loaded_names, matrix_rows
@@ -33,6 +34,7 @@ class FoundLayers:
         ignored: Names of the tensors that the user leaves dense.
         problems: What keeps layers from being sketched although they should be.
         names: What the stored tensors become in the model.
+        notes: What the user should know about the embedding and the head.
     """
 
     names: LoadedNames
@@ -40,6 +42,7 @@ class FoundLayers:
     left_dense: dict[str, str] = field(default_factory=dict)
     ignored: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def find_layers(
@@ -57,10 +60,13 @@ def find_layers(
 
     Raises:
         OptionError: If a pattern matches no weight, or a recipe is for weights that belong
-            together and treats them differently.
+            together and treats them differently, or the model has no embedding or head to sketch.
     """
     shapes = ((name, tensor.shape) for name, tensor in tensors.items())
     found = FoundLayers(loaded_names(skeleton.model, matrix_rows(shapes)))
+    skeleton, found.notes = with_token_weights(
+        skeleton, found.names, embeddings=config.embeddings, lm_head=config.lm_head
+    )
     wishes = Wishes(config)
     belonging: set[str] = set()
     for parameters, names in _together(skeleton.weights, found.names):

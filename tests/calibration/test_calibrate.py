@@ -230,31 +230,32 @@ def test_texts_that_cannot_be_used(source, text, tmp_path):
     refused(SourceError, "no such file", source, output, options(tmp_path / "missing.txt"))
 
 
-def test_encoders_are_refused_unless_falling_back_is_allowed(text, tmp_path, capsys):
-    from transformers import BertConfig, BertForMaskedLM
+def test_models_of_images_are_refused_unless_falling_back_is_allowed(text, tmp_path, capsys):
+    from transformers import ViTConfig, ViTModel
 
-    config = BertConfig(
+    config = ViTConfig(
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=3,
         num_attention_heads=4,
-        vocab_size=128,
+        image_size=16,
+        patch_size=8,
     )
-    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
-    word_tokenizer().save_pretrained(tmp_path / "bert")
+    ViTModel(config).save_pretrained(tmp_path / "vit")
+    word_tokenizer().save_pretrained(tmp_path / "vit")
     output = tmp_path / "out"
     refused(
         CalibrationError,
-        "is not a causal language model, and calibration needs one; --fallback sketches",
-        tmp_path / "bert",
+        "ViTModel reads pixel_values, and calibration needs a model that reads text; --fallback",
+        tmp_path / "vit",
         output,
         options(text),
     )
     progress = StopAt()
     allowed = options(text, fallback=True)
-    report = convert(tmp_path / "bert", output, allowed, progress=progress)
+    report = convert(tmp_path / "vit", output, allowed, progress=progress)
     assert "relative_output_error" not in report.totals
-    needed = "BertForMaskedLM is not a causal language model, and calibration needs one"
+    needed = "ViTModel reads pixel_values, and calibration needs a model that reads text"
     assert report.document["not_calibrated"] == needed
     assert progress.said == [f"not calibrated: {needed}"]
     assert f"| calibration | none: {needed} |" in (output / "README.md").read_text()
@@ -328,12 +329,13 @@ def test_no_step_raises_the_loss_of_a_real_layer(bits, smollm2, tmp_path, monkey
     tokens = CalibrationText(tokenizer, "builtin").draw(samples=8, seqlen=128, seed=0)
     blocks = open_blocks(smollm2, tokens, batch=8)
     plan = make_plan(checkpoint, SketchConfig(bits=bits, groups_per_row=1))
-    layers = plan.in_block(blocks.path_of(0))
+    targets = blocks.targets(0, plan.layers.values())
     steps = []
     monkeypatch.setattr(backends, "fit", lambda *a, **k: steps.append(fit(*a, **k)) or steps[-1])
     streams = Streams(list(blocks.inputs), list(blocks.inputs))
-    found = dict(sketch_block(blocks, 0, layers, streams, plan.metadata))
-    assert list(found)[:3] == [f"self_attn.{name}_proj" for name in "qkv"]
+    made = sketch_block(blocks, 0, targets, streams, plan.metadata)
+    found = [sketched.layer.path for sketched in made]
+    assert found[:3] == [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
     assert len(steps) == 7
     for fitted in steps:
         names, losses = zip(*fitted.losses, strict=True)

@@ -12,6 +12,7 @@ from helpers.training import word_tokenizer
 from spallm_convert import SketchConfig, convert
 from spallm_convert.calibration.blocks.stages import Streams
 from spallm_convert.calibration.sketching import replay_block, sketch_block
+from spallm_convert.calibration.store import CalibratedModule
 from spallm_convert.sketch.plan import make_plan
 from spallm_convert.source.locate import find_here
 
@@ -90,11 +91,17 @@ def test_both_streams_leave_a_block_as_it_is_then(tmp_path, monkeypatch, which):
     plan = make_plan(find_here(str(folder)).open(folder), SketchConfig(bits=2, groups_per_row=1))
     tokens = torch.randint(2, 128, (6, 24), generator=torch.Generator().manual_seed(0))
     blocks = open_blocks(folder, tokens)
-    layers = plan.in_block(blocks.path_of(0)) if which == "all" else {}
+    layers = plan.layers if which == "all" else {}
+    targets = blocks.targets(0, layers.values())
     found, expected = (Streams(list(blocks.inputs), list(blocks.inputs)) for _ in range(2))
-    sketched = dict(sketch_block(blocks, 0, layers, found, plan.metadata))
-    assert sketched.keys() == layers.keys()
-    replay_block(blocks, 0, {n: layer.dense.numpy() for n, layer in sketched.items()}, expected)
+    made = list(sketch_block(blocks, 0, targets, found, plan.metadata))
+    assert {layer.layer.path for layer in made} == {target.path for target in targets.values()}
+    kept = {m.layer.name: CalibratedModule(m.index_map, m.table, m.sums) for m in made}
+
+    def read(layer):
+        return kept[layer.name].dense(layer.module, plan.metadata)
+
+    replay_block(blocks, 0, targets, read, expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert all(map(torch.equal, ours, theirs))
     assert all(map(torch.equal, *found)) == (which == "no")

@@ -32,8 +32,9 @@ def decode(module, index_map, table, seed=0):
     columns, bits, groups = module["in_features"], module["bits"], module["groups_per_row"]
     if index_map.numel():
         packed = index_map.numpy().reshape(rows, -1)
-        stream = np.unpackbits(packed, axis=1, count=columns * bits, bitorder="little")
-        codes = stream.reshape(rows, columns, bits) @ (1 << np.arange(bits))
+        stream = np.unpackbits(packed, axis=1, bitorder="little")
+        assert not stream[:, columns * bits :].any(), "padding bits are set"
+        codes = stream[:, : columns * bits].reshape(rows, columns, bits) @ (1 << np.arange(bits))
     else:
         keys = _mix(np.arange(rows, dtype=np.uint32) ^ _mix(np.uint32(seed)))
         codes = _mix(np.arange(columns, dtype=np.uint32) ^ keys[:, None]) % (1 << bits)
@@ -51,16 +52,32 @@ def _mix(x):
     return x ^ x >> 15
 
 
+def decoded_weights(folder):
+    """Return the dense weights of all sketched modules in the source's layout, by tensor.
+
+    Experts that the source stores below each other are stacked.
+    """
+    found = {}
+    for _, module, tensor, index_map, table in modules_of(folder):
+        weight = decode(module, index_map, table)
+        weight = weight.transpose(1, 2) if module.get("transposed") else weight
+        found[tensor] = (weight if "experts" in module else weight[0]).contiguous()
+    return found
+
+
 def save_decoded(sketched, source, folder):
     """Save the dense model that a sketched one stands for, as its source is stored."""
+    dense, kept = tensors_of(source), tensors_of(sketched)
+    for name, weight in decoded_weights(sketched).items():
+        stacked = weight.ndim == 3 and dense[name].ndim == 2  # experts below each other
+        decoded = weight.reshape(-1, weight.shape[2]) if stacked else weight
+        assert decoded.shape == dense[name].shape, f"{name} has the shape {list(decoded.shape)}"
+        dense[name] = decoded
+        del kept[name], kept[f"{name}_table"]
+    for name, tensor in kept.items():
+        assert torch.equal(tensor, dense[name]), f"{name} differs from the source"
     folder.mkdir()
-    tensors = tensors_of(source)
-    for _, module, tensor, index_map, table in modules_of(sketched):
-        weight = decode(module, index_map, table)
-        if module.get("transposed"):
-            weight = weight.transpose(1, 2)
-        tensors[tensor] = weight.reshape(tensors[tensor].shape).contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(dense, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(source / "config.json", folder)
     return folder
 

@@ -77,8 +77,8 @@ def heal(
         CalibrationError: Outputs or predictions of the model are not finite.
     """
     begin = time.monotonic()
-    distilled = _tuned(blocks, plan, config, tokens, done, progress.say)
     targets = _targets(blocks, plan)
+    distilled = _tuned(blocks, plan, targets, config, tokens, done, progress.say)
     found = {path: table.cpu().numpy() for path, table in distilled.tables.items()}
     by_layer = tables_of_layers([(targets[path], table) for path, table in found.items()])
     tables = {layer.name: _stored(layer, table, plan, done) for layer, table in by_layer}
@@ -94,6 +94,7 @@ def heal(
 def _tuned(
     blocks: Blocks,
     plan: Plan,
+    targets: dict[str, Target],
     config: SketchConfig,
     tokens: Tensor,
     done: CalibratedModules,
@@ -101,7 +102,6 @@ def _tuned(
 ) -> Distilled:
     """Reconstruct all blocks, then distill the whole model."""
     assert config.calibration is not None
-    targets = _targets(blocks, plan)
     dtype: torch.dtype = getattr(torch, plan.metadata.table_dtype)
     seed = config.seed
 

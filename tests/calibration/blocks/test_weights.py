@@ -5,6 +5,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spallm_convert.calibration.blocks.weights import Weights, forget
+from spallm_convert.source.stored_names import LoadedNames, Piece, matrix_rows
 from spallm_formats import read_header
 
 
@@ -28,9 +29,11 @@ def test_weights_are_read_and_forgotten(tmp_path):
     }
     save_file(stored, tmp_path / "model.safetensors")
     module = Module()
-    weights = Weights(
-        read_header(tmp_path / "model.safetensors"), torch.float32, torch.device("cpu")
-    )
+    tensors = read_header(tmp_path / "model.safetensors")
+    rows = matrix_rows((name, tensor.shape) for name, tensor in tensors.items())
+    pieces = {name: (Piece(name, 0, rows[name]),) for name in tensors}
+    names = LoadedNames(pieces, {}, {}, frozenset())
+    weights = Weights(tensors, names, torch.float32, torch.device("cpu"))
     assert weights.missing(module, "at") == ["at.inner.bias"]
     weights.fill(module, "at")
     assert torch.equal(module.inner.weight, stored["at.inner.weight"].float())
@@ -43,3 +46,42 @@ def test_weights_are_read_and_forgotten(tmp_path):
         forget(part)
     assert module.inner.weight.is_meta
     assert not module.kept.is_meta
+
+
+class Formed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        with torch.device("meta"):
+            self.joined = nn.Linear(3, 4)
+            self.part = nn.Linear(3, 2, bias=False)
+            self.experts = nn.Parameter(torch.empty(2, 2, 3))
+            self.turned = nn.Parameter(torch.empty(2, 5, 3))
+            self.tied = nn.Parameter(torch.empty(4, 3))
+
+
+def test_parameters_are_formed_of_the_rows_that_are_stored(tmp_path):
+    stored = {name: torch.randn(2, 3) for name in ("a", "b", "e0", "e1")}
+    stored |= {"bias0": torch.randn(1), "bias1": torch.randn(3), "t": torch.randn(2, 3, 5)}
+    save_file(stored, tmp_path / "model.safetensors")
+    whole = {"a": 2, "b": 2, "e0": 2, "e1": 2, "bias0": 1, "bias1": 1, "t": 6}
+    formed = {
+        "at.joined.weight": ["a", "b"],
+        "at.joined.bias": ["bias0", "bias1"],
+        "at.experts": ["e0", "e1"],
+        "at.turned": ["t"],
+    }
+    pieces = {n: tuple(Piece(t, 0, whole[t]) for t in of) for n, of in formed.items()}
+    pieces["at.part.weight"] = Piece("a", 1, 1), Piece("b", 0, 1)
+    names = LoadedNames(pieces, {}, {}, frozenset({"at.turned"}))
+    tensors = read_header(tmp_path / "model.safetensors")
+    tied = {"at.tied": "at.joined.weight"}
+    weights = Weights(tensors, names, torch.float32, torch.device("cpu"), tied)
+    module = Formed()
+    assert weights.missing(module, "at") == []
+    weights.fill(module, "at")
+    assert torch.equal(module.joined.weight, torch.cat([stored["a"], stored["b"]]))
+    assert torch.equal(module.joined.bias, torch.cat([stored["bias0"], stored["bias1"]]))
+    assert torch.equal(module.part.weight, torch.cat([stored["a"][1:], stored["b"][:1]]))
+    assert torch.equal(module.experts, torch.stack([stored["e0"], stored["e1"]]))
+    assert torch.equal(module.turned, stored["t"].transpose(1, 2))
+    assert torch.equal(module.tied, module.joined.weight)
