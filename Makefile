@@ -42,6 +42,7 @@ bench: .venv/.installed
 	.venv/bin/python -m benchmarks.cpu.calibrated_model
 	.venv/bin/python -m benchmarks.cpu.linear
 	.venv/bin/python -m benchmarks.cpu.memory
+	.venv/bin/python -m benchmarks.reach
 
 # DATA: a folder with train.json and test.json of instructions. The peers have their own environment.
 bench-finetune: .venv-peers/.installed

@@ -103,6 +103,10 @@ class SketchConfig:
         table_dtype: "bfloat16", "float16" or "float32", the type of tables on disk.
         seed: Seed of the hash mapping and of everything that calibration and healing draw at
             random, 0 to 2^32 - 1.
+        embeddings: Sketch the input embedding of tokens too. If the model ties the output head to
+            it, both are one weight, which is sketched and stored once.
+        lm_head: Sketch the output head too. If it is tied to the input embedding, this is the same
+            as `embeddings`.
         include: Patterns of layers. If there are any, all other layers stay dense.
         ignore: Patterns of layers to leave dense, even if `include` or `recipe` names them.
         recipe: Other bits and groups for the layers that match a pattern. The last entry that
@@ -123,6 +127,8 @@ class SketchConfig:
     mapping: str = "cluster"
     table_dtype: str = "bfloat16"
     seed: int = 0
+    embeddings: bool = False
+    lm_head: bool = False
     include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     recipe: Recipe | None = None
@@ -165,8 +171,9 @@ class SketchConfig:
                 f"recipe must be a Recipe, found {self.recipe!r}: Recipe.read(FILE) and "
                 f"Recipe.parse(DICT) make one"
             )
-        if type(self.strict) is not bool:
-            problems.append(f"strict must be True or False, found {self.strict!r}")
+        for name in ("embeddings", "lm_head", "strict"):
+            if type(getattr(self, name)) is not bool:
+                problems.append(f"{name} must be True or False, found {getattr(self, name)!r}")
         return problems
 
     def _calibration_problems(self, calibration: CalibrationConfig) -> list[str]:

@@ -33,7 +33,10 @@ def test_every_bad_option_is_named_at_once():
         "mapping": "guess",
         "table_dtype": "int8",
         "seed": -1,
+        "include": "*.k_proj",
         "ignore": "*.q_proj",
+        "recipe": {"*.q_proj": {"bits": 3}},
+        "strict": 1,
         "max_shard_size": "many",
         "calibration": "text.txt",
     }

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from helpers.documented import ROOT
 from spallm_convert import OptionError, Recipe, Rule
 
 TOML = """
@@ -102,3 +103,11 @@ def test_files_that_cannot_be_read(write, tmp_path):
 def test_rules_are_checked_in_python_too(rules):
     with pytest.raises(OptionError, match="recipe: "):
         Recipe(rules)
+
+
+def test_the_example_is_the_one_in_the_documentation():
+    example = Recipe.read(ROOT / "examples/recipe.toml")
+    page = (ROOT / "docs/howto/recipes.md").read_text(encoding="utf-8")
+    text = (ROOT / "examples/recipe.toml").read_text(encoding="utf-8")
+    assert text.partition("\n\n")[2] in page
+    assert [rule.pattern for rule in example.rules][-1] == "model.layers.0.self_attn.*"

@@ -134,7 +134,7 @@ PUBLISHED = {
         "meta-llama/Llama-4-Scout-17B-16E",
         "Llama4ForConditionalGeneration",
         "Llama4Config",
-        {"text_config": _SCOUT_TEXT, "vision_config": _SCOUT_VISION},
+        {"text_config": _SCOUT_TEXT, "vision_config": _SCOUT_VISION, "pad_token_id": 200018},
     ),
     "Qwen2.5-VL-7B": Published(
         "Qwen/Qwen2.5-VL-7B-Instruct",

@@ -11,14 +11,15 @@ from typing import Any
 
 from benchmarks.shared.machine import resident, write_results
 from spallm_convert import SketchConfig
-from spallm_convert.sketch.plan import Plan, make_plan
+from spallm_convert.conversion.loadable import checked_plan
+from spallm_convert.sketch.plan import Plan
 
 from .headers import made_up
 from .models import Published
 
 
 def measure(published: Published, folder: Path) -> dict[str, Any]:
-    """Plan a model; return sizes, seconds and peak memory.
+    """Plan a model as `--dry-run` does; return sizes, seconds and peak memory.
 
     Args:
         published: The model.
@@ -27,7 +28,7 @@ def measure(published: Published, folder: Path) -> dict[str, Any]:
     checkpoint = made_up(published, folder)
     before = resident("VmHWM")
     start = time.perf_counter()
-    plan = make_plan(checkpoint, SketchConfig(**published.sketch))
+    plan = checked_plan(checkpoint, SketchConfig(**published.sketch), False)
     seconds = time.perf_counter() - start
     return figures(plan) | {
         "hub": published.hub,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .cpu.least_squares import least_squares
     from .cpu.quadratic import look_up, quadratic_loss
     from .dispatch import choose_backend
+    from .embedding import lut_embedding
     from .linear import dequantize, lut_linear
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "kmeans",
     "least_squares",
     "look_up",
+    "lut_embedding",
     "lut_linear",
     "prepare_hessian",
     "quadratic_loss",
@@ -60,6 +62,7 @@ _HOMES = {
     "kmeans": "cpu.kmeans",
     "least_squares": "cpu.least_squares",
     "look_up": "cpu.quadratic",
+    "lut_embedding": "embedding",
     "lut_linear": "linear",
     "prepare_hessian": "cpu.hessian",
     "quadratic_loss": "cpu.quadratic",

@@ -44,7 +44,7 @@ def lut_linear(
     """
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, found {x.dtype}")
-    _check(x.shape[-1], index_map, table, hash_seed)
+    check_shapes(x.shape[-1], index_map, table, hash_seed)
     device = x.device.type
     # Meta has no autocast. It is tested by name: torch.compile cannot trace the question itself.
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -93,14 +93,26 @@ def dequantize(
     Raises:
         ValueError: If the shapes cannot match or the backend cannot be used.
     """
-    _check(in_features, index_map, table, hash_seed)
+    check_shapes(in_features, index_map, table, hash_seed)
     weight: Tensor = torch.ops.spallm.dequantize(
         index_map, table.detach(), in_features, hash_seed, backend
     )
     return weight
 
 
-def _check(in_features: int, index_map: Tensor, table: Tensor, hash_seed: int | None) -> None:
+def check_shapes(in_features: int, index_map: Tensor, table: Tensor, hash_seed: int | None) -> None:
+    """Check that an index map and tables can belong together.
+
+    Args:
+        in_features: Columns of the weight.
+        index_map: Packed codes, uint8 [out_features, row_bytes]; [out_features, 0] with
+            `hash_seed`.
+        table: Tables, float [out_features, groups, 2^bits].
+        hash_seed: Seed of the `hash` mapping; None if codes are stored.
+
+    Raises:
+        ValueError: If the shapes cannot match.
+    """
     out_features, groups, entries = table.shape
     bits = entries.bit_length() - 1
     if entries != 1 << bits or in_features % groups:

@@ -42,7 +42,7 @@ def _lut_linear(
     else:
         weight = _weight(name, x.dtype, index_map, table, x.shape[-1], hash_seed)
         y = torch.nn.functional.linear(tokens, weight, bias)
-    return _shaped(y, *x.shape[:-1], table.shape[0])
+    return shaped(y, *x.shape[:-1], table.shape[0])
 
 
 def _dequantize(
@@ -63,7 +63,7 @@ def _input_grad(
     name = choose_backend(y_grad.device, _bits(table), backend)
     weight = _weight(name, y_grad.dtype, index_map, table, in_features, hash_seed)
     rows = y_grad.reshape(-1, y_grad.shape[-1])
-    return _shaped(rows @ weight, *y_grad.shape[:-1], in_features)
+    return shaped(rows @ weight, *y_grad.shape[:-1], in_features)
 
 
 def _table_grad(
@@ -113,7 +113,8 @@ def _lut_linear_backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor | None, ...]:
     return x_grad, None, table_grad, bias_grad, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *gradients: Tensor) -> Any:
+def no_second_derivative(ctx: Any, *gradients: Tensor) -> Any:
+    """Raise NotImplementedError."""
     raise NotImplementedError("second derivatives of a sketched product are not supported")
 
 
@@ -137,10 +138,14 @@ def _table_grad_shape(
     return table.new_empty(table.shape, dtype=_wide(x.dtype))
 
 
-def _shaped(result: Tensor, *shape: int) -> Tensor:
+def shaped(result: Tensor, *shape: int) -> Tensor:
     """Give a fresh result another shape without a copy, and without becoming a view of it.
 
     Autograd refuses to change views in place if an operator returns them, as in `y += residual`.
+
+    Args:
+        result: The result of an operator.
+        shape: Its new shape.
     """
     reshaped: Tensor = torch.ops.aten._unsafe_view(result, shape)
     return reshaped
@@ -171,14 +176,22 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 _library: Any = torch.library.Library("spallm", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _register(
+def register(
     schema: str,
     implementation: Callable[..., Tensor],
     shape: Callable[..., Tensor],
     backward: Callable[..., Any] | None,
     setup_context: Callable[..., None] | None = None,
 ) -> None:
-    """Register an operator, its shape function (for tensors without data) and its derivative."""
+    """Register an operator, its shape function (for tensors without data) and its derivative.
+
+    Args:
+        schema: Name and arguments of the operator, as `torch.library.define` takes them.
+        implementation: What it computes, on any device.
+        shape: Function of the same arguments that returns an empty tensor like the result.
+        backward: Derivative, as `torch.library.register_autograd` takes it. None: there is none.
+        setup_context: What keeps the inputs for the derivative.
+    """
     _library.define(schema)
     name = schema.partition("(")[0]
     _library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -189,7 +202,7 @@ def _register(
         )
 
 
-_register(
+register(
     "lut_linear(Tensor x, Tensor index_map, Tensor table, Tensor? bias, int? hash_seed, "
     "str? backend, str? path) -> Tensor",
     _lut_linear,
@@ -197,24 +210,24 @@ _register(
     _lut_linear_backward,
     _save_inputs,
 )
-_register(
+register(
     "dequantize(Tensor index_map, Tensor table, int in_features, int? hash_seed, str? backend) "
     "-> Tensor",
     _dequantize,
     _dequantize_shape,
     None,
 )
-_register(
+register(
     "input_grad(Tensor y_grad, Tensor index_map, Tensor table, int in_features, int? hash_seed, "
     "str? backend) -> Tensor",
     _input_grad,
     _input_grad_shape,
-    _no_second_derivative,
+    no_second_derivative,
 )
-_register(
+register(
     "table_grad(Tensor y_grad, Tensor x, Tensor index_map, Tensor table, int? hash_seed, "
     "str? backend) -> Tensor",
     _table_grad,
     _table_grad_shape,
-    _no_second_derivative,
+    no_second_derivative,
 )

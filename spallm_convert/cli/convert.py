@@ -111,6 +111,17 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
     help="If the model cannot be calibrated block by block, sketch it without calibration.",
 )
 @click.option(
+    "--embeddings",
+    is_flag=True,
+    help="Sketch the input embedding of tokens too, from its weights alone. If the model ties the "
+    "output head to it, both are one weight, and this option or --lm-head sketches it for both.",
+)
+@click.option(
+    "--lm-head",
+    is_flag=True,
+    help="Sketch the output head too, from its weights alone; see --embeddings for tied weights.",
+)
+@click.option(
     "--include",
     multiple=True,
     metavar="PATTERN",
@@ -172,6 +183,8 @@ def command(
     without: tuple[str, ...],
     heal: int,
     fallback: bool,
+    embeddings: bool,
+    lm_head: bool,
     include: tuple[str, ...],
     ignore: tuple[str, ...],
     recipe: str | None,
@@ -219,6 +232,8 @@ def command(
         mapping=mapping,
         table_dtype=table_dtype,
         seed=seed,
+        embeddings=embeddings,
+        lm_head=lm_head,
         include=include,
         ignore=ignore,
         recipe=None if recipe is None else Recipe.read(recipe),
@@ -280,8 +295,10 @@ def _advise(config: SketchConfig) -> None:
     from .terminal import stderr
 
     hashed = config.mapping == "hash"
-    if config.calibration is None and (hashed or config.bits < _DEFAULTS.bits):
-        what = "hashed index maps" if hashed else f"{config.bits} bits"
+    rules = () if config.recipe is None else config.recipe.rules
+    bits = min([config.bits, *(rule.bits for rule in rules if rule.bits is not None)])
+    if config.calibration is None and (hashed or bits < _DEFAULTS.bits):
+        what = "hashed index maps" if hashed else f"{bits} bits"
         stderr.print(
             f"{what} without calibration lose much of the model's quality: consider "
             f"--calibration builtin, or a text of your own, and --heal 300",

@@ -20,6 +20,8 @@ from .terminal import print_table
 def print_plan(plan: Plan, *, as_json: bool, totals_alone: bool = False) -> None:
     """Print what a conversion would do, for `--dry-run`."""
     totals = plan.totals()
+    for note in plan.notes:
+        say(note, err=True)
     if plan.dense_warning is not None:
         say(plan.dense_warning, err=True)
     if as_json:

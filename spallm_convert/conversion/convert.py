@@ -122,7 +122,7 @@ def convert(
             remove_leftovers(folder)
             return older
         with Staging(folder, same, resume=resume, overwrite=overwrite) as staging:
-            warning = None
+            remarks: list[str] = []
             if staging.is_published:
                 staging.finish_publishing()
                 report = written_report(folder)
@@ -134,9 +134,9 @@ def convert(
                 check_replaceable(folder, written, written_hashes(older))
                 plan, report = carry_out(job, staging, checkpoint, plan, texts, same)
                 _publish(job, staging, checkpoint, plan, report, older)
-                warning = plan.dense_warning
-    if warning is not None:
-        job.progress.remark(warning)
+                remarks += [*plan.notes, *filter(None, [plan.dense_warning])]
+    for remark in remarks:
+        job.progress.remark(remark)
     if config.mapping == "hash" and "healing" not in report.document:
         job.progress.remark(_HASHED)
     return report
@@ -170,7 +170,7 @@ def plan_conversion(
         OptionError: An option cannot be used. `target_bits` is refused, because bits are only
             chosen when the text has been run through the model.
         SourceError: The model cannot be found or read, on this machine or on the Hub, or it has no
-            layer to sketch.
+            layer to sketch, or `config.strict` forbids what would stay dense.
     """
     config = config or SketchConfig()
     _find_place(device, config)

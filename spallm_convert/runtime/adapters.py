@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 from spallm_convert.errors import OptionError
 
+from .embedding import SketchedEmbedding
 from .linear import SketchedLinear
 from .sketch import is_sketched
 
@@ -70,6 +71,8 @@ def _asking(inject_adapter: Any) -> Any:
         create = self._create_and_replace
 
         def checked(config: Any, name: str, target: Any, *rest: Any, **more: Any) -> Any:
+            if isinstance(target, SketchedEmbedding):
+                raise OptionError(f"PEFT: {name} is a sketched embedding: {_ADVICE}")
             if _is_sketched(target):
                 _check(config, more.get("parameter_name"))
                 config._register_custom_module({SketchedLinear: SketchedLoraLinear})

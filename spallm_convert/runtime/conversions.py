@@ -12,6 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from spallm_formats import TABLE_ENDING
 
 _NAME_END = re.compile(r"[a-zA-Z0-9]\$?$")  # to transformers, the end of a whole name
@@ -24,6 +26,49 @@ def with_tables(conversions: Sequence[Any]) -> list[Any]:
         conversions: Conversions of transformers that match whole names.
     """
     return [each for change in conversions for each in (change, *_of_tables(change))]
+
+
+def wanted_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the dtypes that a model's parameters should be loaded in, by name.
+
+    Until version 5.20, transformers loads what it renames in the dtype of the checkpoint.
+
+    Args:
+        model: The model before its weights are loaded.
+        dtype: Dtype of the model.
+    """
+    from transformers.core_model_loading import build_glob_alternation
+
+    wanted = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    made = getattr(model, "_get_dtype_plan", None)  # in early versions, an attribute holds the plan
+    plan = getattr(model, "dtype_plan", None) if made is None else made(dtype)
+    if plan:  # transformers keeps some modules in float32
+        pattern, originals, *_ = build_glob_alternation(list(plan))
+        for name, usual in wanted.items():
+            found = pattern.search(name)
+            if found is not None and usual.is_floating_point:
+                wanted[name] = plan[originals[found.lastgroup or ""]]
+    return wanted
+
+
+def keep_sizes_of_one(conversions: Sequence[Any] | None) -> None:
+    """Let transformers save tables of experts with one group, or weights with one row, as they are.
+
+    Until version 5.21, it drops all dimensions of size 1 when it takes stacked experts apart.
+
+    Args:
+        conversions: The conversions that a model was loaded with, which are changed. None: none.
+    """
+    from transformers.core_model_loading import MergeModulelist
+
+    from .stacking import Stack
+
+    for change in conversions or ():
+        if hasattr(change, "operations"):
+            change.operations = [
+                Stack(operation.dim) if type(operation) is MergeModulelist else operation
+                for operation in change.operations
+            ]
 
 
 def _of_tables(change: Any) -> list[Any]:

@@ -66,13 +66,11 @@ def sketched_model(model: nn.Module) -> Any:
 
 
 def sketched_pairs(model: nn.Module) -> list[Pair]:
-    """Return the sketches of a model, with the places of their parameters."""
-    return [
-        _pair(path, module, inner, sketch)
-        for path, module in model.named_modules()
-        if isinstance(module, Sketched)
-        for inner, sketch in module.sketches.items()
-    ]
+    """Return the sketches of a model, with the places of their parameters.
+
+    Tied sketches are one: the module that the checkpoint stores has it.
+    """
+    return _pairs(model, tied=False)
 
 
 def replaceable(model: nn.Module) -> dict[str, Place]:
@@ -86,7 +84,8 @@ def replaceable(model: nn.Module) -> dict[str, Place]:
 
 def _places(model: nn.Module) -> Iterator[tuple[str, Place]]:
     pairs = sketched_pairs(model)
-    taken = {(id(p.module), p.name) for pair in pairs for p in (pair.index_map, pair.table)}
+    every = pairs + _pairs(model, tied=True)
+    taken = {(id(p.module), p.name) for pair in every for p in (pair.index_map, pair.table)}
     seen: set[int] = set()  # tied weights are one parameter in several places
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -96,6 +95,15 @@ def _places(model: nn.Module) -> Iterator[tuple[str, Place]]:
             yield _uncompiled(f"{path}.{name}" if path else name), Place(module, name)
     for pair in pairs:
         yield pair.key, pair.table
+
+
+def _pairs(model: nn.Module, *, tied: bool) -> list[Pair]:
+    return [
+        _pair(path, module, inner, sketch)
+        for path, module in model.named_modules()
+        if isinstance(module, Sketched) and module.is_tied == tied
+        for inner, sketch in module.sketches.items()
+    ]
 
 
 def _pair(path: str, module: Any, inner: str, sketch: Sketch) -> Pair:

@@ -22,13 +22,15 @@ from spallm_convert.errors import FormatError
 from spallm_formats import QUANT_METHOD, SketchMetadata
 
 from .checking import check_dtype, check_files
-from .conversions import with_tables
+from .conversions import keep_sizes_of_one, wanted_dtypes, with_tables
 from .evaluation_mode import keep_in_evaluation
+from .kept_dtypes import restore_dtypes, table_dtypes
 from .linear import train_tables_only
 from .parameters import sketched_pairs
 from .replacing import densify, replace_weights
 from .resolving import resolve
 from .tables import attach_set_tables
+from .tying import fit_model, tied_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +55,8 @@ class SpallmQuantizer(HfQuantizer):
     requires_calibration = True
     serialized_names = {"weight": ["weight", "weight_table"]}  # noqa: RUF012
     quantization_config: SpallmConfig
-    _expected: dict[str, tuple[torch.Size, bool]]  # shape, and whether it is of floats
+    _tables: dict[str, torch.dtype]
+    _expected: dict[str, tuple[torch.Size, torch.dtype]]
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Return the changes that transformers makes while loading, with those of tables."""
@@ -77,17 +80,22 @@ class SpallmQuantizer(HfQuantizer):
             model, sketches, torch.float32 if metadata.table_dtype == "float32" else None
         )
         keep_in_evaluation(model)
+        self._tables = table_dtypes(model)
+        dtypes = wanted_dtypes(model, model.dtype)
         self._expected = {
-            name: (parameter.shape, parameter.is_floating_point())
-            for name, parameter in model.named_parameters()
+            name: (parameter.shape, dtypes[name]) for name, parameter in model.named_parameters()
         }
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         self._check_parameters(model)
+        self._cast_parameters(model)
+        restore_dtypes(model, self._tables)
+        keep_sizes_of_one(getattr(model, "_weight_conversions", None))
         train_tables_only(model)
         attach_set_tables(model)
+        fit_model(model)
         self._describe_tables(_table_dtypes(model))
         return model
 
@@ -95,24 +103,34 @@ class SpallmQuantizer(HfQuantizer):
         """Raise FormatError if a parameter has got a tensor of another kind than it had."""
         problems = []
         for name, parameter in model.named_parameters():
-            shape, is_float = self._expected.get(name, (parameter.shape, True))
+            shape, dtype = self._expected.get(name, (parameter.shape, torch.float32))
             # transformers 5.0 sets parameters of any shape if a model has a quantizer.
             if parameter.shape != shape:
                 problems.append(
                     f"tensor {name!r} has the shape {list(parameter.shape)}, the model expects "
                     f"{list(shape)}"
                 )
-            elif is_float and not (parameter.is_floating_point() or parameter.is_complex()):
+            elif dtype.is_floating_point and not (
+                parameter.is_floating_point() or parameter.is_complex()
+            ):
                 problems.append(
                     f"tensor {name!r} has the dtype {parameter.dtype}, the model expects floats"
                 )
         if problems:
             raise FormatError(problems)
 
+    def _cast_parameters(self, model: PreTrainedModel) -> None:
+        """Cast what transformers has loaded in another dtype than the model has."""
+        for name, parameter in model.named_parameters():
+            _, dtype = self._expected.get(name, (None, parameter.dtype))
+            if parameter.is_floating_point() and not parameter.is_meta and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
         """Return the state dict that `save_pretrained`, the caller, saves, and its metadata.
 
         The format has one dtype for all tables, so tables of several dtypes are cast to the widest.
+        Tied sketches are saved once, under the name that the config has.
         """
         given = _given_state_dict(sys._getframe(1))
         endings = {pair.table.name for pair in sketched_pairs(model)}
@@ -121,7 +139,8 @@ class SpallmQuantizer(HfQuantizer):
         kinds = {table.dtype for table in tables} or _table_dtypes(model)
         self._describe_tables(kinds)  # the config is saved after this
         kind = _widest(kinds)
-        if kinds <= {kind}:
+        tied = tied_parameters(model)
+        if kinds <= {kind} and not tied:
             return given, {}
         if torch.float64 in kinds:
             warnings.warn("float64 sketch tables are saved rounded to float32", stacklevel=3)
@@ -129,6 +148,7 @@ class SpallmQuantizer(HfQuantizer):
         return {
             name: value.to(kind) if name.rpartition(".")[2] in endings else value
             for name, value in state_dict.items()
+            if name not in tied
         }, {}
 
     def _describe_tables(self, kinds: set[torch.dtype]) -> None:
@@ -157,8 +177,9 @@ class SpallmQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
-        densify(model, dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> Any:
+        # Saving a model leaves the name of its dtype in its config.
+        densify(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return model
 
 

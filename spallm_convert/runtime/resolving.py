@@ -44,7 +44,8 @@ def resolve(
         if path not in weights:
             problems += [f"module {name!r} is not a linear layer of {owner}" for name in names]
         elif path in loaded.doubled:
-            first, second = (stored[tensor].name for tensor in loaded.doubled[path][:2])
+            doubled = sorted(loaded.doubled[path], key=[*stored].index)
+            first, second = (stored[tensor].name for tensor in doubled[:2])
             problems.append(
                 f"modules {first!r} and {second!r} are the same layer of {owner}, "
                 f"{path.removesuffix('.weight')!r}, expected one of them"
@@ -58,12 +59,15 @@ def resolve(
 
 
 def _weights(model: PreTrainedModel) -> dict[str, LinearWeight]:
-    """Return the weights that may be sketched, by path; linear layers anywhere in the model."""
+    """Return the weights that may be sketched, by path.
+
+    Linear layers and embeddings count anywhere in the model.
+    """
     found, _ = find_linears(model)
     outside = {
-        f"{path}.weight": LinearWeight(module.out_features, module.in_features)
+        f"{path}.weight": LinearWeight(*module.weight.shape)
         for path, module in model.named_modules()
-        if type(module) is nn.Linear
+        if type(module) is nn.Linear or isinstance(module, nn.Embedding)
     }
     return outside | found
 

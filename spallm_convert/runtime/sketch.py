@@ -7,7 +7,7 @@ the names of the stored modules: `Span` connects both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spallm_formats import TABLE_ENDING, SketchedModule, pack
 from spallm_kernels import hash_codes
+from spallm_kernels.embedding import lut_embedding
 from spallm_kernels.linear import dequantize, lut_linear
 
 
@@ -60,6 +61,13 @@ class Sketch:
     shape: SketchedModule
     spans: tuple[Span, ...] = ()
     hash_seed: int | None = None
+    _is_numbered_from_zero: bool = field(init=False)  # rows have their numbers in a stored module
+
+    def __post_init__(self) -> None:
+        first = self.spans[0].first if self.spans else 0
+        single = len(self.spans) <= 1 and self.shape.experts in (None, 1)
+        # Not a property: torch.compile does not know how to evaluate it.
+        object.__setattr__(self, "_is_numbered_from_zero", single and first == 0)
 
     def product(
         self,
@@ -108,12 +116,18 @@ class Sketch:
         ]
         return torch.cat(parts)
 
-    @property
-    def _is_numbered_from_zero(self) -> bool:
-        """Return whether the rows of the one weight have their numbers in a stored module."""
-        spans = self.spans
-        return not spans or (
-            len(spans) == 1 and spans[0].first == 0 and self.shape.experts in (None, 1)
+    def rows(self, ids: Tensor, index_map: Tensor, table: Tensor) -> Tensor:
+        """Return rows of the weight, [..., in_features], in the dtype of the tables.
+
+        Args:
+            ids: Numbers of rows, int64 or int32 [...].
+            index_map: As for `product`.
+            table: As for `product`.
+        """
+        if index_map.dtype != torch.uint8:
+            index_map = index_map.to(torch.uint8)
+        return lut_embedding(
+            ids, index_map, table, self.shape.in_features, hash_seed=self.hash_seed
         )
 
     # Codes computed by NumPy are not for torch.compile.
@@ -148,9 +162,11 @@ class Sketched:
     Attributes:
         sketches: Its sketches, by path of the index map in the module. The tables have the same
             path with "_table" at the end.
+        is_tied: Whether another module owns the parameters and gives them their stored name.
     """
 
     sketches: dict[str, Sketch]
+    is_tied = False
 
 
 def table_path(index_map: str) -> str:

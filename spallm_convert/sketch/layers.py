@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from spallm_convert.config import SketchConfig
 from spallm_convert.recipe import AUTO
+from spallm_convert.source.embeddings import with_token_weights
 from spallm_convert.source.linear_weights import LinearWeight
 from spallm_convert.source.skeleton import Skeleton
 from spallm_convert.source.stored_names import LoadedNames, Piece, loaded_names, matrix_rows
@@ -19,7 +20,7 @@ from spallm_formats import INDEX_MAP_SUFFIX, SketchedModule, StoredTensor
 
 from .layer import Layer, Part
 from .left_dense import matrices
-from .problems import double_weights, tensor_problems
+from .problems import double_weights, missing_experts, tensor_problems
 from .wishes import Stored, Wish, Wishes
 
 
@@ -33,6 +34,7 @@ class FoundLayers:
         ignored: Names of the tensors that the user leaves dense.
         problems: What keeps layers from being sketched although they should be.
         names: What the stored tensors become in the model.
+        notes: What the user should know about the embedding and the head.
     """
 
     names: LoadedNames
@@ -40,6 +42,7 @@ class FoundLayers:
     left_dense: dict[str, str] = field(default_factory=dict)
     ignored: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def find_layers(
@@ -57,10 +60,13 @@ def find_layers(
 
     Raises:
         OptionError: If a pattern matches no weight, or a recipe is for weights that belong
-            together and treats them differently.
+            together and treats them differently, or the model has no embedding or head to sketch.
     """
     shapes = ((name, tensor.shape) for name, tensor in tensors.items())
     found = FoundLayers(loaded_names(skeleton.model, matrix_rows(shapes)))
+    skeleton, found.notes = with_token_weights(
+        skeleton, found.names, embeddings=config.embeddings, lm_head=config.lm_head
+    )
     wishes = Wishes(config)
     belonging: set[str] = set()
     for parameters, names in _together(skeleton.weights, found.names):
@@ -84,6 +90,8 @@ def find_layers(
         if reason is not None:
             kept = names or parameters
             found.left_dense |= {name.removesuffix(INDEX_MAP_SUFFIX): reason for name in kept}
+    counts = {weight.experts for weight in skeleton.weights.values() if weight.experts}
+    found.problems += missing_experts(tensors, counts)
     _leave_others(tensors.keys() - belonging, tensors, wishes, found)
     wishes.check()
     return found

@@ -14,6 +14,7 @@ from spallm_convert.config import SketchConfig
 from spallm_convert.errors import SourceError
 from spallm_convert.source.checkpoint import DenseCheckpoint
 from spallm_convert.source.layer_count import layer_count_problem
+from spallm_convert.source.linears import is_in_block
 from spallm_convert.source.skeleton import read_skeleton
 from spallm_formats import (
     Shard,
@@ -47,6 +48,7 @@ class Plan:
         dense_reasons: The main reason for that, by kind of layer.
         limit: Limit of the table values, if the model loads in a dtype with a smaller range.
         shards: The weight files to write, with the place of every tensor.
+        notes: What the user should know about the embedding and the head, if they were asked for.
     """
 
     metadata: SketchMetadata
@@ -57,6 +59,7 @@ class Plan:
     dense_reasons: dict[str, str]
     limit: Limit | None
     shards: list[Shard]
+    notes: tuple[str, ...] = ()
 
     @property
     def sketched_weights(self) -> int:
@@ -65,8 +68,10 @@ class Plan:
 
     @property
     def dense_warning(self) -> str | None:
-        """Return a warning if more than 5 % of the linear weights stay dense."""
-        return dense_warning(self.dense_weights, self.sketched_weights, self.dense_reasons)
+        """Return a warning if more than 5 % of the linear weights in the blocks stay dense."""
+        in_blocks = (layer for layer in self.layers.values() if is_in_block(layer.path))
+        sketched = sum(layer.module.weights for layer in in_blocks)
+        return dense_warning(self.dense_weights, sketched, self.dense_reasons)
 
     @property
     def by_path(self) -> dict[str, Layer]:
@@ -110,7 +115,7 @@ class Plan:
 def make_plan(
     checkpoint: DenseCheckpoint, config: SketchConfig, *, trust_remote_code: bool = False
 ) -> Plan:
-    """Plan to sketch every linear layer in the model's blocks.
+    """Plan to sketch every linear layer in the model's blocks, and the ends that are asked for.
 
     With `target_bits`, all layers get the bits of `config` first, and `reallocate` changes them.
 
@@ -121,7 +126,8 @@ def make_plan(
 
     Raises:
         OptionError: Groups do not divide a layer's columns, a pattern matches nothing, a recipe
-            treats weights differently that belong together, or the target cannot be met.
+            treats weights differently that belong together, the target cannot be met, or the model
+            has no embedding or head to sketch.
         SourceError: No layer can be sketched, a weight has an unsupported dtype or an unexpected
             shape, or `config.strict` forbids what would stay dense.
     """
@@ -154,6 +160,7 @@ def make_plan(
         dense_reasons=dense_reasons(left_dense, found.ignored),
         limit=loading_limit(checkpoint.config, stored, config.table_dtype),
         shards=shards,
+        notes=tuple(found.notes),
     )
     if config.strict and plan.dense_warning is not None:
         raise SourceError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 
 from spallm_convert.errors import OptionError
 from spallm_convert.source.stored_names import LoadedNames
@@ -17,6 +18,8 @@ from spallm_formats import (
 )
 
 from .layer import Layer
+
+_EXPERT = re.compile(r"(.*\.experts\.)(\d{1,6})(\..*)")
 
 
 def name_problems(tensors: Mapping[str, StoredTensor], layers: Mapping[str, Layer]) -> list[str]:
@@ -54,6 +57,31 @@ def tensor_problems(weight: StoredTensor, shape: tuple[int, ...]) -> list[str]:
             f"{CONFIG_FILE} that belongs to these weights"
         ]
     return []
+
+
+def missing_experts(tensors: Iterable[str], counts: Collection[int]) -> list[str]:
+    """Return a problem if experts of a block are not stored although others are.
+
+    Args:
+        tensors: Names of the tensors of the checkpoint.
+        counts: The numbers of experts that blocks of the model have.
+    """
+    stored: dict[str, dict[str, set[int]]] = {}  # by block and kind of weight
+    for match in filter(None, map(_EXPERT.fullmatch, tensors)):
+        stored.setdefault(match[1], {}).setdefault(match[3], set()).add(int(match[2]))
+    missing = []
+    for block, kinds in stored.items():
+        most = max(map(max, kinds.values())) + 1
+        fitting = [count for count in counts if count >= most]  # ERNIE stores two sets as one
+        for kind, numbers in kinds.items():
+            lost = sorted(set(range(min(fitting, default=0))) - numbers)
+            missing += [f"{block}{number}{kind}" for number in lost]
+    if not missing:
+        return []
+    return [
+        f"experts without a tensor: {summary(missing, ', ')}; use the {CONFIG_FILE} that belongs "
+        f"to these weights, or get the weights again"
+    ]
 
 
 def check_groups(modules: dict[str, SketchedModule]) -> None:

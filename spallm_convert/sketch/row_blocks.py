@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spallm_convert.errors import SourceError, SpallmError
-from spallm_convert.source.quantized.weights import DequantizedTensor
+from spallm_convert.source.quantized.weights import TransposedTensor
 from spallm_convert.source.reading import read_columns, read_rows
 from spallm_formats import StoredTensor
 
@@ -91,7 +91,7 @@ def read_source(
 def _columns(layer: Layer, expert: int) -> Callable[[int, int], npt.NDArray[np.float32]]:
     """Return a function that reads columns of an expert's stored matrix, as rows."""
     tensor, size = layer.weight, layer.module.in_features
-    if isinstance(tensor, DequantizedTensor):  # it is stored by columns, or in blocks
+    if isinstance(tensor, TransposedTensor):  # it is stored by columns, so only these are read
 
         def read(source: StoredTensor, first: int, stop: int) -> npt.NDArray[np.float32]:
             return read_columns(source, expert, first, stop)

@@ -71,19 +71,14 @@ def is_in_block(name: str) -> bool:
 
 
 def _unfit(model: PreTrainedModel, weights: set[str]) -> dict[str, str]:
-    kept = dict.fromkeys(
-        _kept_in_float32(model) & weights, "transformers keeps its weight in float32"
-    )
     read = {
         name: f"the model's code reads its weight ({function})"
         for name, function in (_noticed(model, weights) | read_weights(model, weights)).items()
     }
     pairs: dict[str, Any] = getattr(model, "all_tied_weights_keys", {})  # not in all remote code
     tied = {*pairs, *pairs.values()}
-    return (
-        kept
-        | read
-        | dict.fromkeys(weights & tied, "the model ties its weight to that of another layer")
+    return read | dict.fromkeys(
+        weights & tied, "the model ties its weight to that of another layer"
     )
 
 
@@ -111,15 +106,3 @@ def _routers(model: PreTrainedModel, experts: Mapping[str, LinearWeight]) -> dic
         for name, parameter in model.named_parameters()
         if (router := _ROUTER.search(name)) and counts.get(router[1]) == parameter.shape[0]
     }
-
-
-def _kept_in_float32(model: PreTrainedModel) -> set[str]:
-    """Return the weights that transformers casts while loading, whatever their stored dtype is.
-
-    An index map would become a matrix of floats.
-    """
-    kept = (model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict)
-    patterns = "|".join(re.escape(name) for names in kept for name in names or ())
-    declared = re.compile(rf"(^|\.)({patterns})(\.|$)")
-    names = (f"{name}.weight" for name, _ in model.named_modules())
-    return {name for name in names if patterns and declared.search(name)}

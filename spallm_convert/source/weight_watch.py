@@ -2,8 +2,8 @@
 
 The source of a class does not show everything: a function may get a layer as an argument, or take
 the first parameter of a module. So the model's code runs for a few tokens on the meta device, on a
-copy whose weights report what is done with them. Code that needs numbers ends the run early; what
-was noticed until then counts.
+copy whose weights report what is done with them. Numbers that the code asks for are made up. An
+error ends the run; what was noticed until then counts.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .experts import expert_modules
 
@@ -33,6 +34,26 @@ _HARMLESS = {
     "numel",
     "is_leaf",
 }
+
+
+#: Most numbers that are made up in a run; more are asked for by a loop that has no other end.
+_MOST_GUESSES = 10_000
+
+
+class _Guesses(TorchDispatchMode):  # type: ignore[no-untyped-call]  # in torch
+    """Answer questions about numbers that are not there, such as whether a mask is all ones."""
+
+    def __init__(self, answer: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # in torch
+        self._answer, self._left = answer, _MOST_GUESSES
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and self._left:
+            self._left -= 1
+            return bool(self._answer) if args[0].dtype == torch.bool else self._answer
+        return func(*args, **(kwargs or {}))
 
 
 class _Watched(Tensor):
@@ -149,12 +170,31 @@ def _run(model: Any) -> None:
         inputs = {name: torch.zeros(1, _TOKENS, dtype=torch.long)}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = torch.zeros(1, _TOKENS, dtype=torch.long)
-    options: list[dict[str, Any]] = [{}, {"use_cache": False}]
-    for option in options:  # some models make a cache, others make a mask, that need numbers
+    for answer, option in ((1, {}), (1, {"use_cache": False}), (0, {})):
         with suppress(Exception), warnings.catch_warnings():  # a model's code may raise anything
             warnings.simplefilter("ignore")
-            model(**inputs, **option)
+            with _Guesses(answer), _no_autocast():
+                model(**inputs, **option)
             return
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    """Let code ask for autocast, which torch does not know on the meta device."""
+    asked, entered = torch.is_autocast_enabled, torch.autocast
+
+    def is_off(*_: Any) -> bool:
+        return False
+
+    def nothing(*_: Any, **__: Any) -> Any:
+        return nullcontext()
+
+    try:
+        torch.is_autocast_enabled = is_off  # type: ignore[assignment]
+        torch.autocast = nothing  # type: ignore[assignment,misc]
+        yield
+    finally:
+        torch.is_autocast_enabled, torch.autocast = asked, entered  # type: ignore[misc]
 
 
 def _function_outside() -> str:

@@ -58,3 +58,13 @@ def test_a_gguf_file_is_read_without_a_bar(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stderr == ""
+
+
+def test_a_recipe_with_few_bits_is_advised_to_be_calibrated(tiny_llama, write, capfd):
+    recipe = write("recipe.json", '{"*.up_proj": {"bits": 2}, "*.q_proj": {"dense": true}}')
+    with pytest.raises(SystemExit) as stop:
+        main([str(tiny_llama.folder), "--recipe", recipe, "--dry-run"])
+    assert stop.value.code == 0
+    out, err = capfd.readouterr()
+    assert err.startswith("2 bits without calibration lose much")
+    assert "left dense: 2 x model.layers.*.self_attn.q_proj: left dense by the recipe" in out

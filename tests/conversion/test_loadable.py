@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from helpers.architectures import ARCHITECTURES, save_tiny
+from helpers.architectures import save_tiny
 from helpers.calibration import contents
 from helpers.tiny_models import save_tiny_llama
 from spallm_convert import SketchConfig, SourceError, convert, load_sketched, plan_conversion
@@ -89,12 +89,31 @@ def test_one_weight_under_two_names(source, tmp_path):
     assert f"'{other}' and '{QUERY}' are the same weight" in refused(source, tmp_path / "out")
 
 
-def test_experts_that_do_not_fit_each_other(tmp_path):
-    source = save_tiny("MixtralForCausalLM", tmp_path / "source")
-    lost = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
-    edit_tensors(source, lambda tensors: tensors.pop(lost))
+EXPERTS = {
+    "MixtralForCausalLM": ("model.layers.0.block_sparse_moe.experts.", (".w1.weight",)),
+    "Qwen3MoeForCausalLM": (
+        "model.layers.1.mlp.experts.",
+        (".down_proj.weight", ".gate_proj.weight", ".up_proj.weight"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_block_without_one_of_its_experts(name, tmp_path):
+    source = save_tiny(name, tmp_path / "source")
+    start, ends = EXPERTS[name]
+    lost = [f"{start}2{end}" for end in ends]
+    edit_tensors(source, lambda tensors: [tensors.pop(name) for name in lost])
     message = refused(source, tmp_path / "out")
-    assert "do not fit each other: model.layers.0.mlp.experts.gate_up_proj" in message
+    assert f": experts without a tensor: {', '.join(lost)}; use the config.json that" in message
+
+
+def test_a_config_with_more_experts_than_are_stored(tmp_path):
+    source = save_tiny("MixtralForCausalLM", tmp_path / "source")
+    edit_config(source, num_local_experts=5)
+    message = refused(source, tmp_path / "out")
+    assert ".experts.4.w1.weight, " in message
+    assert "and 3 more" in message  # three projections in each of two blocks
 
 
 def test_tied_weights_and_further_tensors_are_not_refused(tmp_path):
@@ -111,7 +130,23 @@ def test_blocks_that_predict_further_tokens_are_not_refused(source):
     plan_conversion(source)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+# tests/conversion/test_reach.py takes these and all others through a whole conversion.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LlamaModel",
+        "Qwen3MoeForCausalLM",
+        "DeepseekV3ForCausalLM",
+        "GPTNeoXForCausalLM",
+        "BloomForCausalLM",
+        "JambaForCausalLM",
+        "BartForConditionalGeneration",
+        "BertForPreTraining",
+        "Dinov2Model",
+        "CLIPModel",
+        "Gemma3ForConditionalGeneration",
+    ],
+)
 def test_models_that_transformers_saved_are_not_refused(name, tmp_path):
     plan_conversion(save_tiny(name, tmp_path), SketchConfig(groups_per_row=1))
 

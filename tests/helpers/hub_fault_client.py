@@ -102,6 +102,11 @@ class _Client:
 
         return sorted(remote_checkpoint(repo, None).tensors)
 
+    def plan(self, repo: str) -> object:
+        from spallm_convert import plan_conversion
+
+        return sorted(plan_conversion(repo).layers)
+
     def push(self, repo: str) -> object:
         from spallm_convert.conversion.push import push_to_hub
 

@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers.shared_tables import shard, swap_tables, tables_in_processes
 from helpers.training import counting, losses, trainer
-from spallm_convert import SketchedLinear, load_sketched
+from spallm_convert import load_sketched
+from spallm_convert.runtime.parameters import sketched_model, sketched_pairs
 
 #: A job that hangs, because one of its processes has failed, is killed.
 _SECONDS = 120
@@ -128,13 +129,13 @@ def _train(job: Job, rank: int) -> None:
         model, curve = _by_hand(job, rank)
     else:
         model, curve = _by_trainer(job, rank)
-    layers = [module for module in model.modules() if isinstance(module, SketchedLinear)]
-    maps = [layer.weight for layer in layers]
+    pairs = sketched_pairs(sketched_model(model))
+    maps = [pair.index_map.parameter for pair in pairs]
     result = {
         "losses": curve,
         "map_bytes": sum(_local(index_map).nbytes for index_map in maps),
         "map_dtypes": sorted({str(index_map.dtype) for index_map in maps}),
-        "table_dtypes": sorted({str(layer.weight_table.dtype) for layer in layers}),
+        "table_dtypes": sorted({str(pair.table.parameter.dtype) for pair in pairs}),
     }
     if job.by_hand:
         result["tables"] = tables_in_processes(job.model, Path(job.output))

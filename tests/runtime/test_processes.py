@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.architectures import save_tiny
 from helpers.training import assert_close, assert_same, checkpointing, counting, parameters
 from helpers.training_processes import Job, outcome, run_jobs
 from spallm_convert import SketchConfig, convert, load_sketched
@@ -31,7 +32,15 @@ def hashed_folder(tiny_llama, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def jobs(sketched_llama, hashed_folder, tmp_path_factory):
+def experts_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    source = save_tiny("MixtralForCausalLM", folder / "source", vocab_size=128)
+    convert(source, folder / "out", SketchConfig(groups_per_row=2))
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def jobs(sketched_llama, hashed_folder, experts_folder, tmp_path_factory):
     """Runs that need processes of their own, all in one go."""
     folder = tmp_path_factory.mktemp("jobs")
     often = {"save_strategy": "steps", "save_steps": 2}
@@ -60,11 +69,13 @@ def jobs(sketched_llama, hashed_folder, tmp_path_factory):
         "by hand, sharded": {"processes": 2, "by_hand": True},
         "hashed": {"hashed": True, "by_hand": True},
         "hashed, sharded": {"hashed": True, "processes": 2, "by_hand": True},
+        "experts": {"model": experts_folder, "by_hand": True},
+        "experts, sharded": {"model": experts_folder, "processes": 2, "by_hand": True},
     }
     found = {}
     for name, options in wanted.items():
         output = str(folder / options.pop("output", name).replace(" ", "-"))
-        model = hashed_folder if options.get("hashed") else sketched_llama
+        model = options.pop("model", hashed_folder if options.get("hashed") else sketched_llama)
         found[name] = Job(model=str(model), output=output, **options)
     run_jobs(found.values(), folder)
     return found
@@ -183,6 +194,21 @@ def test_a_hashed_model_is_shared_too(jobs):
     ]
     assert_close(*tables)
     load_sketched(jobs["hashed"].model, tables=Path(jobs["hashed, sharded"].output) / "tables")
+
+
+def test_experts_are_shared_too(jobs):
+    whole, shared = jobs["experts"], jobs["experts, sharded"]
+    shards = [outcome(shared, rank) for rank in range(2)]
+    assert shards[0]["losses"] == pytest.approx(outcome(whole)["losses"], rel=1e-4)
+    assert sum(shard["map_bytes"] for shard in shards) == outcome(whole)["map_bytes"]
+    assert max(shard["map_bytes"] for shard in shards) < 0.6 * outcome(whole)["map_bytes"]
+    assert_close(parameters(saved(shared)), parameters(saved(whole)))
+    tables = [
+        load_file(f"{job.output}/tables/sketch_tables.safetensors") for job in (whole, shared)
+    ]
+    assert "model.layers.1.block_sparse_moe.experts.3.w2.weight_table" in tables[0]
+    assert_close(*tables)
+    load_sketched(whole.model, tables=Path(shared.output) / "tables")
 
 
 def saved(job):

@@ -5,6 +5,7 @@ import json
 import struct
 
 import pytest
+from safetensors.torch import load_file, save
 
 from helpers.hub_client import INDEX, WEIGHTS
 from helpers.hub_fault_cases import assert_clear, run_cases
@@ -54,11 +55,28 @@ NAMES = {
     "absent": {"a": "model-00001-of-00002.safetensors"},
     "many": {f"t{n}": f"model-{n}.safetensors" for n in range(100_000)},
 }
+#: Changes of a model's config, tensors to leave out, and what is said of them.
+INCOMPLETE = {
+    "no norm": ({}, ("model.norm.weight",), "no tensor for model.norm.weight, expected by"),
+    "no head": ({}, ("lm_head.weight",), "no tensor for lm_head.weight, expected by"),
+    "vocabulary": ({"vocab_size": 256}, (), "is [128, 64], expected [256, 64]"),
+    "more blocks": ({"num_hidden_layers": 3}, (), "no tensor for model.layers.2.input_layernorm"),
+    "fewer blocks": ({"num_hidden_layers": 1}, (), "has no block for model.layers.1.input_layer"),
+}
 SHARDS = ("one.safetensors", "two.safetensors")
 
 
 def index(weight_map):
     return json.dumps({"metadata": {}, "weight_map": weight_map})
+
+
+def incomplete(model, changes, lost):
+    """A dry run of a model with other values in its config, and without some tensors."""
+    tensors = load_file(model.folder / WEIGHTS)
+    weights = save({name: value for name, value in tensors.items() if name not in lost})
+    config = json.dumps(model.config | changes)
+    files = {"config.json": config, WEIGHTS: weights.decode("latin-1")}
+    return {"action": "plan", "files": files}
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +95,8 @@ def outcomes(tiny_llama):
         for action in ("download", "dry_run"):
             case = {"action": action, "files": files, "without": [WEIGHTS]}
             wanted[f"{action} {name}"] = case
+    for name, (changes, lost, _) in INCOMPLETE.items():
+        wanted[f"incomplete {name}"] = incomplete(tiny_llama, changes, lost)
     shards = {name: header_file({name[:3]: tensor()}).decode("latin-1") for name in SHARDS}
     maps = {
         "whole": {"one": SHARDS[0], "two": SHARDS[1]},
@@ -122,3 +142,12 @@ def test_an_index_agrees_with_the_headers(outcomes):
     assert outcomes["index whole"]["result"] == ["one", "two"]
     assert_clear(outcomes["index swapped"], "SourceError", "'two' is in the index, but not in")
     assert_clear(outcomes["index more"], "SourceError", "'three' is in the index, but not in")
+
+
+@pytest.mark.parametrize("name", INCOMPLETE)
+def test_weights_that_do_not_fit_the_config_are_refused(outcomes, name):
+    outcome = outcomes[f"incomplete {name}"]
+    assert outcome["error"] == "SourceError", outcome
+    assert INCOMPLETE[name][2] in outcome["text"]
+    assert "use the config.json that belongs to these weights" in outcome["text"]
+    assert "\n" not in outcome["text"]

@@ -37,8 +37,8 @@ class Failing(modeling_llama.LlamaMLP):
 
     def forward(self, x):
         double(self.gate_proj)
-        if self.gate_proj(x).sum().item() > 0:
-            double(self.up_proj)
+        self.gate_proj(x).numpy()
+        double(self.up_proj)
         return super().forward(x)
 
 

@@ -36,6 +36,19 @@ def hash_codes(
     rows: int, in_features: int, bits: int, seed: int, first_row: int, device: torch.device
 ) -> Tensor:
     """Return codes of the `hash` mapping, int64 [rows, in_features] (see `hashing.py`)."""
+    numbers = torch.arange(first_row, first_row + rows, device=device)
+    return hash_codes_of_rows(numbers, in_features, bits, seed)
+
+
+def hash_codes_of_rows(numbers: Tensor, in_features: int, bits: int, seed: int) -> Tensor:
+    """Return codes of the `hash` mapping for any rows, int64 [rows, in_features].
+
+    Args:
+        numbers: Numbers of the rows in the module, int64 [rows].
+        in_features: Codes per row.
+        bits: Bits of a code.
+        seed: Seed of the hash.
+    """
 
     def mix(x: Tensor) -> Tensor:
         x = x ^ x >> 16
@@ -44,9 +57,8 @@ def hash_codes(
         x = x * 0xD35A2D97 & 0xFFFFFFFF
         return x ^ x >> 15
 
-    row_numbers = torch.arange(first_row, first_row + rows, device=device)
-    keys = mix(row_numbers ^ mix(torch.tensor(seed, device=device)))
-    columns = torch.arange(in_features, device=device)
+    keys = mix(numbers ^ mix(torch.tensor(seed, device=numbers.device)))
+    columns = torch.arange(in_features, device=numbers.device)
     return mix(columns ^ keys[:, None]) & ((1 << bits) - 1)
 
 

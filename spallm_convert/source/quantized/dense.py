@@ -59,9 +59,10 @@ class SourceQuantization:
         """Return what to tell the user, in one line each."""
         lines = [_remark(self.scheme)]
         if self.dropped:
+            kinds = sorted({name.rpartition(".")[2] for name in self.dropped})
             lines.append(
-                f"{len(self.dropped)} tensors that only quantized models use are not copied: "
-                f"{summary([shown(name) for name in self.dropped], ', ')}"
+                f"{len(self.dropped):,} tensors that only quantized models use are not copied: "
+                f"{summary(kinds, ', ')}"
             )
         return lines
 
@@ -91,8 +92,8 @@ def dense_form(
     method = method_of(description)
     found = FINDERS[method](tensors, description, _dense_dtype(config))
     plain = {name: tensor for name, tensor in tensors.items() if name not in found.used}
-    dropped = tuple(name for name in plain if _EXTRA.fullmatch(name))
-    if problems := found.problems + _unclear(found, plain):
+    kept = {name: tensor for name, tensor in plain.items() if not _EXTRA.fullmatch(name)}
+    if problems := found.problems + _unclear(found, kept):
         raise SourceError(f"{folder}: {summary(problems)}; get the weights again")
     if not found.weights:
         raise SourceError(
@@ -104,9 +105,8 @@ def dense_form(
         scheme=_scheme(found.weights.values()),
         weights=len(found.weights),
         stored_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        dropped=dropped,
+        dropped=tuple(name for name in plain if name not in kept),
     )
-    kept = {name: tensor for name, tensor in plain.items() if name not in set(dropped)}
     return without_description(config), kept | found.weights, about
 
 
@@ -126,17 +126,17 @@ def _scheme(weights: Iterable[DequantizedTensor]) -> str:
     return summary(sorted(counts, key=lambda scheme: (-counts[scheme], scheme)), ", ")
 
 
-def _unclear(found: Found, plain: Mapping[str, StoredTensor]) -> list[str]:
+def _unclear(found: Found, kept: Mapping[str, StoredTensor]) -> list[str]:
     """Return the tensors that are in FP8 without scales, or that are stored dense as well."""
     without = [
         f"{tensor.file.name}: tensor {shown(name)} is {tensor.dtype} and has no scales"
-        for name, tensor in plain.items()
+        for name, tensor in kept.items()
         if tensor.dtype in FP8
     ]
     twice = [
-        f"{plain[name].file.name}: tensor {shown(name)} is stored both dense and quantized"
+        f"{kept[name].file.name}: tensor {shown(name)} is stored both dense and quantized"
         for name in found.weights
-        if name in plain
+        if name in kept
     ]
     return without + twice
 

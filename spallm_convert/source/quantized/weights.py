@@ -229,7 +229,7 @@ class ScaledTensor(DequantizedTensor):
         if zero_points is not None:
             self.scales.spread(values, zero_points[rows - low], np.subtract)
         # A scale of infinity times a code of zero is NaN, which whoever sketches reports.
-        with np.errstate(invalid="ignore", over="ignore"):
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             self.scales.spread(values, self.scales.read(low, high)[rows - low], np.multiply)
         return values
 
