@@ -1,4 +1,4 @@
-"""Say which layers the text does not reach, and how many experts few tokens reach."""
+"""Say which layers are not calibrated, and how many experts few tokens reach."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def partly_calibrated(blocks: Blocks, plan: Plan, config: SketchConfig) -> str |
     kinds = list(dict.fromkeys(map(numbers_starred, left)))
     named = ", ".join(kinds[:3]) + (f" and {len(kinds) - 3} more" if len(kinds) > 3 else "")
     lists = " and ".join(listed.path for listed in blocks.lists)
-    found = f"the text runs only through {lists}, and not through {len(left)} layers ({named})"
+    rest = f"{len(left)} other layers ({named})"
     if config.target_bits is not None:
         raise OptionError(
-            f"target_bits chooses bits by running the model on the text, but {found}; use --bits, "
-            f"or leave them dense with --ignore"
+            f"target_bits chooses bits by running the text through {lists}, found {rest}; use "
+            f"--bits, or leave them dense with --ignore"
         )
-    return f"{found}, which are sketched without calibration"
+    return f"calibrated are the layers in {lists}; {rest} are sketched from their weights alone"
 
 
 def few_tokens_note(sketches: CalibratedModules) -> str | None:

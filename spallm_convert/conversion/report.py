@@ -27,7 +27,7 @@ class Report:
         document: The whole report, a JSON object. Besides the parts that have a property here, it
             holds `options`, `versions` and `format_version`. With calibration it also holds
             `device` and digests of the tokens, or `not_calibrated` with the reason if the fallback
-            was used. It holds `partly_calibrated` with the layers that the text does not reach, and
+            was used. It holds `partly_calibrated` with the layers that are not calibrated, and
             `experts` with the number of experts that few tokens reach, if there are any.
             With `target_bits` it holds `predicted_loss`: predicted KL(dense || sketched)
             in nats per token, for the `chosen` bits and for "2", "3" and "4" bits in every layer.

@@ -69,7 +69,7 @@ def test_towers_are_sketched_without_the_text(text, tmp_path):
     assert note in progress.said
     kept = json.loads((tmp_path / "out/conversion.json").read_text())
     assert kept["partly_calibrated"] == note
-    with pytest.raises(OptionError, match="target_bits chooses bits by running the model"):
+    with pytest.raises(OptionError, match="target_bits chooses bits by running the text through"):
         convert(source, tmp_path / "other", calibrated(text, target_bits=8, samples=2, seqlen=16))
 
 

@@ -22,7 +22,12 @@ _EXPERTS = _LLAMA | {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
 }
-_MANY = {"num_experts": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1}
+_MANY = {
+    "num_experts": 16,
+    "num_local_experts": 16,
+    "moe_intermediate_size": 8,
+    "num_hidden_layers": 1,
+}
 _VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 _TOWER = _VISION | {"num_attention_heads": 4, "image_size": 16, "patch_size": 8}
 _ENCODER_DECODER = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48}

@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spallm_convert.errors import CalibrationError
+from spallm_convert.devices import is_out_of_memory
+from spallm_convert.errors import CalibrationError, one_line
 from spallm_convert.runtime.linear import SketchedLinear
 from spallm_convert.sketch.layer import Layer
-from spallm_convert.source.stored_names import loaded_names, matrix_rows
 from spallm_formats import StoredTensor
 
 from .calls import Call
-from .lists import find_lists, linear_weights, refuse_shared_keys
+from .lists import choose_plain_experts, find_lists, linear_weights, refuse_shared_keys
 from .replacing import Replace, put_layers
 from .stand_ins import StandIns, first_list
+from .surroundings import Surroundings
 from .targets import Target, all_targets, find_targets
-from .weights import Weights, forget
+from .weights import forget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,26 +83,28 @@ class Blocks:
         self._finals: tuple[list[Tensor], list[Tensor]] = ([], [])
         if before is None:
             refuse_shared_keys(model)
-            _choose_plain_experts(model)
-            self._weights = self._open_weights(tensors)
+            choose_plain_experts(model)
             self._linears = linear_weights(model)
             self._lists = find_lists(model, linears)
+            self._around = Surroundings(model, tensors, self._lists, dtype, self._device)
             self.path = self._first_list()
         else:
             assert before._next_path is not None
-            self._weights, self._linears = before._weights, before._linears
+            self._around, self._linears = before._around, before._linears
             self._lists, self.path = before._lists, before._next_path
+        self._weights = self._around.weights
         listed = dict(model.get_submodule(self.path).named_children())
         self._paths = [f"{self.path}.{name}" for name in listed]
         self._modules = list(listed.values())
         earlier = () if before is None else (*before._stand_ins.before, before._stand_ins)
         self._stand_ins = StandIns(model, self._modules, self.path, earlier)
-        self._check_stored()
-        self._fill_surroundings()
+        for path, block in zip(self._paths, self._modules, strict=True):
+            self._weights.check(block, path)
+        self._around.fill()
         self._next_path = self._open()
         calls, self.inputs = self._record()
         self._calls = calls, calls
-        self._forget_surroundings()
+        self._around.forget()
         self.next = self._open_next(tensors, linears, tokens, batch)
 
     def __len__(self) -> int:
@@ -163,9 +166,9 @@ class Blocks:
         """
         assert self._before is not None
         self._before._finals = dense, sketched
-        self._fill_surroundings()
+        self._around.fill()
         found = [self._record(stream) for stream in range(2)]
-        self._forget_surroundings()
+        self._around.forget()
         self._calls = found[0][0], found[1][0]
         return found[0][1], found[1][1]
 
@@ -195,7 +198,7 @@ class Blocks:
         by_batch = self._calls[sketched]
         call = by_batch[batch if len(by_batch) > 1 else 0][number]
         output = self._invoke(block, call, hidden)
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+        return output[0] if isinstance(output, tuple | list) else output  # type: ignore[no-any-return]
 
     def pull_back(
         self, number: int, block: nn.Module, hidden: Tensor, gradient: Tensor, batch: int = 0
@@ -231,10 +234,10 @@ class Blocks:
         Raises:
             CalibrationError: The model has no output layer, or the checkpoint lacks a weight.
         """
-        self._fill_surroundings()
+        self._around.fill()
         for number in range(len(self)):
             self.replace_layers(number, self.load(number), replace)
-        self._fill_head()
+        self._around.fill_head()
         return self._model
 
     def replace_layers(
@@ -255,15 +258,12 @@ class Blocks:
     @contextlib.contextmanager
     def predicting(self) -> Iterator[None]:
         """Hold all weights outside of the blocks in memory during a `with` block, for `logits`."""
-        self._fill_surroundings()
-        self._fill_head()
+        self._around.fill()
+        self._around.fill_head()
         try:
             yield
         finally:
-            self._forget_surroundings()
-            if (head := self._head()) is not None:
-                for module in head.modules():
-                    forget(module)
+            self._around.forget()
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Apply the final norm and the head to hidden states after the last block.
@@ -300,25 +300,23 @@ class Blocks:
         """Return the path of a block in the model."""
         return self._paths[number]
 
-    def _open_weights(self, tensors: dict[str, StoredTensor]) -> Weights:
-        names = loaded_names(self._model, matrix_rows((n, t.shape) for n, t in tensors.items()))
-        tied: dict[str, str] = dict(getattr(self._model, "all_tied_weights_keys", None) or {})
-        if (head := self._head()) is not None:  # tied heads are tied when they are filled
-            inside = {id(module) for module in head.modules()}
-            paths = [path for path, m in self._model.named_modules() if id(m) in inside]
-            tied = {n: to for n, to in tied.items() if n.rpartition(".")[0] not in paths}
-        return Weights(tensors, names, self._dtype, self._device, tied)
-
     def _first_list(self) -> str:
         """Return the path of the list of blocks that the text enters first."""
         if len(self._lists) == 1:
-            return next(iter(self._lists))
-        self._fill_surroundings()
-        stand_ins = StandIns(self._model, [], ", ".join(self._lists))
-        with stand_ins.clear_errors(), torch.no_grad():
-            few = self._batches[0][:1, :2].to(self._device)
-            path = first_list(self._model, self._modules_of(self._lists), few)
-        self._forget_surroundings()
+            return self._lists[0]
+        self._around.fill()
+        few = self._batches[0][:1, :2].to(self._device)
+        try:
+            with torch.no_grad():
+                path = first_list(self._model, self._modules_of(self._lists), few)
+        except Exception as error:  # a model's code may raise anything
+            if is_out_of_memory(error):
+                raise
+            raise CalibrationError(
+                f"{type(self._model).__name__} cannot be run on text alone "
+                f"({type(error).__name__}: {one_line(error)})"
+            ) from error
+        self._around.forget()
         if path is None:
             raise CalibrationError(
                 f"{type(self._model).__name__}: the text runs through none of the lists of blocks "
@@ -335,11 +333,16 @@ class Blocks:
         stand_ins, tokens = self._stand_ins, self._batches[0].to(self._device)
         (first,), hidden = stand_ins.record(tokens, 1)
         output = self._invoke(self.load(0), first, hidden)
-        stand_ins.rest = tuple(output[1:]) if isinstance(output, tuple) else None
+        stand_ins.rest = output[1:] if isinstance(output, tuple | list) else None
         self.unload(0)
         done = {self.path, *(earlier.path for earlier in stand_ins.before)}
         others = self._modules_of(path for path in self._lists if path not in done)
-        return stand_ins.find_next(tokens[:1, :2], others)  # few tokens: heads compute logits
+        # Few tokens, because heads may compute logits.
+        path, skipped = stand_ins.find_next(tokens[:1, :2], others)
+        stand_ins.skip(skipped)
+        for number in reversed(skipped):
+            del self._modules[number], self._paths[number]
+        return path
 
     @torch.no_grad()
     def _record(self, stream: int | None = None) -> tuple[list[list[Call]], list[Tensor]]:
@@ -387,75 +390,7 @@ class Blocks:
         how: Any = {"batch": batch, "dtype": self._dtype, "device": self._device, "before": self}
         return Blocks(self._model, tensors, linears, tokens, **how)
 
-    def _head(self) -> nn.Module | None:
-        """Return the output layer, None if there is none or it is the embedding itself."""
-        model: Any = self._model
-        try:
-            head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        except NotImplementedError:  # raised for models that read more than one kind of input
-            return None
-        return None if head is embedding else head
-
-    def _fill_head(self) -> None:
-        """Read the output layer, then check that no weight outside of the blocks is missing.
-
-        A missing weight is on the meta device, where a product raises no error.
-        """
-        model: Any = self._model
-        if model.get_output_embeddings() is None:
-            raise CalibrationError(
-                f"{type(self._model).__name__} has no output layer, so it predicts no tokens; "
-                f"calibrate it without --heal and --target-bits"
-            )
-        head = self._head()
-        if head is not None:
-            path = next(path for path, m in self._model.named_modules() if m is head)
-            self._weights.fill(head, path)
-            if self._weights.missing(head, path):
-                self._model.tie_weights()
-        inside = tuple(path + "." for path in self._lists)
-        around = ((n, p) for n, p in self._model.named_parameters() if not n.startswith(inside))
-        if missing := [name for name, parameter in around if parameter.is_meta]:
-            raise CalibrationError(
-                f"{type(self._model).__name__} cannot predict: the checkpoint has no tensor for "
-                f"{', '.join(missing[:3])}; calibrate it without --heal and --target-bits"
-            )
-
     def _invoke(self, block: nn.Module, call: Call, hidden: Tensor) -> Any:
         with self._stand_ins.clear_errors():
             call = call.on(self._device, {})
             return call.repeat(block, hidden.to(self._device, self._dtype))
-
-    def _check_stored(self) -> None:
-        """Raise CalibrationError if the checkpoint lacks a block's weight, before any run."""
-        for path, block in zip(self._paths, self._modules, strict=True):
-            if missing := self._weights.missing(block, path):
-                raise CalibrationError(
-                    f"{path}: the checkpoint has no tensor for {', '.join(missing[:3])}, so the "
-                    f"block cannot be run"
-                )
-
-    def _fill_surroundings(self) -> None:
-        """Read all weights but the blocks' and the output layer's, whose result is not used."""
-        listed = self._modules_of(self._lists).values()
-        inside = {id(m) for blocks in listed for block in blocks for m in block.modules()}
-        if (head := self._head()) is not None:
-            inside.add(id(head))
-        self._around = [m for m in self._model.modules() if id(m) not in inside]
-        for path, module in self._model.named_modules():
-            if id(module) not in inside:
-                self._weights.fill_own(module, path)
-        for module in self._model.modules():  # in blocks too: no later step moves them
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self._device))
-
-    def _forget_surroundings(self) -> None:
-        """Free the weights outside of blocks: they are not needed until the model is assembled."""
-        for module in self._around:
-            forget(module)
-
-
-def _choose_plain_experts(model: PreTrainedModel) -> None:
-    """Run experts in the model's own code, which computes the same on every device."""
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")

@@ -15,8 +15,8 @@ from spallm_convert.source.linears import is_in_block
 from spallm_formats import INDEX_MAP_SUFFIX
 
 
-def find_lists(model: nn.Module, linears: Iterable[str]) -> dict[str, list[str]]:
-    """Return the outermost lists of modules that contain layers to sketch, with these layers.
+def find_lists(model: nn.Module, linears: Iterable[str]) -> list[str]:
+    """Return the paths of the outermost lists of modules that contain layers to sketch.
 
     Args:
         model: The model, with or without weights.
@@ -26,17 +26,13 @@ def find_lists(model: nn.Module, linears: Iterable[str]) -> dict[str, list[str]]
         CalibrationError: No layer lies in a list.
     """
     lists = [path for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    found: dict[str, list[str]] = {}
-    first = None
-    for linear in linears:
-        first = first or linear
-        owner = next((path for path in lists if linear.startswith(path + ".")), None)
-        if owner is not None:
-            found.setdefault(owner, []).append(linear)
+    named = list(linears)
+    owners = (next((p for p in lists if name.startswith(p + ".")), None) for name in named)
+    found = list(dict.fromkeys(owner for owner in owners if owner is not None))
     if not found:
         raise CalibrationError(
             f"{type(model).__name__}: for calibration, layers to sketch must lie in a list of "
-            f"blocks, found {first} in no list"
+            f"blocks, found {named[0]} in no list"
         )
     return found
 
@@ -65,3 +61,9 @@ def refuse_shared_keys(model: Any) -> None:
             f"{type(model).__name__}: its last {shared} blocks use keys and values of earlier "
             f"blocks (num_kv_shared_layers), so they cannot be run one by one"
         )
+
+
+def choose_plain_experts(model: Any) -> None:
+    """Run experts in the model's own code, which computes the same on every device."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")

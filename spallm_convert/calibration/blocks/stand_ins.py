@@ -37,7 +37,7 @@ class StandIns:
     Attributes:
         path: Path of the list of blocks.
         rest: What a block returns after the hidden states, as the first block did for the first
-            batch. None: a block returns the hidden states alone, not in a tuple.
+            batch, in a tuple or a list. None: a block returns the hidden states alone.
         before: The stand-ins of the lists that the text runs through first.
         final: Hidden states after the last block that are returned in place of those that came.
     """
@@ -51,7 +51,7 @@ class StandIns:
     ) -> None:
         _return_hidden_states_alone(model)
         self._model, self._modules, self.path = model, modules, path
-        self.rest: tuple[Any, ...] | None = None
+        self.rest: tuple[Any, ...] | list[Any] | None = None
         self.before = before
         self.final: Tensor | None = None
 
@@ -102,23 +102,30 @@ class StandIns:
             )
         return calls, entered[0]
 
-    def find_next(self, tokens: Tensor, others: Mapping[str, Sequence[nn.Module]]) -> str | None:
-        """Return the path of the list whose blocks the model calls after these blocks, if any.
+    def find_next(
+        self, tokens: Tensor, others: Mapping[str, Sequence[nn.Module]]
+    ) -> tuple[str | None, list[int]]:
+        """Find the list whose blocks the model calls after these blocks, and blocks that it skips.
+
+        Blocks may be skipped without images, for example. Only those before a block that is called
+        are noticed.
 
         Args:
             tokens: Some tokens; few are enough.
             others: The blocks of other lists, by path of the list.
 
+        Returns:
+            The path of the next list, None if there is none, and the numbers of skipped blocks.
+
         Raises:
             CalibrationError: The model calls these blocks again after the last one.
         """
-        calls = 0
+        calls: list[int] = []
         found: list[str] = []
 
         def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls > len(self._modules):
+            calls.append(number)
+            if calls.index(number) < len(calls) - 1:
                 raise StopForward
             _, hidden = Call.taken_apart(args, kwargs)
             return self._output(hidden)
@@ -138,17 +145,24 @@ class StandIns:
                 replaced = ((block, functools.partial(other, path)) for block in modules)
                 stack.enter_context(_replaced(replaced))
             run_model(self._model, tokens)
-        if calls > len(self._modules):
+        if len(set(calls)) < len(calls):
             raise CalibrationError(
                 f"{type(self._model).__name__} runs the blocks {self.path} more than once, but "
                 f"calibration runs each block once"
             )
-        if found and calls < len(self._modules):
+        last = len(self._modules) - 1
+        if found and calls[-1:] != [last]:
             raise CalibrationError(
                 f"{type(self._model).__name__} runs the blocks {self.path} and {found[0]} by "
                 f"turns, but calibration runs one list of blocks after the other"
             )
-        return found[0] if found else None
+        skipped = [number for number in range(last) if number not in calls]
+        return found[0] if found else None, skipped if last in calls else []
+
+    def skip(self, numbers: Sequence[int]) -> None:
+        """Leave out blocks that the model does not call."""
+        kept = [block for number, block in enumerate(self._modules) if number not in numbers]
+        self._modules = kept
 
     def logits(self, tokens: Tensor, final: Tensor) -> Tensor:
         """Return the logits [batch, seqlen, vocab] of hidden states after the last block."""
@@ -178,7 +192,7 @@ class StandIns:
 
     def _output(self, hidden: Tensor) -> Any:
         """Return hidden states in the form in which a block returns them."""
-        return hidden if self.rest is None else (hidden, *self.rest)
+        return hidden if self.rest is None else type(self.rest)((hidden, *self.rest))
 
     @contextlib.contextmanager
     def _passing_before(self) -> Iterator[None]:

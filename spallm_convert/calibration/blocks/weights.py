@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spallm_convert.errors import CalibrationError
 from spallm_convert.source.quantized.weights import DequantizedTensor
 from spallm_convert.source.stored_names import LoadedNames, Piece
 from spallm_formats import ITEM_BYTES, StoredTensor, read_bytes
@@ -44,6 +46,14 @@ class Weights:
         """
         named = ((f"{path}.{name}", value) for name, value in module.named_parameters())
         return [name for name, value in named if not self._pieces(name, value)]
+
+    def check(self, block: nn.Module, path: str) -> None:
+        """Raise CalibrationError if the checkpoint lacks a weight of a block."""
+        if missing := self.missing(block, path):
+            raise CalibrationError(
+                f"{path}: the checkpoint has no tensor for {', '.join(missing[:3])}, so the "
+                f"block cannot be run"
+            )
 
     def fill(self, module: nn.Module, path: str) -> None:
         """Read all weights of a module and the modules in it; leave missing ones as they are."""
@@ -105,6 +115,20 @@ def forget(module: nn.Module) -> None:
     """
     for name, parameter in module.named_parameters(recurse=False):
         setattr(module, name, _parameter(parameter.to("meta")))
+
+
+def make_computed(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Compute a weight that is not stored, such as sinusoidal positions of Marian.
+
+    Args:
+        module: A module. It is left as it is if it does not compute a weight.
+        dtype: The dtype of the weight.
+        device: Its device.
+    """
+    weight = module._parameters.get("weight")
+    create: Any = getattr(module, "create_weight", None)
+    if weight is not None and weight.is_meta and create is not None:
+        module.weight = _parameter(create().to(device, dtype))
 
 
 def _saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
