@@ -48,9 +48,6 @@ IN_FUNCTIONS = {
     ("spallm_convert.runtime.registration", "spallm_convert.runtime.quantizer"): (
         "importing the package must not import transformers"
     ),
-    ("spallm_convert.runtime.conversions", "spallm_convert.runtime.stacking"): (
-        "registering the quantizer must not import the loading code of transformers"
-    ),
     ("spallm_convert.source.embeddings", "spallm_convert.source.lookups"): (
         "plans without embeddings need no torch"
     ),

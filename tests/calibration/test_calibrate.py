@@ -262,7 +262,7 @@ def test_models_of_images_are_refused_unless_falling_back_is_allowed(text, tmp_p
     with pytest.raises(SystemExit):
         main(["inspect", str(output)])
     assert f"not calibrated: {needed}" in capsys.readouterr().out
-    convert(tmp_path / "bert", tmp_path / "plain", SketchConfig(bits=3, groups_per_row=2))
+    convert(tmp_path / "vit", tmp_path / "plain", SketchConfig(bits=3, groups_per_row=2))
     weights = "model.safetensors"
     assert contents(output)[weights] == contents(tmp_path / "plain")[weights]
 

@@ -90,9 +90,9 @@ def test_a_device_predicts_what_the_cpu_does(source, text, tmp_path, device, mon
     sets, given, ran = [], [], []
     choose, run = allocate.choose, Blocks.run
 
-    def spied_run(self, number, block, hidden):
+    def spied_run(self, number, block, hidden, *more, **named):
         given.append((hidden.device.type, hidden.requires_grad))
-        return run(self, number, block, hidden)
+        return run(self, number, block, hidden, *more, **named)
 
     monkeypatch.setattr(allocate, "choose", lambda s, *a: sets.append(s) or choose(s, *a))
     with pytest.MonkeyPatch.context() as patched:

@@ -64,7 +64,7 @@ def test_towers_are_sketched_without_the_text(text, tmp_path):
     assert reached == {m["name"] for m in report.modules if "vision" not in m["name"]}
     note = report.document["partly_calibrated"]
     assert note.startswith(
-        "the text runs only through model.language_model.layers, and not through"
+        "calibrated are the layers in model.language_model.layers; 6 other layers (vision_tower."
     )
     assert note in progress.said
     kept = json.loads((tmp_path / "out/conversion.json").read_text())

@@ -337,7 +337,7 @@ def test_a_damaged_allocation_is_made_anew(converted, source, text, tmp_path):
     metadata = SketchedCheckpoint.open(converted[0]).metadata
     modules = metadata.modules
     first, *others = (
-        Layer(name, name, module, None) for name, module in modules.items() if "layers.0." in name
+        Layer(name, module, None, ()) for name, module in modules.items() if "layers.0." in name
     )
     assert store.has([first, *others], metadata)
     for change in ({"bits": first.module.bits ^ 1}, {"groups_per_row": 4}):

@@ -122,7 +122,7 @@ def test_losses_are_of_other_text_than_was_sketched_for(source, text):
     dense = layer.weight.detach()
     table, codes, _ = fit(dense.numpy(), hessian, 1, 8)
     moved = (x[:64] @ (torch.from_numpy(look_up(table, codes)) - dense).double().T).square()
-    rows, by_token = random_sensitivity(len(dense))
+    rows, by_token, _ = random_sensitivity(len(dense))
     expected = float(rows @ (by_token.double() @ moved).numpy()) / 2 / 64
     found = predicted(source, text, SAMPLE_ROWS=10**6)[name]
     assert found[Choice(3, 1)] == pytest.approx(expected, rel=1e-3)

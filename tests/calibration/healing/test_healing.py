@@ -25,6 +25,7 @@ from spallm_convert.calibration.healing.tuning import (
     split_batches,
 )
 from spallm_convert.runtime.linear import SketchedLinear
+from spallm_convert.source.linear_weights import LinearWeight
 from spallm_formats import SketchedModule, pack
 from spallm_kernels import assign, kmeans
 
@@ -141,6 +142,7 @@ def test_layers_that_nothing_reaches_keep_their_tables(blocks):
     """Use a layer that its block never calls, like an expert that no token chose."""
     layers = {"model.layers.0.unused": sketched(blocks.load(0).self_attn.k_proj)}
     blocks.load(0).unused = torch.nn.Linear(64, 32)
+    blocks._linears["model.layers.0.unused.weight"] = LinearWeight(32, 64)
     kept = layers["model.layers.0.unused"].weight_table.detach().clone()
     streams = Streams(blocks.inputs, [2 * hidden for hidden in blocks.inputs])
     tables, before, after = reconstructed(blocks, 0, layers, streams)
