@@ -143,7 +143,8 @@ def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     They are a beginning-of-text token, or a classifier token and a separator.
     """
     bos = tokenizer.bos_token_id
-    first, last = (getattr(tokenizer, name, None) for name in ("cls_token_id", "sep_token_id"))
+    first: Any = getattr(tokenizer, "cls_token_id", None)
+    last: Any = getattr(tokenizer, "sep_token_id", None)
     between = first is not None and last is not None
     found = tokenizer("a")["input_ids"] if between or bos is not None else []
     if between and found[:1] == [first] and found[-1:] == [last]:
