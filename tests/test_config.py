@@ -33,6 +33,8 @@ def test_every_bad_option_is_named_at_once():
         "mapping": "guess",
         "table_dtype": "int8",
         "seed": -1,
+        "embeddings": "yes",
+        "lm_head": 1,
         "include": "*.k_proj",
         "ignore": "*.q_proj",
         "recipe": {"*.q_proj": {"bits": 3}},

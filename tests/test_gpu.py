@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from transformers import StaticCache
 
 import spallm_kernels
+from helpers.architectures import save_tiny
 from helpers.calibration import contents, options
 from helpers.exact_layers import exact_layer
 from helpers.hessians import correlated_hessian, sorted_tables, weight_rows
@@ -144,6 +145,25 @@ def test_a_model_on_the_gpu_gives_the_cpus_logits(folder):
     model = load_sketched(folder, dtype=torch.float32, device_map="cuda")
     found = model(tokens.cuda()).logits.cpu()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+def test_experts_on_the_gpu_give_the_cpus_logits_and_gradients(name, tmp_path):
+    """gpt-oss has transposed weights, biases, and an activation of its own."""
+    source = save_tiny(name, tmp_path / "source")
+    convert(source, tmp_path / "out", SketchConfig(groups_per_row=1, embeddings=True))
+    ids = torch.arange(24).reshape(2, 12)
+    found = []
+    for device in ("cpu", "cuda"):
+        model = load_sketched(tmp_path / "out", dtype=torch.float32).to(device)
+        with full_float32():
+            logits = model(ids.to(device)).logits
+            logits.square().mean().backward()
+        tables = [p.grad.cpu() for p in model.parameters() if p.grad is not None]
+        found.append((logits.detach().cpu(), *tables))
+    assert len(found[0]) == len(found[1]) > 1
+    for cpu, gpu in zip(*found, strict=True):
+        assert relative_error(gpu, cpu.double()) < 1e-4
 
 
 def test_a_whole_decoding_step_replays_from_a_cuda_graph(folder):

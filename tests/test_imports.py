@@ -39,14 +39,14 @@ FACES = {"spallm_convert", "spallm_kernels"}
 
 #: Imports of our own in functions, outside of the command line, and why they are there.
 IN_FUNCTIONS = {
+    ("spallm_convert.runtime.conversions", "spallm_convert.runtime.stacking"): (
+        "the loading code of transformers may be half imported when the quantizer is"
+    ),
     ("spallm_convert.runtime.registration", "spallm_convert.runtime.adapters"): (
         "PEFT is optional, and importing the package must not import it"
     ),
     ("spallm_convert.runtime.registration", "spallm_convert.runtime.quantizer"): (
         "importing the package must not import transformers"
-    ),
-    ("spallm_convert.runtime.conversions", "spallm_convert.runtime.stacking"): (
-        "registering the quantizer must not import the loading code of transformers"
     ),
     ("spallm_convert.source.embeddings", "spallm_convert.source.lookups"): (
         "plans without embeddings need no torch"

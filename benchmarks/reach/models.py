@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -161,4 +161,10 @@ PUBLISHED = {
             "num_experts_per_tok": 6,
         },
     ),
+}
+#: The same models with what their default leaves dense: much of them is embedding and head.
+_ENDS = {"embeddings": True, "lm_head": True}
+PUBLISHED |= {
+    f"{name}, with embedding and head": replace(PUBLISHED[name], sketch=_ENDS)
+    for name in ("GLM-4.5-Air", "Qwen2.5-VL-7B")
 }

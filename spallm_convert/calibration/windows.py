@@ -143,13 +143,13 @@ def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     They are a beginning-of-text token, or a classifier token and a separator.
     """
     bos = tokenizer.bos_token_id
-    first: Any = getattr(tokenizer, "cls_token_id", None)
-    last: Any = getattr(tokenizer, "sep_token_id", None)
-    between = first is not None and last is not None
-    found = tokenizer("a")["input_ids"] if between or bos is not None else []
-    if between and found[:1] == [first] and found[-1:] == [last]:
+    first, last = (getattr(tokenizer, name, None) for name in ("cls_token_id", "sep_token_id"))
+    if bos is None and (first is None or last is None):
+        return [], []
+    found = tokenizer("a")["input_ids"]
+    if first is not None and last is not None and (found[:1], found[-1:]) == ([first], [last]):
         return [first], [last]
-    return ([bos] if found and found[:1] == [bos] else []), []
+    return ([bos] if bos is not None and found[:1] == [bos] else []), []
 
 
 def _pieces(documents: list[str]) -> Iterator[tuple[int, str]]:

@@ -1,7 +1,7 @@
 """Stack experts in the way of transformers, and take them apart without losing dimensions.
 
-Only models that are loaded need this module, so that importing the package does not import the
-loading code of transformers.
+Only models that are loaded need this module. The loading code of transformers may be half imported
+when the quantizer is imported.
 """
 
 from __future__ import annotations

@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from spallm_convert.errors import OptionError
 from spallm_formats import INDEX_MAP_SUFFIX
 
 from .linear_weights import LinearWeight
+from .lookups import find_finish
 from .weight_reads import read_weights
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from .skeleton import Skeleton
@@ -140,16 +142,12 @@ def tied_modules(model: nn.Module, path: str) -> tuple[str, ...]:
 
 def _reason(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> str | None:
     """Return why a weight of these modules cannot be sketched, None if it can."""
-    import torch
-
-    from .lookups import find_finish
-
     for path, module in modules.items():
-        if isinstance(module, torch.nn.Embedding):
+        if isinstance(module, nn.Embedding):
             finish = find_finish(module)
             if isinstance(finish, str):
                 return finish
-        elif type(module) is not torch.nn.Linear:
+        elif type(module) is not nn.Linear:
             return f"{path} is neither an embedding nor a linear layer but {type(module).__name__}"
     read = read_weights(model, [path + INDEX_MAP_SUFFIX for path in modules])
     for function in read.values():
@@ -158,14 +156,12 @@ def _reason(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> str | N
 
 
 def _input_embedding(model: Any) -> str | None:
-    import torch
-
     try:
         found = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):
         return None
     # Models of images give their first convolution.
-    return _path(model, found) if isinstance(found, torch.nn.Embedding) else None
+    return _path(model, found) if isinstance(found, nn.Embedding) else None
 
 
 def _head(model: Any) -> str | None:

@@ -10,6 +10,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from helpers.tiny_models import save_tiny_llama
 from spallm_convert import Report, verify
 from spallm_convert.cli import main, terminal
 from spallm_convert.cli.convert import default_output
@@ -65,6 +66,15 @@ def test_dry_run_writes_nothing(run, tiny_llama, tmp_path, monkeypatch):
     plan = json.loads(run(tiny_llama.folder, "--dry-run", "--json"))
     assert len(plan["modules"]) == 14
     assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_with_the_embedding_and_the_head(run, tiny_llama, tmp_path):
+    source = save_tiny_llama(tmp_path, tie_word_embeddings=True).folder
+    plan = json.loads(run(tiny_llama.folder, "--dry-run", "--json", "--embeddings", "--lm-head"))
+    assert {"model.embed_tokens", "lm_head"} <= plan["modules"].keys()
+    plan = json.loads(run(source, "--dry-run", "--json", "--lm-head"))
+    assert len(plan["modules"]) == 15
+    assert "model.embed_tokens" in plan["modules"]
 
 
 def test_json_is_the_report(run, tiny_llama, tmp_path):

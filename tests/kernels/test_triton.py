@@ -9,7 +9,7 @@ import torch
 
 from helpers.sketches import TOLERANCE, passes, random, random_sketch, relative_error
 from helpers.triton_needed import NO_TRITON
-from spallm_kernels import dequantize, dispatch, lut_linear, operators
+from spallm_kernels import dequantize, dispatch, lut_embedding, lut_linear, operators
 
 triton = pytest.importorskip("triton", reason=NO_TRITON)
 tl = triton.language
@@ -261,3 +261,23 @@ def test_entries_of_a_table_reach_the_assembly_in_the_order_it_expects():
     reversed_bits = [int(f"{place:04b}"[::-1], 2) for place in range(16)]
     assert torch.equal(unstacked, source[:, reversed_bits])
     assert torch.equal(restacked, unstacked)
+
+
+@pytest.mark.parametrize("hash_seed", [None, 5])
+def test_rows_of_an_embedding_and_their_gradients(hash_seed):
+    """The sum over tokens has one order: a second call gives the same bits."""
+    sketch = random_sketch(4, 2, 32, 512, dtype=torch.bfloat16, hash_seed=hash_seed)
+    index_map, table = on_device(sketch, torch.bfloat16)
+    ids = torch.tensor([[3, 0, 3], [31, 3, 1]], device=DEVICE)
+    y_grad = random(2, 3, 512, dtype=torch.bfloat16).to(DEVICE, torch.bfloat16)
+    grads = []
+    for _ in range(2):
+        table = table.detach().clone().requires_grad_()
+        rows = lut_embedding(ids, index_map, table, 512, hash_seed=hash_seed, backend="triton")
+        rows.backward(y_grad)
+        grads.append(table.grad.cpu())
+    assert torch.equal(rows.cpu(), sketch.dense(sketch.table.bfloat16())[ids.cpu()])
+    assert torch.equal(*grads)
+    exact = sketch.table.clone().requires_grad_()
+    sketch.dense(exact)[ids.cpu()].backward(y_grad.cpu().double())
+    assert relative_error(grads[0], exact.grad) < TOLERANCE[torch.bfloat16]

@@ -33,7 +33,7 @@ MODELS = {
     "MixtralForCausalLM": 2,  # apart, under other names
     "DeepseekV3ForCausalLM": 1,  # apart, only in the second block
     "GptOssForCausalLM": 2,  # fused and transposed, with biases
-    "Llama4ForCausalLM": 2,  # fused and transposed, multiplied in one product
+    "Llama4ForCausalLM": 1,  # fused and transposed, in every other block, in one product
     "DbrxForCausalLM": 2,  # fused in two dimensions, in a module inside the module of experts
     "JetMoeForCausalLM": 8,  # fused; attention has experts too
     # Transposed while loading. Early versions transpose whatever is stored, so it stays dense.

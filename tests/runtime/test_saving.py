@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from helpers.training import counting, trainer
+from helpers.training import trainer
 from spallm_convert import SketchConfig, SketchedLinear, convert, load_sketched
 from spallm_formats import SketchedCheckpoint
 
@@ -111,36 +111,6 @@ def test_float64_is_rounded_to_the_widest_dtype_of_the_format(sketched_folder, t
     with pytest.warns(UserWarning, match="float64 sketch tables are saved rounded to float32"):
         model.save_pretrained(tmp_path)
     assert_saved(tmp_path, model, "float32")
-
-
-def test_a_layer_that_is_kept_in_float32(tmp_path):
-    """HunYuan-MoE's gate, whose checkpoints are otherwise in bfloat16."""
-    from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
-
-    torch.manual_seed(0)
-    config = HunYuanMoEV1Config(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=4,
-        moe_topk=2,
-    )
-    HunYuanMoEV1ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
-    convert(tmp_path / "source", tmp_path / "out")
-    model = load_sketched(tmp_path / "out").train()
-    dtypes = {layer.weight_table.dtype for layer in layers(model)}
-    assert dtypes == {torch.bfloat16, torch.float32}
-    tokens = torch.stack([example["input_ids"] for example in counting(2)])
-    model(tokens, labels=tokens).loss.backward()
-    with torch.no_grad():
-        for layer in layers(model):
-            layer.weight_table += 0.01
-    model.save_pretrained(tmp_path / "saved")
-    assert_saved(tmp_path / "saved", model, "float32")
 
 
 def test_another_caller_than_save_pretrained_is_told_how_to_keep_the_tables(sketched_folder):
