@@ -189,13 +189,15 @@ def _natural(name: str) -> list[Any]:
 def matrix_rows(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, int]:
     """Return the number of rows of tensors: all dimensions but the last, multiplied.
 
+    A vector counts as a matrix of one column.
+
     Args:
         shapes: Names and shapes.
     """
     found = {}
     for name, shape in shapes:
         count = 1
-        for size in shape[:-1]:
+        for size in shape[:-1] or shape:
             count *= size
         found[name] = count
     return found

@@ -105,7 +105,7 @@ class Weights:
 
 
 def _columns(tensor: StoredTensor) -> int:
-    return tensor.shape[-1] if tensor.shape else 1
+    return tensor.shape[-1] if len(tensor.shape) > 1 else 1
 
 
 def forget(module: nn.Module) -> None:

@@ -63,7 +63,7 @@ def test_parameters_are_formed_of_the_rows_that_are_stored(tmp_path):
     stored = {name: torch.randn(2, 3) for name in ("a", "b", "e0", "e1")}
     stored |= {"bias0": torch.randn(1), "bias1": torch.randn(3), "t": torch.randn(2, 3, 5)}
     save_file(stored, tmp_path / "model.safetensors")
-    whole = {"a": 2, "b": 2, "e0": 2, "e1": 2, "bias0": 1, "bias1": 1, "t": 6}
+    whole = {"a": 2, "b": 2, "e0": 2, "e1": 2, "bias0": 1, "bias1": 3, "t": 6}
     formed = {
         "at.joined.weight": ["a", "b"],
         "at.joined.bias": ["bias0", "bias1"],
