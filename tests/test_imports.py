@@ -48,9 +48,6 @@ IN_FUNCTIONS = {
     ("spallm_convert.runtime.registration", "spallm_convert.runtime.quantizer"): (
         "importing the package must not import transformers"
     ),
-    ("spallm_convert.source.embeddings", "spallm_convert.source.lookups"): (
-        "plans without embeddings need no torch"
-    ),
     ("spallm_formats.packing", "spallm_formats.bitstream"): "headers are read without numba",
     ("spallm_kernels.batched.compensate", "spallm_kernels.triton.compensate"): (
         "Triton is only there with NVIDIA GPUs"

@@ -165,6 +165,6 @@ PUBLISHED = {
 #: The same models with what their default leaves dense: much of them is embedding and head.
 _ENDS = {"embeddings": True, "lm_head": True}
 PUBLISHED |= {
-    f"{name}, with embedding and head": replace(PUBLISHED[name], sketch=_ENDS)
+    f"{name}, whole": replace(PUBLISHED[name], sketch=_ENDS)
     for name in ("GLM-4.5-Air", "Qwen2.5-VL-7B")
 }

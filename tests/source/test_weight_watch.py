@@ -88,6 +88,12 @@ def test_transformers_own_code_is_not_run(monkeypatch):
     assert len(find_linears(model)[0]) == 14
 
 
+#: `nn.Module.to(dtype)` reads a router's weight, and leaves integers as they are.
+_MOVED = "router.classifier.weight"
+#: NLLB-MoE casts its inputs to the dtype of this weight, but not to uint8.
+_GUARDED = "ffn.fc2.weight"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_source_shows_every_read_that_a_forward_does(name):
@@ -95,8 +101,8 @@ def test_the_source_shows_every_read_that_a_forward_does(name):
     weights, unfit = find_linears(model)
     layers = [path for path in weights if path.endswith(".weight")]
     known = {path for path, _ in known_reads(model, layers)}
-    noticed = set(watch_weights(model, layers))
+    noticed = {path for path in watch_weights(model, layers) if not path.endswith(_MOVED)}
     assert noticed <= known
-    assert noticed <= set(unfit)
+    assert {path for path in noticed if not path.endswith(_GUARDED)} <= set(unfit)
     if name == "T5ForConditionalGeneration":
         assert {re.split(r"\.", path)[-2] for path in noticed} == {"wo"}

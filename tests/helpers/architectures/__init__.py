@@ -40,8 +40,10 @@ def kind_of(name: str) -> str:
     return next(kind for kind, group in KINDS.items() if name in group)
 
 
-def build_tiny(name: str) -> Any:
+def build_tiny(name: str, **changes: Any) -> Any:
     """Return a random model of a class of `ARCHITECTURES`, in float32 and in evaluation mode.
+
+    Options of its config may be changed.
 
     Every matrix is random on the scale of 1 / sqrt(columns), so that each one matters for the
     output. transformers initializes some with zeros, and leaves others as the memory was. It sets
@@ -52,7 +54,7 @@ def build_tiny(name: str) -> Any:
     config_name, options = ARCHITECTURES[name]
     torch.manual_seed(0)
     # Configs keep and change the dicts that they are given.
-    config = getattr(transformers, config_name)(**_copied(options))
+    config = getattr(transformers, config_name)(**_copied(options | changes))
     model = getattr(transformers, name)(config).float().eval()
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -67,17 +69,18 @@ def build_tiny(name: str) -> Any:
     return model
 
 
-def save_tiny(name: str, folder: Path) -> Path:
+def save_tiny(name: str, folder: Path, **changes: Any) -> Path:
     """Save a random model of a class of `ARCHITECTURES`, under the names of the Hub.
 
     Args:
         name: The model class.
         folder: Where to save it.
+        changes: Options of its config in place of those of `ARCHITECTURES`.
 
     Returns:
         The folder.
     """
-    build_tiny(name).save_pretrained(folder)
+    build_tiny(name, **changes).save_pretrained(folder)
     return folder
 
 
