@@ -59,7 +59,7 @@ NAMES = {
 INCOMPLETE = {
     "no norm": ({}, ("model.norm.weight",), "no tensor for model.norm.weight, expected by"),
     "no head": ({}, ("lm_head.weight",), "no tensor for lm_head.weight, expected by"),
-    "vocabulary": ({"vocab_size": 256}, (), "is [128, 64], expected [256, 64]"),
+    "vocabulary": ({"vocab_size": 256}, (), "[256, 64]"),
     "more blocks": ({"num_hidden_layers": 3}, (), "no tensor for model.layers.2.input_layernorm"),
     "fewer blocks": ({"num_hidden_layers": 1}, (), "has no block for model.layers.1.input_layer"),
 }

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-from helpers.architectures import ARCHITECTURES
+from helpers.architectures import ARCHITECTURES, available
 from helpers.meta_models import meta_model
 from spallm_convert.source.linears import find_linears
 from spallm_convert.source.weight_reads import known_reads
@@ -88,6 +88,12 @@ def test_transformers_own_code_is_not_run(monkeypatch):
     assert len(find_linears(model)[0]) == 14
 
 
+#: Early versions of transformers 5 cannot build Apertus without its weights.
+BUILT = [
+    name
+    for name in filter(available, ARCHITECTURES)
+    if name != "ApertusForCausalLM" or available("Gemma4ForCausalLM")
+]
 #: `nn.Module.to(dtype)` reads a router's weight, and leaves integers as they are.
 _MOVED = "router.classifier.weight"
 #: NLLB-MoE casts its inputs to the dtype of this weight, but not to uint8.
@@ -95,7 +101,8 @@ _GUARDED = "ffn.fc2.weight"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # early versions use it
+@pytest.mark.parametrize("name", BUILT)
 def test_the_source_shows_every_read_that_a_forward_does(name):
     model = meta_model(name)
     weights, unfit = find_linears(model)

@@ -79,7 +79,7 @@ EXPERTS = {
             "max_seq_len": 32,
             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
             "ffn_config": {
-                "ffn_hidden_size": 16,
+                "ffn_hidden_size": 32,  # early versions of transformers 5 need equal sizes
                 "hidden_size": 32,
                 "moe_num_experts": 4,
                 "moe_top_k": 2,
