@@ -128,9 +128,8 @@ def test_bits_are_chosen_for_whole_parameters(mixtral, text, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mapping", ["cluster", "hash"])
-def test_tables_of_experts_are_healed(mixtral, text, tmp_path, mapping, monkeypatch):
+def test_tables_of_experts_are_healed(mixtral, text, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "LEARNING_RATE", 0.1)
-    config = options(text, heal=4, samples=16, seqlen=16, mapping=mapping, table_dtype="float32")
+    config = options(text, heal=4, samples=16, seqlen=16, table_dtype="float32")
     healing = convert(mixtral, tmp_path / "out", config).document["healing"]
     assert 0 < healing["kl_after"] < healing["kl_before"]
