@@ -89,7 +89,7 @@ def test_transformers_own_code_is_not_run(monkeypatch):
     assert len(find_linears(model)[0]) == 14
 
 
-#: These have code that reads weights, in every way that there is. `SPALLM_TEST_REACH=all` takes all.
+#: These have code that reads weights in different ways. `SPALLM_TEST_REACH=all` takes all classes.
 SELECTED = (
     "LlamaForCausalLM",
     "BloomForCausalLM",
