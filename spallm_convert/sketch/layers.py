@@ -81,12 +81,7 @@ def find_layers(
             made = list(_made(parameters, names, skeleton, found.names, tensors, config, wish))
             reason = _reason_to_keep(made, config, wish)
             if reason is None:
-                found.layers |= {layer.name: layer for layer in made}
-                for parameter in parameters:
-                    found.problems += double_weights(parameter, found.names)
-                for layer in made:
-                    expected = _stored_shape(layer, tensors[layer.weight.name].shape)
-                    found.problems += tensor_problems(layer.weight, expected)
+                _add(made, parameters, found)
         if reason is not None:
             kept = names or parameters
             found.left_dense |= {name.removesuffix(INDEX_MAP_SUFFIX): reason for name in kept}
@@ -95,6 +90,16 @@ def find_layers(
     _leave_others(tensors.keys() - belonging, tensors, wishes, found)
     wishes.check()
     return found
+
+
+def _add(layers: list[Layer], parameters: list[str], found: FoundLayers) -> None:
+    """Add layers that are sketched, and what keeps them from it."""
+    found.layers |= {layer.name: layer for layer in layers}
+    for parameter in parameters:
+        found.problems += double_weights(parameter, found.names)
+    for layer in layers:
+        expected = _stored_shape(layer, layer.weight.shape)
+        found.problems += tensor_problems(layer.weight, expected)
 
 
 def _leave_others(
