@@ -41,6 +41,8 @@ nitpick_ignore_regex = [
     # of the standard library, likewise
     ("py:.*", r"(os|pathlib|collections|abc|typing)\..*"),
     ("py:.*", r"Path|Any|BufferedReader|Iterable|Iterator|Mapping|Sequence"),
+    # of our own, behind the public classes
+    ("py:.*", r"Part|Span"),
     # aliases for NumPy arrays, in signatures of the kernels
     ("py:.*", r"(spallm_\w+\.)?.*\b(Bytes|Codes|Floats|Singles)"),
 ]
