@@ -23,7 +23,7 @@ PEERS = {
 }
 #: Kinds of methods that are calibrated on text.
 CALIBRATED = (
-    *("gptq", "autoround", "leanquant"),
+    *("gptq", "autoround", "leanquant", "guided"),
     *("sketch-calibrated", "sketch-healed", "sketch-allocated"),
 )
 #: Stored bits per weight to allocate: the same as uniform 3 bits, and values between the widths.
@@ -57,6 +57,7 @@ def _methods() -> dict[str, Method]:
         found[f"gptq-{bits}bit-g{GPTQ_GROUP}"] = Method(kind="gptq", bits=bits)
         found[f"autoround-{bits}bit-g{RTN_GROUP}"] = Method(kind="autoround", bits=bits)
         found[f"leanquant-{bits}bit"] = Method(kind="leanquant", bits=bits)
+        found[f"guided-{bits}bit"] = Method(kind="guided", bits=bits)
         found[f"hash-{bits}bit-gpr4"] = Method(kind="hash", bits=bits, groups=4)
         for kind in ("sketch", "sketch-calibrated", "sketch-healed"):
             for groups in (1, 4):

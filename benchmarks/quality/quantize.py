@@ -33,6 +33,7 @@ from spallm_formats import SketchedCheckpoint, read_bytes, to_float32, unpack
 from spallm_kernels import hash_codes, look_up
 
 from . import peers
+from .guided import guide, quantize_layers
 from .leanquant import quantize_blocks
 from .methods import GPTQ_GROUP, HEAL_STEPS, RTN_GROUP, Method, affine_bits, table_bits
 
@@ -80,6 +81,12 @@ class Subject:
             weight = layer.weight
             raw = read_bytes(weight, 0, weight.nbytes)
             yield layer.path, to_float32(raw, weight.dtype).reshape(weight.shape)
+
+    def model(self) -> Any:
+        """Return the dense model in float32."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.checkpoint.folder, dtype=torch.float32)
 
     def sketch_config(self, method: Method, **options: Any) -> SketchConfig:
         return SketchConfig(
@@ -165,12 +172,9 @@ def _whole(quantizer: Callable[..., None], group: int) -> Any:
     """Run a method that quantizes a whole model in place, to integers in groups."""
 
     def run(method: Method, subject: Subject) -> Quantized:
-        from transformers import AutoModelForCausalLM
-
-        folder = subject.checkpoint.folder
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tokens = subject.tokens(method)
-        quantizer(model, load_tokenizer(locate(str(folder))), tokens, method.bits, subject.seed)
+        model, tokens = subject.model(), subject.tokens(method)
+        tokenizer = load_tokenizer(locate(str(subject.checkpoint.folder)))
+        quantizer(model, tokenizer, tokens, method.bits, subject.seed)
         found = {
             path: model.get_submodule(path).weight.detach().float() for path in subject.plan.by_path
         }
@@ -185,6 +189,13 @@ def _leanquant(method: Method, subject: Subject) -> Quantized:
     tokens = subject.tokens(method)
     blocks = open_blocks(subject.checkpoint, subject.plan, tokens)
     found = dict(quantize_blocks(blocks, list(subject.plan.by_path), method.bits))
+    return Quantized(sum(table_bits(*w.shape, method.bits) for w in found.values()), found.items())
+
+
+def _guided(method: Method, subject: Subject) -> Quantized:
+    model = subject.model()
+    sums = guide(model, list(subject.plan.by_path), subject.tokens(method))
+    found = dict(quantize_layers(model, sums, method.bits))
     return Quantized(sum(table_bits(*w.shape, method.bits) for w in found.values()), found.items())
 
 
@@ -280,6 +291,7 @@ KINDS: dict[str, Callable[[Method, Subject], Quantized]] = {
     "gptq": _whole(peers.gptq, GPTQ_GROUP),
     "autoround": _whole(peers.autoround, RTN_GROUP),
     "leanquant": _leanquant,
+    "guided": _guided,
     "hash": _sketch,
     "sketch": _sketch,
     "sketch-calibrated": _sketch_calibrated,

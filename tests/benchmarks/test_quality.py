@@ -102,7 +102,7 @@ def header(model):
 def test_methods_of_all_kinds_are_measured_and_not_measured_again(
     tmp_path, in_process, model, text
 ):
-    names = (*OWN, "sketch-calibrated-3bit-gpr4", "sketch-allocated-3.75bit")
+    names = (*OWN, "guided-3bit", "sketch-calibrated-3bit-gpr4", "sketch-allocated-3.75bit")
     result = run(tmp_path, model, text, *methods(*names[:4]))
     assert result.exit_code == 0, result.output
     result = run(tmp_path, model, text, *methods(*names))
@@ -111,6 +111,7 @@ def test_methods_of_all_kinds_are_measured_and_not_measured_again(
     found = rows(tmp_path)
     assert [name for name, row in found.items() if row["calibrated"]] == [
         "leanquant-3bit",
+        "guided-3bit",
         "sketch-calibrated-3bit-gpr4",
         "sketch-allocated-3.75bit",
     ]
@@ -123,7 +124,8 @@ def test_methods_of_all_kinds_are_measured_and_not_measured_again(
     assert sizes["rtn-4bit-g128"] == pytest.approx(
         sum(o * (i * 4 + (1 if i == 64 else 2) * 20) for o, i in layers)
     )
-    assert sizes["leanquant-3bit"] == pytest.approx(sum(o * (i * 3 + 8 * 16) for o, i in layers))
+    for name in ("leanquant-3bit", "guided-3bit"):
+        assert sizes[name] == pytest.approx(sum(o * (i * 3 + 8 * 16) for o, i in layers))
     assert sizes["hash-4bit-gpr4"] == pytest.approx(sum(o * 4 * 16 * 16 for o, i in layers))
     # Rows of index maps are padded to 16 bytes.
     assert sizes["sketch-2bit-gpr1"] == pytest.approx(
