@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,8 +142,8 @@ class StandIns:
             contextlib.suppress(Exception),
         ):
             for path, modules in others.items():
-                replaced = ((block, functools.partial(other, path)) for block in modules)
-                stack.enter_context(_replaced(replaced))
+                stopping = ((block, functools.partial(other, path)) for block in modules)
+                stack.enter_context(replaced(stopping))
             run_model(self._model, tokens)
         if len(set(calls)) < len(calls):
             raise CalibrationError(
@@ -215,34 +215,8 @@ class StandIns:
     def _instead_of_blocks(self, stand_in: Callable[..., Any]) -> Iterator[None]:
         """Call `stand_in` in place of the blocks, with a block's number and its arguments."""
         numbered = enumerate(self._modules)
-        with _replaced((block, functools.partial(stand_in, number)) for number, block in numbered):
+        with replaced((block, functools.partial(stand_in, number)) for number, block in numbered):
             yield
-
-
-def first_list(
-    model: PreTrainedModel, lists: Mapping[str, Sequence[nn.Module]], tokens: Tensor
-) -> str | None:
-    """Return the path of the list of blocks that the model calls first for a text, if any.
-
-    Args:
-        model: The model, with weights around its blocks.
-        lists: The blocks of each list, by path of the list.
-        tokens: Some tokens, int64 [batch, seqlen]; few are enough.
-    """
-    found: list[str] = []
-
-    def stand_in(path: str, *args: Any, **kwargs: Any) -> Any:
-        found.append(path)
-        raise StopForward
-
-    blocks = [
-        (block, functools.partial(stand_in, path))
-        for path, modules in lists.items()
-        for block in modules
-    ]
-    with _replaced(blocks), contextlib.suppress(StopForward):
-        run_model(model, tokens)
-    return found[0] if found else None
 
 
 def run_model(model: PreTrainedModel, tokens: Tensor) -> Any:
@@ -266,17 +240,21 @@ def run_model(model: PreTrainedModel, tokens: Tensor) -> Any:
 
 
 @contextlib.contextmanager
-def _replaced(forwards: Any) -> Iterator[None]:
-    """Call other functions in place of the `forward` of modules during a `with` block."""
+def replaced(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Call other functions in place of the `forward` of modules during a `with` block.
+
+    Args:
+        forwards: The modules and the functions.
+    """
     changed = []
     try:
         for module, forward in forwards:
-            module.forward = forward
+            module.__dict__["forward"] = forward
             changed.append(module)
         yield
     finally:
         for module in changed:
-            del module.forward
+            del module.__dict__["forward"]
 
 
 def _return_hidden_states_alone(model: PreTrainedModel) -> None:
