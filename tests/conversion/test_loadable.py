@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from helpers.architectures import save_tiny
+from helpers.architectures import available, save_tiny
 from helpers.calibration import contents
 from helpers.tiny_models import save_tiny_llama
 from spallm_convert import SketchConfig, SourceError, convert, load_sketched, plan_conversion
@@ -103,6 +103,22 @@ def test_a_block_without_one_of_its_experts(name, tmp_path):
     source = save_tiny(name, tmp_path / "source")
     start, ends = EXPERTS[name]
     lost = [f"{start}2{end}" for end in ends]
+    edit_tensors(source, lambda tensors: [tensors.pop(name) for name in lost])
+    message = refused(source, tmp_path / "out")
+    assert f": experts without a tensor: {', '.join(lost)}; use the config.json that" in message
+
+
+def test_kinds_of_weights_with_different_numbers_of_experts(tmp_path):
+    """LongCat has six experts, two of which pass their input on and lack one of the weights."""
+    name = "LongcatFlashForCausalLM"
+    if not available(name):
+        pytest.skip(f"transformers has no {name}")
+    source = save_tiny(name, tmp_path / "source")
+    start = "model.layers.0.mlp.experts"
+    plan = plan_conversion(source, SketchConfig(groups_per_row=1))
+    assert f"{start}.5.up_proj" in plan.layers
+    assert f"{start}.4.down_proj" not in plan.layers
+    lost = [f"{start}.1.down_proj.weight", f"{start}.4.up_proj.weight"]
     edit_tensors(source, lambda tensors: [tensors.pop(name) for name in lost])
     message = refused(source, tmp_path / "out")
     assert f": experts without a tensor: {', '.join(lost)}; use the config.json that" in message
