@@ -101,7 +101,8 @@ class Blocks:
         self._paths = [f"{self.path}.{name}" for name in listed]
         self._modules = list(listed.values())
         earlier = () if before is None else (*before._stand_ins.before, before._stand_ins)
-        self._stand_ins = StandIns(self._reader, self._modules, self.path, earlier)
+        owner = model.get_submodule(self.path.rpartition(".")[0])
+        self._stand_ins = StandIns(self._reader, self._modules, self.path, owner, earlier)
         for path, block in zip(self._paths, self._modules, strict=True):
             self._weights.check(block, path)
         self._next_path = self._open()
