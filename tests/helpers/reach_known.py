@@ -17,7 +17,6 @@ SHARES: dict[str, tuple[float, str]] = {
     "SwitchTransformersForConditionalGeneration": (0.72, _CAST),
     "Kimi_K25ForConditionalGeneration": (0.79, _CHANGED),
     "Blip2ForConditionalGeneration": (0.6, _FLOAT32),
-    "Ernie4_5_VLMoeForConditionalGeneration": (0.67, _CHANGED),
 }
 
 #: What fails after the conversion, by model class.
