@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Bases:
         return self.root / "references" / name
 
 
-def make_bases(root: Path, families: Iterable[str]) -> Bases:
+def make_bases(root: Path, families: Collection[str]) -> Bases:
     """Make the bases of some families, which also warms up all that they need."""
     bases = Bases(root)
     for name, size in (("sharded", _SHARD), ("single", "5GB")):
@@ -68,7 +68,8 @@ def make_bases(root: Path, families: Iterable[str]) -> Bases:
         (folder / "README.md").write_text("---\nlicense: mit\n---\nA model.\n")
     bases.folders[FAMILY] = [bases.source / "config.json"]
     bases.folders["source"] = [root / name / MODEL for name in ("single", "sharded")]
-    _make_sketches(bases)
+    if set(families) - {FAMILY}:
+        _make_sketches(bases)
     for family, make in _MAKERS.items():
         if family in families:
             make(bases)
