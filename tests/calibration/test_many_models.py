@@ -25,7 +25,7 @@ def options(text, **changes):
 def test_calibration_brings_encoders_and_decoders_nearer(name, text, tmp_path):
     source = save_model(name, tmp_path / "model")
     report = convert(source, tmp_path / "calibrated", options(text, samples=32))
-    convert(source, tmp_path / "plain", SketchConfig(bits=2, groups_per_row=1))
+    convert(source, tmp_path / "plain", SketchConfig(effort="fast", bits=2, groups_per_row=1))
     tokens = torch.randint(2, 128, (4, 32), generator=torch.Generator().manual_seed(1))
     errors = [output_error(name, source, tmp_path / n, tokens) for n in ("calibrated", "plain")]
     assert errors[0] < errors[1]
@@ -82,7 +82,7 @@ def test_a_tower_that_reads_text_is_run_without_the_whole_model(ignore, text, tm
     note = report.document.get("partly_calibrated", "")
     named = "the layers in text_model.encoder.layers; 6 other layers (vision_model.encoder.layers.*"
     assert (named in note) == (not ignore)
-    convert(source, tmp_path / "plain", SketchConfig(bits=2, groups_per_row=1))
+    convert(source, tmp_path / "plain", SketchConfig(effort="fast", bits=2, groups_per_row=1))
     tokens = torch.randint(2, 128, (4, 32), generator=torch.Generator().manual_seed(1))
     errors = [output_error("CLIPModel", source, tmp_path / n, tokens) for n in ("out", "plain")]
     assert errors[0] < errors[1]

@@ -115,7 +115,7 @@ def test_kinds_of_weights_with_different_numbers_of_experts(tmp_path):
         pytest.skip(f"transformers has no {name}")
     source = save_tiny(name, tmp_path / "source")
     start = "model.layers.0.mlp.experts"
-    plan = plan_conversion(source, SketchConfig(groups_per_row=1))
+    plan = plan_conversion(source, SketchConfig(effort="fast", groups_per_row=1))
     assert f"{start}.5.up_proj" in plan.layers
     assert f"{start}.4.down_proj" not in plan.layers
     lost = [f"{start}.1.down_proj.weight", f"{start}.4.up_proj.weight"]
@@ -164,7 +164,7 @@ def test_blocks_that_predict_further_tokens_are_not_refused(source):
     ],
 )
 def test_models_that_transformers_saved_are_not_refused(name, tmp_path):
-    plan_conversion(save_tiny(name, tmp_path), SketchConfig(groups_per_row=1))
+    plan_conversion(save_tiny(name, tmp_path), SketchConfig(effort="fast", groups_per_row=1))
 
 
 def test_nothing_is_printed_and_no_state_changes(source, capsys):

@@ -78,10 +78,10 @@ def make_bases(root: Path, families: Collection[str]) -> Bases:
 
 def _make_sketches(bases: Bases) -> None:
     configs = {
-        "plain": SketchConfig(bits=3),
-        "sharded": SketchConfig(bits=4, max_shard_size=_SHARD),
-        "hash": SketchConfig(bits=3, mapping="hash"),
-        "wide": SketchConfig(bits=2, groups_per_row=4, table_dtype="float32"),
+        "plain": SketchConfig(effort="fast", bits=3),
+        "sharded": SketchConfig(effort="fast", bits=4, max_shard_size=_SHARD),
+        "hash": SketchConfig(effort="fast", bits=3, mapping="hash"),
+        "wide": SketchConfig(effort="fast", bits=2, groups_per_row=4, table_dtype="float32"),
     }
     folders = []
     for name, config in configs.items():
@@ -132,8 +132,8 @@ def _make_work(bases: Bases) -> None:
     text.write_text(" ".join(f"word{i * i % 126}" for i in range(400)))
     calibration = CalibrationConfig(text=str(text), samples=4, seqlen=16)
     bases.plans = {
-        "shards": SketchConfig(max_shard_size=_SHARD),
-        "published": SketchConfig(max_shard_size=_SHARD),
+        "shards": SketchConfig(effort="fast", max_shard_size=_SHARD),
+        "published": SketchConfig(effort="fast", max_shard_size=_SHARD),
         "calibrated": SketchConfig(bits=2, max_shard_size=_SHARD, calibration=calibration),
     }
     stops = {"shards": 5, "published": 10**6, "calibrated": 10**6}

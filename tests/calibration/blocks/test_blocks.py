@@ -224,7 +224,7 @@ def test_blocks_that_cannot_be_found_or_read(tiny_llama):
     source = tiny_llama.folder
     checkpoint = find_here(str(source)).open(source)
     tokens = torch.randint(2, 128, (2, 8))
-    plan = make_plan(checkpoint, SketchConfig(groups_per_row=1))
+    plan = make_plan(checkpoint, SketchConfig(effort="fast", groups_per_row=1))
     model = build_empty(source, checkpoint.config)
     with pytest.raises(CalibrationError, match="must lie in a list of blocks, found lm_head in no"):
         Blocks(model, checkpoint.tensors, ["lm_head"], tokens, batch=1)
