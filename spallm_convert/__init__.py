@@ -13,7 +13,8 @@ from .runtime import registration
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .config import CalibrationConfig, SketchConfig
+    from .calibration_config import CalibrationConfig
+    from .config import SketchConfig
     from .conversion.convert import convert, plan_conversion
     from .conversion.push import push_to_hub
     from .conversion.report import Report
@@ -77,7 +78,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CalibrationConfig": "config",
+    "CalibrationConfig": "calibration_config",
     "CalibrationError": "errors",
     "EvaluationError": "errors",
     "FormatError": "errors",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +10,8 @@ from spallm_formats import shown, summary
 from spallm_formats.dtypes import TABLE_DTYPES
 from spallm_formats.metadata import MAPPINGS
 
+from .calibration_config import CalibrationConfig, are_names, freeze_names
+from .effort import BEST, EFFORTS, FAST, HIGH, NORMAL, Effort
 from .errors import OptionError
 from .recipe import AUTO, Recipe, bits_problems, groups_problems
 
@@ -21,66 +21,8 @@ from .recipe import AUTO, Recipe, bits_problems, groups_problems
 AUTO_COLUMNS = 1024
 AUTO_MAX_GROUPS = 4
 
-#: Steps of calibrated sketching that can be left out: targets that make up for layers before, codes
-#: that make up for each other, tables solved for their codes, codes improved one at a time.
-STEPS = ("correction", "compensation", "least-squares", "descent")
-
 _SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationConfig:
-    """Options of calibration: the text that layers are fitted to, and how.
-
-    Args:
-        text: Source of the text, as `read_documents` takes it: "builtin", a text or JSON file, or a
-            dataset on the Hub.
-        samples: Number of samples drawn from the text, at least 1.
-        seqlen: Tokens per sample, at least 2.
-        without: Steps of `STEPS` to leave out.
-        heal: Optimizer steps that tune all tables afterwards, so that the model predicts what the
-            dense model predicts on a larger draw of the text. 0: no healing.
-        fallback: Sketch the weights alone, without calibration, if the model cannot be run block
-            by block. Not together with `heal` or `target_bits`, which need calibration.
-        target_bits: Bits per sketched weight, tables included. Each layer then gets the bits and
-            groups for which the predicted loss is smallest, in place of `SketchConfig.bits`.
-
-    Raises:
-        OptionError: Names every value that is not accepted.
-    """
-
-    text: str = "builtin"
-    samples: int = 128
-    seqlen: int = 512
-    without: tuple[str, ...] = ()
-    heal: int = 0
-    fallback: bool = False
-    target_bits: float | None = None
-
-    def __post_init__(self) -> None:
-        _freeze_names(self, "without")
-        problems = []
-        if not isinstance(self.text, str):
-            problems.append(f"text must be a source of text, found {self.text!r}")
-        for name, least in (("samples", 1), ("seqlen", 2), ("heal", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                problems.append(f"{name} must be at least {least}, found {value!r}")
-        if not _are_names(self.without) or not set(self.without) <= set(STEPS):
-            problems.append(f"without must be some of {STEPS}, found {self.without!r}")
-        if type(self.fallback) is not bool:
-            problems.append(f"fallback must be True or False, found {self.fallback!r}")
-        target = self.target_bits
-        if target is not None:
-            if type(target) not in (int, float) or not (math.isfinite(target) and target > 0):
-                problems.append(f"target_bits must be a number above 0, found {target!r}")
-            if self.fallback:
-                problems.append("target_bits: not with fallback, which may leave calibration out")
-        if problems:
-            raise OptionError("; ".join(problems))
-        if target is not None:
-            object.__setattr__(self, "target_bits", float(target))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +35,9 @@ class SketchConfig:
     pattern of `include` or `ignore` that matches one of them counts for all.
 
     Args:
+        effort: "fast", "normal", "high" or "best": how much is done for the quality of the result,
+            see `EFFORTS`. None: "normal" without `calibration` ("fast" for the mapping "hash"), and
+            with it "high", or "best" if it heals.
         bits: 2, 3 or 4 bits per code, so 4, 8 or 16 entries per sketch table.
         groups_per_row: Tables per row ("GPR" in the SketchTune paper), a divisor of the columns of
             every sketched layer. "auto": as many as leave 1,024 columns each, at most 4.
@@ -116,12 +61,14 @@ class SketchConfig:
             stay dense although no pattern asks for it. Without it, that is a warning. It does not
             change the result.
         max_shard_size: Largest size of a weight file, such as "5GB" (powers of 1000), or in bytes.
-        calibration: How to fit layers to a text. None: sketch the weights alone.
+        calibration: The text that layers are fitted to, and how. None: as the effort has it, with
+            the text "builtin". The effort "fast" reads no text, so it has none.
 
     Raises:
         OptionError: Names every value that is not accepted.
     """
 
+    effort: str | None = None
     bits: int = 4
     groups_per_row: int | str = AUTO
     mapping: str = "cluster"
@@ -137,8 +84,8 @@ class SketchConfig:
     calibration: CalibrationConfig | None = None
 
     def __post_init__(self) -> None:
-        _freeze_names(self, "include")
-        _freeze_names(self, "ignore")
+        freeze_names(self, "include")
+        freeze_names(self, "ignore")
         problems = bits_problems("bits", self.bits)
         problems += groups_problems("groups_per_row", self.groups_per_row)
         if self.mapping not in MAPPINGS:
@@ -153,18 +100,35 @@ class SketchConfig:
             parse_size(self.max_shard_size)
         except OptionError as error:
             problems.append(f"max_shard_size: {error}")
+        problems += self._set_effort()
         if isinstance(self.calibration, CalibrationConfig):
             problems += self._calibration_problems(self.calibration)
-        elif self.calibration is not None:
-            problems.append(f"calibration must be a CalibrationConfig, found {self.calibration!r}")
         if problems:
             raise OptionError("; ".join(problems))
+
+    def _set_effort(self) -> list[str]:
+        """Put the effort and its options in place of None; return what is wrong with them."""
+        found, effort = self.calibration, self.effort
+        if found is not None and not isinstance(found, CalibrationConfig):
+            return [f"calibration must be a CalibrationConfig, found {found!r}"]
+        if effort is None:
+            effort = FAST if self.mapping == "hash" else NORMAL
+            if found is not None:
+                effort = BEST if found.heal else HIGH
+        if effort not in EFFORTS:
+            return [f"effort must be one of {tuple(EFFORTS)}, found {effort!r}"]
+        object.__setattr__(self, "effort", effort)
+        if not EFFORTS[effort].reads_text:
+            wrong = "effort 'fast' reads no text: leave out calibration, or choose another effort"
+            return [wrong] if found is not None else []
+        object.__setattr__(self, "calibration", (found or CalibrationConfig()).at(effort))
+        return []
 
     def _choice_problems(self) -> list[str]:
         """Return what is wrong with the options that choose layers."""
         problems = []
         for name, patterns in (("include", self.include), ("ignore", self.ignore)):
-            if not _are_names(patterns):
+            if not are_names(patterns):
                 problems.append(f"{name} must be a sequence of patterns, found {patterns!r}")
         if self.recipe is not None and not isinstance(self.recipe, Recipe):
             problems.append(
@@ -179,6 +143,14 @@ class SketchConfig:
     def _calibration_problems(self, calibration: CalibrationConfig) -> list[str]:
         """Return what the options of calibration contradict here."""
         problems = []
+        if self.effort == BEST and not calibration.heal:
+            problems.append("effort 'best' heals: choose 'high', or heal with at least 1 step")
+        if self.effort == NORMAL:
+            for name in ("without", "heal", "target_bits"):
+                if getattr(calibration, name):
+                    problems.append(f"{name} is for the efforts 'high' and 'best'")
+            if self.mapping == "hash":
+                problems.append("effort 'normal' is for the mapping 'cluster': choose another one")
         computed = sorted({"compensation", "descent"} & set(calibration.without))
         if self.mapping == "hash" and computed:
             problems.append(
@@ -199,6 +171,12 @@ class SketchConfig:
                 f"{summary(choosing, ', ')}: with target_bits, a recipe may only leave layers dense"
             )
         return problems
+
+    @property
+    def level(self) -> Effort:
+        """The effort, described."""
+        assert self.effort is not None  # set with the other options
+        return EFFORTS[self.effort]
 
     @property
     def target_bits(self) -> float | None:
@@ -239,17 +217,6 @@ class SketchConfig:
         text = nested.pop("text")
         nested["without"] = list(nested["without"])
         return options | {"calibration": text if self.calibration else None} | nested
-
-
-def _freeze_names(config: Any, name: str) -> None:
-    """Turn a sequence of names into a tuple, so that the config can be hashed and compared."""
-    value = getattr(config, name)
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        object.__setattr__(config, name, tuple(value))
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
 
 
 def parse_size(size: str | int) -> int:

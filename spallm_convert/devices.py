@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import OptionError, SpallmError, one_line
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
 
 AUTO_DEVICE = "auto"
 CPU = "cpu"
+
+#: Files with the limit of a container's memory and what it uses, of the two versions of cgroups.
+_CGROUPS = tuple(
+    (Path("/sys/fs/cgroup") / limit, Path("/sys/fs/cgroup") / used)
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    )
+)
 
 
 def find_device(name: str) -> torch.device:
@@ -138,6 +148,25 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that this process may still take, or None if the system does not tell.
+
+    If the device is a GPU, return those of the GPU. Limits of containers count (cgroups).
+    """
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = []
+    with contextlib.suppress(OSError, ValueError):  # no Linux
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    for limit, used in _CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # not limited, or another version
+            found.append(int(limit.read_text()) - int(used.read_text()))
+    return min(found, default=None)
 
 
 @contextlib.contextmanager

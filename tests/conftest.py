@@ -68,7 +68,7 @@ def evaluated(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("evaluated")
     save_tiny_llama(root / "dense", initializer_range=0.2)
     tiny_tokenizer().save_pretrained(root / "dense")
-    convert(root / "dense", root / "sketched", SketchConfig(bits=3))
+    convert(root / "dense", root / "sketched", SketchConfig(effort="fast", bits=3))
     return {kind: root / kind for kind in ("dense", "sketched")}
 
 

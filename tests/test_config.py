@@ -23,7 +23,7 @@ from spallm_convert.config import parse_size
     ],
 )
 def test_auto_groups_keep_1024_columns_each(columns, groups):
-    assert SketchConfig().groups_for(columns) == groups
+    assert SketchConfig(effort="fast").groups_for(columns) == groups
 
 
 def test_every_bad_option_is_named_at_once():
@@ -84,7 +84,7 @@ def test_options_stand_in_a_report_side_by_side():
     assert document["calibration"] == "a.txt"
     assert (document["samples"], document["without"]) == (7, ["descent"])
     assert (document["bits"], document["ignore"]) == (3, ["a", "b"])
-    plain = SketchConfig().to_json()
+    plain = SketchConfig(effort="fast").to_json()
     assert plain["calibration"] is None
     assert plain.keys() == document.keys()
 

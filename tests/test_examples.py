@@ -32,7 +32,7 @@ def _on_the_cpu(monkeypatch):
 def base(tiny_llama, tmp_path_factory):
     """A sketched model with a tokenizer."""
     folder = tmp_path_factory.mktemp("base") / "model"
-    convert(tiny_llama.folder, folder, SketchConfig(groups_per_row=2))
+    convert(tiny_llama.folder, folder, SketchConfig(effort="fast", groups_per_row=2))
     word_tokenizer().save_pretrained(folder)
     return folder
 

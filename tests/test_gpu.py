@@ -135,7 +135,7 @@ def test_compiles_as_one_graph():
 @pytest.fixture(scope="module")
 def folder(tiny_llama, tmp_path_factory):
     out = tmp_path_factory.mktemp("gpu") / "out"
-    convert(tiny_llama.folder, out, SketchConfig(groups_per_row=2))
+    convert(tiny_llama.folder, out, SketchConfig(effort="fast", groups_per_row=2))
     return out
 
 
@@ -151,7 +151,9 @@ def test_a_model_on_the_gpu_gives_the_cpus_logits(folder):
 def test_experts_on_the_gpu_give_the_cpus_logits_and_gradients(name, tmp_path):
     """gpt-oss has transposed weights, biases, and an activation of its own."""
     source = save_tiny(name, tmp_path / "source")
-    convert(source, tmp_path / "out", SketchConfig(groups_per_row=1, embeddings=True))
+    convert(
+        source, tmp_path / "out", SketchConfig(effort="fast", groups_per_row=1, embeddings=True)
+    )
     ids = torch.arange(24).reshape(2, 12)
     found = []
     for device in ("cpu", "cuda"):

@@ -30,11 +30,15 @@ _PACKAGES = ("torch", "transformers", "numpy", "numba", "spallm-convert")
 _BLOCKS = ("*.layers.*",)
 #: Options of the conversion by name of the row; None is the dense model.
 ROWS: dict[str, SketchConfig | None] = {
-    "blocks and embedding, 1 group": SketchConfig(groups_per_row=1, embeddings=True),
-    "blocks and embedding, 4 groups": SketchConfig(groups_per_row=4, embeddings=True),
-    "blocks, 1 group": SketchConfig(groups_per_row=1),
-    "blocks, 4 groups": SketchConfig(groups_per_row=4),
-    "embedding alone, 4 groups": SketchConfig(groups_per_row=4, embeddings=True, ignore=_BLOCKS),
+    "blocks and embedding, 1 group": SketchConfig(effort="fast", groups_per_row=1, embeddings=True),
+    "blocks and embedding, 4 groups": SketchConfig(
+        effort="fast", groups_per_row=4, embeddings=True
+    ),
+    "blocks, 1 group": SketchConfig(effort="fast", groups_per_row=1),
+    "blocks, 4 groups": SketchConfig(effort="fast", groups_per_row=4),
+    "embedding alone, 4 groups": SketchConfig(
+        effort="fast", groups_per_row=4, embeddings=True, ignore=_BLOCKS
+    ),
     "dense": None,
 }
 

@@ -24,7 +24,7 @@ PEERS = {
 #: Kinds of methods that are calibrated on text.
 CALIBRATED = (
     *("gptq", "autoround", "leanquant", "guided"),
-    *("sketch-calibrated", "sketch-healed", "sketch-allocated"),
+    *("sketch-normal", "sketch-calibrated", "sketch-healed", "sketch-allocated"),
 )
 #: Stored bits per weight to allocate: the same as uniform 3 bits, and values between the widths.
 TARGETS = (2.5, 3.27, 3.75)
@@ -59,7 +59,7 @@ def _methods() -> dict[str, Method]:
         found[f"leanquant-{bits}bit"] = Method(kind="leanquant", bits=bits)
         found[f"guided-{bits}bit"] = Method(kind="guided", bits=bits)
         found[f"hash-{bits}bit-gpr4"] = Method(kind="hash", bits=bits, groups=4)
-        for kind in ("sketch", "sketch-calibrated", "sketch-healed"):
+        for kind in ("sketch", "sketch-normal", "sketch-calibrated", "sketch-healed"):
             for groups in (1, 4):
                 name = f"{kind}-{bits}bit-gpr{groups}"
                 found[name] = Method(kind=kind, bits=bits, groups=groups)

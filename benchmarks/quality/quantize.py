@@ -24,6 +24,7 @@ from spallm_convert.calibration.healing.heal import heal
 from spallm_convert.cli.terminal import ConversionProgress
 from spallm_convert.conversion.texts import draw_texts
 from spallm_convert.devices import full_float32
+from spallm_convert.effort import FAST, NORMAL
 from spallm_convert.sketch.layer import Layer
 from spallm_convert.sketch.plan import Plan, make_plan
 from spallm_convert.source.checkpoint import DenseCheckpoint
@@ -113,7 +114,7 @@ def open_subject(
 ) -> Subject:
     """Open the model of a folder, with all linear layers inside its blocks to be quantized."""
     checkpoint = locate(str(dense)).open(scratch)
-    plan = make_plan(checkpoint, SketchConfig(groups_per_row=1))
+    plan = make_plan(checkpoint, SketchConfig(effort="fast", groups_per_row=1))
     return Subject(checkpoint, plan, calibration, scratch=scratch, kept=kept, **drawn)
 
 
@@ -201,7 +202,12 @@ def _guided(method: Method, subject: Subject) -> Quantized:
 
 def _sketch(method: Method, subject: Subject) -> Quantized:
     mapping = "hash" if method.kind == "hash" else "cluster"
-    return _converted(subject, subject.sketch_config(method, mapping=mapping))
+    return _converted(subject, subject.sketch_config(method, effort=FAST, mapping=mapping))
+
+
+def _sketch_normal(method: Method, subject: Subject) -> Quantized:
+    """Sketch as the plain command does: with the built-in text, whatever text others get."""
+    return _converted(subject, subject.sketch_config(method, effort=NORMAL))
 
 
 def _converted(subject: Subject, config: SketchConfig) -> Quantized:
@@ -294,6 +300,7 @@ KINDS: dict[str, Callable[[Method, Subject], Quantized]] = {
     "guided": _guided,
     "hash": _sketch,
     "sketch": _sketch,
+    "sketch-normal": _sketch_normal,
     "sketch-calibrated": _sketch_calibrated,
     "sketch-healed": _sketch_healed,
     "sketch-allocated": _sketch_allocated,

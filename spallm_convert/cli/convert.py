@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from spallm_convert.config import STEPS, CalibrationConfig, SketchConfig
+from spallm_convert.config import SketchConfig
 from spallm_convert.devices import AUTO_DEVICE
+from spallm_convert.effort import BEST, FAST, NORMAL
 from spallm_convert.errors import HubError
 from spallm_convert.paths import user_path
 from spallm_convert.recipe import AUTO, BITS, Recipe
 from spallm_formats.dtypes import TABLE_DTYPES
 from spallm_formats.metadata import MAPPINGS
 
+from .effort_options import effort_options, read_effort
 from .lines import hide_bars, say
 
 _DEFAULTS = SketchConfig()
-_CALIBRATION = CalibrationConfig()
-_OF_CALIBRATION = ("samples", "seqlen", "without", "heal", "fallback", "target_bits")
 
 
 def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str:
@@ -40,17 +41,12 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
     type=click.Path(path_type=Path),
     help="Folder to write.  [default: ./<name>-spallm-<bits>bit]",
 )
+@effort_options
 @click.option(
     "--bits",
     type=click.Choice([str(bits) for bits in BITS]),
     default=str(_DEFAULTS.bits),
     help="Bits per code: 2^bits table entries.",
-)
-@click.option(
-    "--target-bits",
-    metavar="N",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Bits per weight, tables included; layers that need more get more. Needs --calibration.",
 )
 @click.option(
     "--groups-per-row",
@@ -77,38 +73,6 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
     type=click.IntRange(0, 2**32 - 1),
     default=_DEFAULTS.seed,
     help="Seed of the hash mapping and of everything that calibration and healing draw at random.",
-)
-@click.option(
-    "--calibration",
-    metavar="SRC",
-    help="Text to sketch for: builtin, a text, .json or .jsonl file, or a dataset on the Hub.",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=_CALIBRATION.samples,
-    help="Number of samples of the text.",
-)
-@click.option(
-    "--seqlen", type=click.IntRange(min=2), default=_CALIBRATION.seqlen, help="Tokens per sample."
-)
-@click.option(
-    "--without",
-    multiple=True,
-    type=click.Choice(STEPS),
-    help="Step of calibration to leave out; may be repeated.",
-)
-@click.option(
-    "--heal",
-    metavar="STEPS",
-    type=click.IntRange(min=0),
-    default=_CALIBRATION.heal,
-    help="Steps that tune all tables after calibration to predict what the dense model predicts.",
-)
-@click.option(
-    "--fallback",
-    is_flag=True,
-    help="If the model cannot be calibrated block by block, sketch it without calibration.",
 )
 @click.option(
     "--embeddings",
@@ -171,18 +135,12 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
 def command(
     model: str,
     output_dir: Path | None,
+    effort: str | None,
     bits: str,
-    target_bits: float | None,
     groups_per_row: int | str,
     mapping: str,
     table_dtype: str,
     seed: int,
-    calibration: str | None,
-    samples: int,
-    seqlen: int,
-    without: tuple[str, ...],
-    heal: int,
-    fallback: bool,
     embeddings: bool,
     lm_head: bool,
     include: tuple[str, ...],
@@ -201,32 +159,19 @@ def command(
     private: bool,
     as_json: bool,
     quiet: bool,
+    **text: Any,
 ) -> None:
     """Sketch MODEL: an id on the Hub, a folder, or a GGUF file."""
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite cannot be combined; choose one")
     if private and not push_to_hub:
         raise click.UsageError("--private needs --push-to-hub ORG/NAME")
+    target_bits = text["target_bits"]
     if target_bits is not None and _is_given("bits"):
         raise click.UsageError("--bits and --target-bits cannot be combined; choose one")
-    nested = None
-    if calibration is not None:
-        nested = CalibrationConfig(
-            text=calibration,
-            samples=samples,
-            seqlen=seqlen,
-            without=without,
-            heal=heal,
-            fallback=fallback,
-            target_bits=target_bits,
-        )
-    elif alone := [f"--{n.replace('_', '-')}" for n in _OF_CALIBRATION if _is_given(n)]:
-        verb = "need" if len(alone) > 1 else "needs"
-        raise click.UsageError(
-            f"{', '.join(alone)} {verb} --calibration: add --calibration builtin, or a text of "
-            f"your own"
-        )
+    effort, calibration = read_effort(effort, **text)
     config = SketchConfig(
+        effort=effort,
         bits=int(bits),
         groups_per_row=groups_per_row,
         mapping=mapping,
@@ -239,7 +184,7 @@ def command(
         recipe=None if recipe is None else Recipe.read(recipe),
         strict=strict,
         max_shard_size=max_shard_size,
-        calibration=nested,
+        calibration=calibration,
     )
     hide_bars(quiet or as_json)
     from spallm_convert.conversion.convert import convert, plan_conversion
@@ -291,17 +236,17 @@ def command(
 
 
 def _advise(config: SketchConfig) -> None:
-    """Advise calibration for few bits before the conversion (figures: docs/quality.md)."""
+    """Advise more effort for few bits before the conversion (figures: docs/quality.md)."""
     from .terminal import stderr
 
     hashed = config.mapping == "hash"
     rules = () if config.recipe is None else config.recipe.rules
     bits = min([config.bits, *(rule.bits for rule in rules if rule.bits is not None)])
-    if config.calibration is None and (hashed or bits < _DEFAULTS.bits):
+    if config.effort in (FAST, NORMAL) and (hashed or bits < _DEFAULTS.bits):
         what = "hashed index maps" if hashed else f"{bits} bits"
         stderr.print(
-            f"{what} without calibration lose much of the model's quality: consider "
-            f"--calibration builtin, or a text of your own, and --heal 300",
+            f"{what} lose much of the model's quality with effort {config.effort}: consider "
+            f"--effort {BEST}, and --calibration with a text of your own",
             soft_wrap=True,
         )
 

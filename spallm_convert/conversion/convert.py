@@ -112,7 +112,7 @@ def convert(
             job.progress.remark(f"not copied: {summary(left, ', ')}")
         # Planning is cheap compared with hashing the source, so errors of the plan come first.
         ready = None if source.is_gguf else job.planned(folder)
-        texts = job.texts()
+        texts, missing = job.texts()
         about = source.identity(ready[0] if ready else None)
         watch.expect(about["files"])
         same = identity(config, about, texts, place)
@@ -132,7 +132,7 @@ def convert(
                 if len(written) > 1:
                     written.append(INDEX_FILE)
                 check_replaceable(folder, written, written_hashes(older))
-                plan, report = carry_out(job, staging, checkpoint, plan, texts, same)
+                plan, report = carry_out(job, staging, checkpoint, plan, texts, missing, same)
                 _publish(job, staging, checkpoint, plan, report, older)
                 remarks += [*plan.notes, *filter(None, [plan.dense_warning])]
     for remark in remarks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,24 +16,28 @@ from spallm_convert.calibration.blocks.blocks import Blocks
 from spallm_convert.calibration.blocks.opening import open_blocks
 from spallm_convert.calibration.calibrate import calibrate
 from spallm_convert.calibration.healing.heal import heal
+from spallm_convert.calibration.importance import Importance, measure_importance
 from spallm_convert.calibration.notes import few_tokens_note, partly_calibrated
 from spallm_convert.calibration.store import CalibratedModules, calibrated_bytes, kept_bytes
 from spallm_convert.config import SketchConfig
 from spallm_convert.devices import clear_memory_errors, full_float32
+from spallm_convert.effort import FAST, NORMAL
 from spallm_convert.errors import CalibrationError, SpallmError
 from spallm_convert.progress import Progress
 from spallm_convert.sketch.plan import Plan, reallocate
 from spallm_convert.source.checkpoint import DenseCheckpoint
 from spallm_convert.source.locate import Source
+from spallm_convert.source.text import BUILTIN
 from spallm_formats import Staging
 
 from .loadable import checked_plan
+from .memory import check_memory
 from .report import Report, make_report
 from .shards import kept_record, write_shard
 from .texts import Texts, draw_texts
 from .unchanged import SourceWatch
 
-_CALIBRATED = "calibrated"
+_CALIBRATED, _MEASURED = "calibrated", "measured"
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,22 @@ class Job:
             self.progress.remark(line)
         return checkpoint, checked_plan(checkpoint, self.config, self.trust_remote_code)
 
-    def texts(self) -> Texts | None:
-        """Draw the texts to calibrate and heal with. Return None without calibration."""
-        if self.config.calibration is None:
-            return None
-        return draw_texts(self.source, self.config, trust_remote_code=self.trust_remote_code)
+    def texts(self) -> tuple[Texts | None, str | None]:
+        """Draw the texts to calibrate and heal with.
+
+        Return None without calibration. With the effort "normal" and the built-in text, also return
+        None if there is no tokenizer, and the reason.
+        """
+        calibration = self.config.calibration
+        if calibration is None:
+            return None, None
+        try:
+            drawn = draw_texts(self.source, self.config, trust_remote_code=self.trust_remote_code)
+        except SpallmError as error:
+            if self.config.effort == NORMAL and calibration.text == BUILTIN:
+                return None, str(error)
+            raise
+        return drawn, None
 
     def blocks(
         self, checkpoint: DenseCheckpoint, plan: Plan, tokens: Tensor, *, to_heal: bool = False
@@ -88,6 +104,7 @@ def carry_out(
     checkpoint: DenseCheckpoint,
     plan: Plan,
     texts: Texts | None,
+    missing: str | None,
     same: dict[str, Any],
 ) -> tuple[Plan, Report]:
     """Calibrate if there are texts, and write the shards.
@@ -98,6 +115,7 @@ def carry_out(
         checkpoint: The opened source.
         plan: The plan to carry out.
         texts: Texts to calibrate and heal with. None: no calibration.
+        missing: Why there are none although there should be.
         same: Identity of the conversion.
 
     Returns:
@@ -105,13 +123,51 @@ def carry_out(
     """
     job.progress.start(plan.sketched_weights)
     sketches: CalibratedModules | None = None
+    importance: dict[str, Importance] = {}
     notes: dict[str, Any] = {}
-    if texts is not None:
+    if missing is not None:
+        notes = _alone(job, missing)
+    elif texts is not None and job.config.effort == NORMAL:
+        importance, notes = _measured(job, staging, checkpoint, plan, texts)
+    elif texts is not None:
         with clear_memory_errors(job.place), full_float32():
             plan, sketches, notes = _calibrated(job, staging, checkpoint, plan, texts)
     if checkpoint.quantization is not None:
         notes["source_quantization"] = checkpoint.quantization.to_json()
-    return plan, _write_shards(job, staging, plan, same | notes, sketches)
+    return plan, _write_shards(job, staging, plan, same | notes, sketches, importance)
+
+
+def _measured(
+    job: Job, staging: Staging, checkpoint: DenseCheckpoint, plan: Plan, texts: Texts
+) -> tuple[dict[str, Importance], dict[str, Any]]:
+    """Measure the importance of columns, if the model can be run block by block.
+
+    Return it by name of the layer, and notes for the report.
+    """
+    folder = staging.scratch(_MEASURED, worth_keeping=True)
+    assert job.config.calibration is not None
+    try:
+        check_memory(plan, checkpoint, job.place)
+        with clear_memory_errors(job.place), full_float32():
+            blocks = job.blocks(checkpoint, plan, texts.calibration)
+            partly = partly_calibrated(blocks, plan, job.config)
+            importance = measure_importance(
+                blocks, plan, folder, job.progress, check=job.watch.check
+            )
+    except SpallmError as error:
+        if not job.config.calibration.fallback:
+            raise
+        return {}, _alone(job, str(error))
+    if partly is None:
+        return importance, {}
+    job.progress.remark(partly)
+    return importance, {"partly_calibrated": partly}
+
+
+def _alone(job: Job, reason: str) -> dict[str, Any]:
+    """Say that the weights are sketched alone, and return the note for the report."""
+    job.progress.remark(f"effort {FAST} in place of {job.config.effort}: {reason}")
+    return {"not_calibrated": reason}
 
 
 def _calibrated(
@@ -166,14 +222,18 @@ def _write_shards(
     plan: Plan,
     same: dict[str, Any],
     sketches: CalibratedModules | None,
+    importance: Mapping[str, Importance],
 ) -> Report:
     """Write every shard that is missing, and return the report on all of them."""
     _check_space(staging, plan)
+    calibrated = importance if sketches is None else sketches
     records = {}
     for shard in plan.shards:
-        record = kept_record(staging, shard, plan, sketches)
+        record = kept_record(staging, shard, plan, calibrated)
         if record is None:
-            record = write_shard(staging, shard, plan, sketches, job.progress, job.watch.check)
+            record = write_shard(
+                staging, shard, plan, sketches, importance, job.progress, job.watch.check
+            )
         else:
             for name in record["modules"]:
                 if sketches is None or name not in sketches:

@@ -6,11 +6,12 @@ Memory does not depend on the size of the model, because one block of one tensor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from spallm_convert.calibration.importance import Importance
 from spallm_convert.calibration.store import CalibratedModules, are_sums
 from spallm_convert.errors import SourceError
 from spallm_convert.progress import Progress
@@ -31,6 +32,7 @@ def write_shard(
     shard: Shard,
     plan: Plan,
     sketches: CalibratedModules | None,
+    importance: Mapping[str, Importance],
     progress: Progress,
     check: Callable[[], None],
 ) -> dict[str, Any]:
@@ -40,14 +42,16 @@ def write_shard(
         staging: Output folder.
         shard: The planned shard.
         plan: Plan of the conversion.
-        sketches: Calibrated modules. All others are sketched here, from their weights alone.
+        sketches: Calibrated modules. All others are sketched here.
+        importance: How much the columns of modules count that are sketched here, by name. Modules
+            that it lacks are sketched from their weights alone.
         progress: Told about every block that is sketched here.
         check: Called when the shard's tensors have been read. If it raises an error because the
             source has changed, the shard is not kept.
 
     Returns:
         Record of the shard, with the squared error and squared norm of each of its modules under
-        `modules`.
+        `modules`, and those of its outputs if they are known.
 
     Raises:
         SourceError: If weights are not finite or do not fit the tables' dtype, or the source
@@ -63,14 +67,14 @@ def write_shard(
                 record["modules"][layer.name] = (
                     _store(layer, sketches, file)
                     if sketches and layer.name in sketches
-                    else _sketch(layer, plan, file, progress)
+                    else _sketch(layer, plan, importance.get(layer.name), file, progress)
                 )
         check()
     return record
 
 
 def kept_record(
-    staging: Staging, shard: Shard, plan: Plan, sketches: CalibratedModules | None
+    staging: Staging, shard: Shard, plan: Plan, with_outputs: Container[str]
 ) -> dict[str, Any] | None:
     """Return the record of a shard that an earlier run wrote, None if it must be written again.
 
@@ -78,7 +82,7 @@ def kept_record(
         staging: Output folder.
         shard: The planned shard.
         plan: Plan of the conversion.
-        sketches: Calibrated modules, which have sums of outputs too.
+        with_outputs: Names of the modules that must have sums of outputs too.
     """
     record = staging.record(shard)
     if record is None or record.get("bytes") != shard.nbytes:
@@ -91,7 +95,7 @@ def kept_record(
     sums = record.get("modules")
     if not isinstance(sums, dict) or sums.keys() != names:
         return None
-    calibrated = {name for name in names if sketches is not None and name in sketches}
+    calibrated = {name for name in names if name in with_outputs}
     for some, count in ((calibrated, 4), (names - calibrated, 2)):
         if not are_sums({name: sums[name] for name in some}, count):
             return None
@@ -113,15 +117,29 @@ def _store(layer: Layer, sketches: CalibratedModules, file: ShardFile) -> Sequen
     return found.sums
 
 
-def _sketch(layer: Layer, plan: Plan, file: ShardFile, progress: Progress) -> tuple[float, float]:
-    """Sketch and write one module; return its squared error and squared norm."""
+def _sketch(
+    layer: Layer,
+    plan: Plan,
+    importance: Importance | None,
+    file: ShardFile,
+    progress: Progress,
+) -> Sequence[float]:
+    """Sketch and write one module; return its squared error and squared norm.
+
+    With importance, return those of its outputs too, as if its inputs were uncorrelated.
+    """
     module, tensor, name = layer.module, layer.weight, layer.name
     sums, reduced = [], 0
     for block in row_blocks(layer, BLOCK_WEIGHTS, each_expert=plan.metadata.mapping == "hash"):
         _check_finite(block, layer)
         try:
             sketched = sketch_rows(
-                block.weights, module, plan.metadata, block.first_of_expert, plan.limit
+                block.weights,
+                module,
+                plan.metadata,
+                block.first_of_expert,
+                plan.limit,
+                None if importance is None else _of_rows(importance, block, module.out_features),
             )
         except OverflowError as error:
             raise SourceError(
@@ -137,8 +155,15 @@ def _sketch(layer: Layer, plan: Plan, file: ShardFile, progress: Progress) -> tu
         progress.advance(block.weights.size, name)
     if plan.limit is not None and reduced:
         progress.remark(reduction_note(name, reduced, plan.limit))
-    errors, norms = np.concatenate(sums).T
-    return math.fsum(errors), math.fsum(norms)  # exact, so the size of blocks does not matter
+    # The sums are exact, so the size of blocks does not matter.
+    return [math.fsum(column) for column in np.concatenate(sums).T]
+
+
+def _of_rows(importance: Importance, block: RowBlock, height: int) -> Importance:
+    """Return the importance for a block of rows; `height` is the number of rows of an expert."""
+    if len(importance) == 1:
+        return importance
+    return importance[np.arange(block.first, block.first + len(block.weights)) // height]
 
 
 def _check_finite(block: RowBlock, layer: Layer) -> None:

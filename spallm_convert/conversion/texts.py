@@ -49,8 +49,8 @@ def draw_texts(source: Source, config: SketchConfig, *, trust_remote_code: bool)
     assert calibration is not None
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     text = CalibrationText(tokenizer, calibration.text)
-    seqlen, seed = calibration.seqlen, config.seed
-    shown = text.draw(samples=calibration.samples, seqlen=seqlen, seed=seed)
+    (samples, seqlen), seed = calibration.drawn, config.seed
+    shown = text.draw(samples=samples, seqlen=seqlen, seed=seed)
     if not calibration.heal:
         return Texts(shown, None)
     most = samples_for(calibration.heal, seqlen)

@@ -71,9 +71,8 @@ def missing_experts(tensors: Iterable[str], counts: Collection[int]) -> list[str
         stored.setdefault(match[1], {}).setdefault(match[3], set()).add(int(match[2]))
     missing = []
     for block, kinds in stored.items():
-        most = max(map(max, kinds.values())) + 1
-        fitting = [count for count in counts if count >= most]  # ERNIE stores two sets as one
-        for kind, numbers in kinds.items():
+        for kind, numbers in kinds.items():  # LongCat has more experts of some kinds than of others
+            fitting = [count for count in counts if count > max(numbers)]
             lost = sorted(set(range(min(fitting, default=0))) - numbers)
             missing += [f"{block}{number}{kind}" for number in lost]
     if not missing:

@@ -32,7 +32,8 @@ class SketchedRows:
         index_map: Packed codes, uint8 [rows, row_bytes].
         table: Tables as they are stored on disk, [rows, groups, 2^bits].
         rounded: The same values in float32.
-        sums: Squared error and squared norm of each row, float64 [rows, 2].
+        sums: Squared error and squared norm of each row, float64 [rows, 2]. With importance, those
+            that are weighted by it follow: [rows, 4].
         reduced: Number of table values that were reduced to the limit of the dtype that the model
             loads in.
     """
@@ -50,6 +51,7 @@ def sketch_rows(
     metadata: SketchMetadata,
     first_row: int,
     limit: Limit | None = None,
+    importance: npt.NDArray[np.float32] | None = None,
 ) -> SketchedRows:
     """Sketch rows of a module. Codes are chosen for the rounded tables, as they are stored.
 
@@ -59,6 +61,8 @@ def sketch_rows(
         metadata: Mapping, table dtype and seed.
         first_row: Number of the first row in the module.
         limit: Limit of the dtype that the model loads in.
+        importance: How much the squared error of each weight counts, float32 [1 or rows,
+            in_features], for the mapping "cluster". None: all alike.
 
     Returns:
         The sketched rows.
@@ -75,9 +79,9 @@ def sketch_rows(
         wide = hash_table(weights, groups, bits, seed, first_row)
         return store_rows(weights, wide, lambda _: codes, module, metadata, first_row, limit)
     alike = np.ones((1, module.in_features), np.float32)
-    wide, _ = kmeans(weights, alike, groups, module.entries)
+    wide, _ = kmeans(weights, alike if importance is None else importance, groups, module.entries)
     nearest = functools.partial(assign, weights)
-    return store_rows(weights, wide, nearest, module, metadata, first_row, limit)
+    return store_rows(weights, wide, nearest, module, metadata, first_row, limit, importance)
 
 
 def store_rows(
@@ -88,6 +92,7 @@ def store_rows(
     metadata: SketchMetadata,
     first_row: int = 0,
     limit: Limit | None = None,
+    importance: npt.NDArray[np.float32] | None = None,
 ) -> SketchedRows:
     """Round tables to their stored dtype, choose codes for the rounded tables, and pack them.
 
@@ -100,6 +105,7 @@ def store_rows(
         first_row: Number of the first row in the module, for the message.
         limit: Limit of the dtype that the model loads in. Table values beyond it are reduced to it
             if the weights of their row are within it.
+        importance: What the additional sums of squares are weighted by. None: there are none.
 
     Returns:
         The sketched rows.
@@ -130,6 +136,9 @@ def store_rows(
         index_map = pack(codes, module.bits)
         assert index_map.shape[1] == row_bytes(module.in_features, module.bits)
     sums = squared_error(weights, rounded, codes)
+    if importance is not None:
+        weighted = squared_error(weights, rounded, codes, importance)
+        sums = np.concatenate([sums, weighted], axis=1)
     return SketchedRows(index_map, stored, rounded, sums, reduced)
 
 

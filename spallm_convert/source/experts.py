@@ -126,6 +126,6 @@ def _run(
                 call_with(module, weights, torch.ones(experts, size))
             case [_, "expert_size"]:
                 call_with(module, weights, token, [1] + [0] * (experts - 1))
-            case _:
-                first = torch.zeros(1, 1, dtype=torch.long)
-                call_with(module, weights, token, first, torch.ones(1, 1))
+            case _:  # the token chooses two experts: LongCat's code fails for one
+                first = torch.zeros(1, 2, dtype=torch.long)
+                call_with(module, weights, token, first, torch.ones(1, 2))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,12 +45,15 @@ class LoadedNames:
             name of the tensor.
         doubled: Tensors that are the same parameter, for parameters that are stored twice.
         transposed: Parameters that transformers transposes while loading, if their shape needs it.
+        turned: Stored matrices whose transposes are parameters, whatever the shapes are, by name of
+            the parameter. Index maps must not be transposed, so they are in `changed` too.
     """
 
     pieces: dict[str, tuple[Piece, ...]]
     changed: dict[str, str]
     doubled: dict[str, list[str]]
     transposed: frozenset[str]
+    turned: dict[str, Piece] = field(default_factory=dict)
 
     def stored(self, parameter: str) -> str | None:
         """Return the one tensor that a parameter is stored in; None if there is not exactly one."""
@@ -97,6 +100,7 @@ def loaded_names(model: PreTrainedModel, rows: Mapping[str, int]) -> LoadedNames
     changed: dict[str, str] = {}
     doubled: dict[str, list[str]] = {}
     transposed = set()
+    turned: dict[str, Piece] = {}
     for target, sources in collected.items():
         names = [name for group in sources.values() for name in group]
         if None in sources:
@@ -111,7 +115,9 @@ def loaded_names(model: PreTrainedModel, rows: Mapping[str, int]) -> LoadedNames
             changed |= dict.fromkeys(names, str(unknown))
         if [type(op).__name__ for op in converter.operations] == ["Transpose"]:
             transposed.add(target)
-    return LoadedNames(pieces, changed, doubled, frozenset(transposed))
+            if target not in pieces and _turns_matrices(converter.operations[0], own.get(target)):
+                turned[target] = _whole(names[0], rows)
+    return LoadedNames(pieces, changed, doubled, frozenset(transposed), turned)
 
 
 def _renamed(
@@ -152,20 +158,26 @@ def _moved(
             if len({len(group) for group in whole}) != 1:
                 raise _UnknownError("the experts of its block are not all stored")
             return {target: tuple(piece for expert in zip(*whole, strict=True) for piece in expert)}
+        case [("ErnieFuseAndSplitTextVisionExperts", _)]:
+            if (operations[0].stack_dim, operations[0].concat_dim) == (0, 1):
+                return _experts_of_sets(converter, target, whole, own)
         case [("Chunk" | "Split", 0)] if len(whole) == 1 and len(whole[0]) == 1:
             return _split(converter, target, whole[0][0], own)
     done = " and ".join(name for name, _ in kinds)
     raise _UnknownError(f"transformers changes it while loading ({done})")
 
 
+def _turns_matrices(operation: Any, parameter: Any) -> bool:
+    """Return whether a transposition is one of the last two dimensions of a parameter."""
+    size = 0 if parameter is None else parameter.dim()
+    return {operation.dim0, operation.dim1} == {size - 2, size - 1}
+
+
 def _split(
     converter: Any, target: str, whole: Piece, own: Mapping[str, Any]
 ) -> dict[str, tuple[Piece, ...]]:
     """Return the parameters that one tensor is split into, each with its rows."""
-    first = next((p for p in converter.target_patterns if p in target), None)
-    names = [] if first is None else [target.replace(first, p) for p in converter.target_patterns]
-    if not names or not all(name in own for name in names):
-        raise _UnknownError("transformers splits it while loading")
+    names = _all_targets(converter, target, own)
     found: dict[str, tuple[Piece, ...]] = {}
     start = 0
     for name in names:
@@ -175,6 +187,37 @@ def _split(
     if start != whole.rows:
         raise _UnknownError("transformers splits it while loading")
     return found
+
+
+def _experts_of_sets(
+    converter: Any, target: str, whole: Sequence[Sequence[Piece]], own: Mapping[str, Any]
+) -> dict[str, tuple[Piece, ...]]:
+    """Return the parameters of sets of experts that are stored as one: first the first set's."""
+    names = _all_targets(converter, target, own)
+    sizes = {own[name].shape[0] for name in names}
+    size = sizes.pop()
+    if sizes:  # transformers makes sets of one size
+        raise _UnknownError("transformers splits it while loading")
+    if {len(group) for group in whole} != {len(names) * size}:
+        raise _UnknownError("the experts of its block are not all stored")
+    experts = list(zip(*whole, strict=True))
+    return {
+        name: tuple(piece for expert in experts[n * size : (n + 1) * size] for piece in expert)
+        for n, name in enumerate(names)
+    }
+
+
+def _all_targets(converter: Any, target: str, own: Mapping[str, Any]) -> list[str]:
+    """Return the parameters that a converter makes together, given the first.
+
+    Raises:
+        _UnknownError: If the model lacks one of them.
+    """
+    first = next((p for p in converter.target_patterns if p in target), None)
+    names = [] if first is None else [target.replace(first, p) for p in converter.target_patterns]
+    if not names or not all(name in own for name in names):
+        raise _UnknownError("transformers splits it while loading")
+    return names
 
 
 def _whole(name: str, rows: Mapping[str, int]) -> Piece:

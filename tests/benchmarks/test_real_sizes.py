@@ -44,7 +44,7 @@ def test_blocks_that_predict_further_tokens_are_in_the_header(tmp_path):
     checkpoint = made_up(tiny, tmp_path)
     assert checkpoint.tensors["model.layers.2.eh_proj.weight"].shape == (64, 128)
     assert "model.layers.2.mlp.experts.3.up_proj.weight" in checkpoint.tensors
-    plan = make_plan(checkpoint, SketchConfig(groups_per_row=1))
+    plan = make_plan(checkpoint, SketchConfig(effort="fast", groups_per_row=1))
     found = figures(plan)
     assert "model.layers.1.mlp.experts.3.up_proj" in plan.layers
     reason = plan.left_dense["model.layers.2.mlp.experts.3.up_proj.weight"]
@@ -60,7 +60,7 @@ FEW_TENSORS = ["Mixtral-8x7B", "gpt-oss-120b (bf16)", "Llama-4-Scout", "Nemotron
     "name", [name for name in FEW_TENSORS if hasattr(transformers, PUBLISHED[name].config)]
 )
 def test_a_published_model_becomes_much_smaller(name, tmp_path):
-    plan = make_plan(made_up(PUBLISHED[name], tmp_path), SketchConfig())
+    plan = make_plan(made_up(PUBLISHED[name], tmp_path), SketchConfig(effort="fast"))
     assert plan.totals()["ratio"] >= LEAST_RATIO
     assert figures(plan)["linear_share"] > 0.99
 

@@ -68,7 +68,7 @@ def logits_error(source, folder, *, seed=1):
 
 def test_calibrated_models_are_nearer_to_the_dense_one(source, text, tmp_path):
     report = convert(source, tmp_path / "calibrated", options(text))
-    convert(source, tmp_path / "plain", SketchConfig(bits=3, groups_per_row=2))
+    convert(source, tmp_path / "plain", SketchConfig(effort="fast", bits=3, groups_per_row=2))
     calibrated, plain = (logits_error(source, tmp_path / name) for name in ("calibrated", "plain"))
     assert calibrated < 0.9 * plain
     assert 0 < report.totals["relative_output_error"] < report.totals["relative_error"]
@@ -262,7 +262,9 @@ def test_models_of_images_are_refused_unless_falling_back_is_allowed(text, tmp_p
     with pytest.raises(SystemExit):
         main(["inspect", str(output)])
     assert f"not calibrated: {needed}" in capsys.readouterr().out
-    convert(tmp_path / "vit", tmp_path / "plain", SketchConfig(bits=3, groups_per_row=2))
+    convert(
+        tmp_path / "vit", tmp_path / "plain", SketchConfig(effort="fast", bits=3, groups_per_row=2)
+    )
     weights = "model.safetensors"
     assert contents(output)[weights] == contents(tmp_path / "plain")[weights]
 
@@ -328,7 +330,7 @@ def test_no_step_raises_the_loss_of_a_real_layer(bits, smollm2, tmp_path, monkey
     tokenizer = load_tokenizer(find_here(str(smollm2)))
     tokens = CalibrationText(tokenizer, "builtin").draw(samples=8, seqlen=128, seed=0)
     blocks = open_blocks(smollm2, tokens, batch=8)
-    plan = make_plan(checkpoint, SketchConfig(bits=bits, groups_per_row=1))
+    plan = make_plan(checkpoint, SketchConfig(effort="fast", bits=bits, groups_per_row=1))
     targets = blocks.targets(0, plan.layers.values())
     steps = []
     monkeypatch.setattr(backends, "fit", lambda *a, **k: steps.append(fit(*a, **k)) or steps[-1])

@@ -88,7 +88,9 @@ def test_both_streams_leave_a_block_as_it_is_then(tmp_path, monkeypatch, which):
     """Sketch layers that get all tokens, some or none; or sketch no layer at all."""
     monkeypatch.setattr(modeling_llama, "LlamaMLP", Experts)
     folder = save_tiny_llama(tmp_path / "model").folder
-    plan = make_plan(find_here(str(folder)).open(folder), SketchConfig(bits=2, groups_per_row=1))
+    plan = make_plan(
+        find_here(str(folder)).open(folder), SketchConfig(effort="fast", bits=2, groups_per_row=1)
+    )
     tokens = torch.randint(2, 128, (6, 24), generator=torch.Generator().manual_seed(0))
     blocks = open_blocks(folder, tokens)
     layers = plan.layers if which == "all" else {}

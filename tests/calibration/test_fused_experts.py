@@ -35,7 +35,7 @@ def options(text, **changes):
 def test_calibrated_experts_are_nearer_and_resumed_alike(mixtral, text, tmp_path):
     config = options(text, samples=16)
     report = convert(mixtral, tmp_path / "calibrated", config)
-    convert(mixtral, tmp_path / "plain", SketchConfig(bits=2, groups_per_row=1))
+    convert(mixtral, tmp_path / "plain", SketchConfig(effort="fast", bits=2, groups_per_row=1))
     tokens = torch.randint(2, 128, (8, 32), generator=torch.Generator().manual_seed(1))
     errors = [
         output_error(MIXTRAL, mixtral, tmp_path / name, tokens) for name in ("calibrated", "plain")
@@ -77,7 +77,9 @@ def test_fused_and_transposed_experts(mapping, text, tmp_path):
 
 def mixtral_sums(folder, text_of_block=4):
     """Return the sums over the inputs of both weights of the first block's experts."""
-    plan = make_plan(find_here(str(folder)).open(folder), SketchConfig(groups_per_row=1))
+    plan = make_plan(
+        find_here(str(folder)).open(folder), SketchConfig(effort="fast", groups_per_row=1)
+    )
     tokens = torch.randint(2, 128, (text_of_block, 8), generator=torch.Generator().manual_seed(0))
     blocks = open_blocks(folder, tokens)
     block = blocks.load(0)

@@ -25,7 +25,7 @@ def options(text, **changes):
 def test_calibration_brings_encoders_and_decoders_nearer(name, text, tmp_path):
     source = save_model(name, tmp_path / "model")
     report = convert(source, tmp_path / "calibrated", options(text, samples=32))
-    convert(source, tmp_path / "plain", SketchConfig(bits=2, groups_per_row=1))
+    convert(source, tmp_path / "plain", SketchConfig(effort="fast", bits=2, groups_per_row=1))
     tokens = torch.randint(2, 128, (4, 32), generator=torch.Generator().manual_seed(1))
     errors = [output_error(name, source, tmp_path / n, tokens) for n in ("calibrated", "plain")]
     assert errors[0] < errors[1]
@@ -73,8 +73,24 @@ def test_towers_are_sketched_without_the_text(text, tmp_path):
         convert(source, tmp_path / "other", calibrated(text, target_bits=8, samples=2, seqlen=16))
 
 
+@pytest.mark.parametrize("ignore", [(), ("vision_model*",)])
+def test_a_tower_that_reads_text_is_run_without_the_whole_model(ignore, text, tmp_path):
+    source = save_model("CLIPModel", tmp_path / "model")
+    report = convert(source, tmp_path / "out", options(text, samples=32, ignore=ignore))
+    reached = {m["name"] for m in report.modules if "relative_output_error" in m}
+    assert reached == {m["name"] for m in report.modules if m["name"].startswith("text_model.")}
+    note = report.document.get("partly_calibrated", "")
+    named = "the layers in text_model.encoder.layers; 6 other layers (vision_model.encoder.layers.*"
+    assert (named in note) == (not ignore)
+    convert(source, tmp_path / "plain", SketchConfig(effort="fast", bits=2, groups_per_row=1))
+    tokens = torch.randint(2, 128, (4, 32), generator=torch.Generator().manual_seed(1))
+    errors = [output_error("CLIPModel", source, tmp_path / n, tokens) for n in ("out", "plain")]
+    assert errors[0] < errors[1]
+
+
 def test_what_cannot_be_tuned_or_run_is_refused(text, tmp_path):
     for name, message, changes in [
+        ("CLIPModel", "CLIPModel has no output layer", {"heal": 2}),
         ("Gemma3nForCausalLM", r"last 1 blocks use keys and values of earlier blocks", {}),
         ("BertModel", "BertModel has no output layer", {"heal": 2}),
         ("BartForConditionalGeneration", "has an encoder and a decoder, which --heal", {"heal": 2}),

@@ -47,7 +47,7 @@ def flip(path):
 
 def options(mode, text):
     given = {"max_shard_size": "30KB"} | MODES[mode]
-    return SketchConfig(**given) if mode == "plain" else calibrated(text, **given)
+    return SketchConfig(effort="fast", **given) if mode == "plain" else calibrated(text, **given)
 
 
 def refused(source, output, config, progress):
@@ -82,7 +82,7 @@ def test_weights_that_change_are_noticed_and_nothing_made_of_them_is_kept(
 @pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "tokenizer_config.json"])
 def test_other_files_are_noticed(source, tmp_path, name):
     own = shutil.copytree(source, tmp_path / "model")
-    refused(own, tmp_path / "out", SketchConfig(), Change(lambda: flip(own / name)))
+    refused(own, tmp_path / "out", SketchConfig(effort="fast"), Change(lambda: flip(own / name)))
 
 
 def test_a_file_that_is_gone_or_replaced(tmp_path):

@@ -27,7 +27,7 @@ MIXED = {
 
 def planned(folder, **options):
     """Return a plan from the headers of a folder, without a check that transformers loads it."""
-    return make_plan(find_here(str(folder)).open(folder), SketchConfig(**options))
+    return make_plan(find_here(str(folder)).open(folder), SketchConfig(effort="fast", **options))
 
 
 def chosen(plan):
@@ -158,7 +158,7 @@ def test_a_pattern_of_one_weight_counts_for_the_whole_parameter(mixtral, option)
 
 def test_a_converted_recipe_is_reported_verified_and_resumed(tiny_llama, tmp_path):
     out = tmp_path / "out"
-    config = SketchConfig(groups_per_row=1, recipe=Recipe.parse(MIXED))
+    config = SketchConfig(effort="fast", groups_per_row=1, recipe=Recipe.parse(MIXED))
     report = convert(tiny_llama.folder, out, config)
     assert verify(out) == []
     assert report.widths == [2, 3, 4]
@@ -176,9 +176,14 @@ def test_a_converted_recipe_is_reported_verified_and_resumed(tiny_llama, tmp_pat
     # The order of entries counts.
     other = Recipe(tuple(reversed(config.recipe.rules[:2])) + config.recipe.rules[2:])
     with pytest.raises(SpallmError, match="decides no layer"):
-        convert(tiny_llama.folder, out, SketchConfig(groups_per_row=1, recipe=other), resume=True)
+        convert(
+            tiny_llama.folder,
+            out,
+            SketchConfig(effort="fast", groups_per_row=1, recipe=other),
+            resume=True,
+        )
     with pytest.raises(SpallmError, match="not empty"):
-        convert(tiny_llama.folder, out, SketchConfig(groups_per_row=1), resume=True)
+        convert(tiny_llama.folder, out, SketchConfig(effort="fast", groups_per_row=1), resume=True)
 
 
 @pytest.mark.slow
@@ -193,7 +198,9 @@ def test_mixed_widths_are_calibrated_and_healed(source, text, tmp_path):
 
 
 def test_a_plan_of_the_whole_command_obeys(tiny_llama):
-    config = SketchConfig(include=["*.up_proj"], recipe=Recipe.parse({"*": {"bits": 2}}))
+    config = SketchConfig(
+        effort="fast", include=["*.up_proj"], recipe=Recipe.parse({"*": {"bits": 2}})
+    )
     plan = plan_conversion(tiny_llama.folder, config)
     assert set(chosen(plan)) == {"0.mlp.up_proj", "1.mlp.up_proj"}
     assert {bits for bits, _ in chosen(plan).values()} == {2}

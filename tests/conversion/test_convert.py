@@ -29,7 +29,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_sketches_are_the_exact_clustering_of_each_row(tmp_path, bits):
     # In float32 no two partitions tie, so there is one right answer.
     tiny_llama = save_tiny_llama(tmp_path / "source", dtype=torch.float32, num_hidden_layers=1)
-    report = convert(tiny_llama.folder, tmp_path / "out", SketchConfig(bits=bits, groups_per_row=2))
+    report = convert(
+        tiny_llama.folder,
+        tmp_path / "out",
+        SketchConfig(effort="fast", bits=bits, groups_per_row=2),
+    )
     checkpoint = SketchedCheckpoint.open(tmp_path / "out")
     dense = load_file(tiny_llama.folder / "model.safetensors")
     assert len(checkpoint.metadata.modules) == 7
@@ -80,7 +84,7 @@ def test_everything_else_is_kept_bit_for_bit(tiny_llama, tmp_path):
 
 
 def test_report_has_the_figures(tiny_llama, tmp_path):
-    report = convert(tiny_llama.folder, tmp_path / "out", SketchConfig(bits=4))
+    report = convert(tiny_llama.folder, tmp_path / "out", SketchConfig(effort="fast", bits=4))
     size = (tmp_path / "out/model.safetensors").stat().st_size
     totals = report.totals
     assert report.document["files"]["model.safetensors"]["bytes"] == size
@@ -98,7 +102,7 @@ def test_report_has_the_figures(tiny_llama, tmp_path):
 
 
 def test_hash_stores_no_index_map(tiny_llama, tmp_path):
-    config = SketchConfig(bits=2, mapping="hash", seed=9, table_dtype="float32")
+    config = SketchConfig(effort="fast", bits=2, mapping="hash", seed=9, table_dtype="float32")
     report = convert(tiny_llama.folder, tmp_path / "out", config)
     checkpoint = SketchedCheckpoint.open(tmp_path / "out")
     name = report.modules[0]["name"]
@@ -114,7 +118,9 @@ def test_hash_stores_no_index_map(tiny_llama, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_source_dtypes(tmp_path, dtype):
     model = save_tiny_llama(tmp_path / "source", dtype=dtype)
-    report = convert(model.folder, tmp_path / "out", SketchConfig(table_dtype="float16"))
+    report = convert(
+        model.folder, tmp_path / "out", SketchConfig(effort="fast", table_dtype="float16")
+    )
     assert report.totals["relative_error"] < 0.2
     tables = [
         t for t in SketchedCheckpoint.open(tmp_path / "out").tensors.values() if "table" in t.name
@@ -126,7 +132,7 @@ def test_same_bytes_whatever_the_threads_and_shards_of_the_source(
     sharded_llama, tiny_llama, tmp_path
 ):
     assert (sharded_llama.folder / "model.safetensors.index.json").exists()
-    config = SketchConfig(max_shard_size="40KB")
+    config = SketchConfig(effort="fast", max_shard_size="40KB")
     for name, threads in [("one", 1), ("all", None), ("again", None)]:
         convert(sharded_llama.folder, tmp_path / name, config, threads=threads)
     first = contents(tmp_path / "one")
@@ -142,7 +148,7 @@ def test_same_bytes_whatever_the_threads_and_shards_of_the_source(
 def test_blocks_of_rows_do_not_change_the_result(tiny_llama, tmp_path, monkeypatch):
     assert BLOCK_WEIGHTS > 160 * 64  # so that the first run takes each weight in one block
     for mapping in ("cluster", "hash"):
-        config = SketchConfig(mapping=mapping)
+        config = SketchConfig(effort="fast", mapping=mapping)
         convert(tiny_llama.folder, tmp_path / f"{mapping}-whole", config)
         monkeypatch.setattr("spallm_convert.conversion.shards.BLOCK_WEIGHTS", 1000)
         convert(tiny_llama.folder, tmp_path / f"{mapping}-blocks", config)
@@ -151,7 +157,7 @@ def test_blocks_of_rows_do_not_change_the_result(tiny_llama, tmp_path, monkeypat
 
 
 def test_shards_respect_their_limit(tiny_llama, tmp_path):
-    convert(tiny_llama.folder, tmp_path / "out", SketchConfig(max_shard_size="20KB"))
+    convert(tiny_llama.folder, tmp_path / "out", SketchConfig(effort="fast", max_shard_size="20KB"))
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
     for shard in shards:
@@ -164,7 +170,9 @@ def test_shards_respect_their_limit(tiny_llama, tmp_path):
 
 def test_ignored_layers_stay_dense_and_are_reported(tiny_llama, tmp_path):
     report = convert(
-        tiny_llama.folder, tmp_path / "out", SketchConfig(ignore=("*.down_proj", "*.0.*"))
+        tiny_llama.folder,
+        tmp_path / "out",
+        SketchConfig(effort="fast", ignore=("*.down_proj", "*.0.*")),
     )
     names = {module["name"] for module in report.modules}
     assert len(names) == 6
@@ -283,7 +291,7 @@ def test_layers_are_ignored_by_either_of_their_names(tmp_path, pattern):
     path = tmp_path / "source/config.json"
     config = json.loads(path.read_text()) | {"architectures": ["BloomForCausalLM"]}
     path.write_text(json.dumps(config))
-    plan = plan_conversion(tmp_path / "source", SketchConfig(ignore=(pattern,)))
+    plan = plan_conversion(tmp_path / "source", SketchConfig(effort="fast", ignore=(pattern,)))
     assert {name.split(".")[1] for name in plan.metadata.modules} == {"1"}
     assert len(plan.left_dense) == 4
 

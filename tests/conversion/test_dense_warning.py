@@ -46,7 +46,7 @@ def test_strict_makes_it_an_error_before_any_work(source, tmp_path):
     messages = []
     for run in (plan_conversion, lambda *given: convert(given[0], tmp_path / "out", given[1])):
         with pytest.raises(SourceError) as caught:
-            run(source, SketchConfig(strict=True))
+            run(source, SketchConfig(effort="fast", strict=True))
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
     assert f"{source}: {WARNING.removeprefix('warning: ')}; --strict accepts 5 %" in messages[0]
@@ -58,7 +58,7 @@ def test_strict_makes_it_an_error_before_any_work(source, tmp_path):
     [{"ignore": ["*.layers.0.*"]}, {"include": ["*.mlp.*"]}],
 )
 def test_what_the_user_leaves_dense_does_not_count(tiny_llama, options):
-    plan = plan_conversion(tiny_llama.folder, SketchConfig(strict=True, **options))
+    plan = plan_conversion(tiny_llama.folder, SketchConfig(effort="fast", strict=True, **options))
     assert plan.dense_weights == plan.dense_reasons == {}
 
 
@@ -71,19 +71,23 @@ def test_what_the_user_leaves_dense_does_not_count(tiny_llama, options):
     ],
 )
 def test_matrices_without_a_layer_can_be_left_dense(source, options):
-    plan = plan_conversion(source, SketchConfig(strict=True, **options))
+    plan = plan_conversion(source, SketchConfig(effort="fast", strict=True, **options))
     assert plan.dense_warning is None
     assert NAMES[0] in plan.left_dense
 
 
 def test_a_recipe_cannot_sketch_matrices_without_a_layer(source):
     with pytest.raises(OptionError, match=r"'\*.adapter.\*': matches no linear layer"):
-        plan_conversion(source, SketchConfig(recipe=Recipe.parse({"*.adapter.*": {"bits": 2}})))
+        plan_conversion(
+            source, SketchConfig(effort="fast", recipe=Recipe.parse({"*.adapter.*": {"bits": 2}}))
+        )
 
 
 def test_strict_changes_no_byte(tiny_llama, tmp_path):
     convert(tiny_llama.folder, tmp_path / "out")
-    report = convert(tiny_llama.folder, tmp_path / "out", SketchConfig(strict=True), resume=True)
+    report = convert(
+        tiny_llama.folder, tmp_path / "out", SketchConfig(effort="fast", strict=True), resume=True
+    )
     assert "strict" not in report.document["options"]
 
 

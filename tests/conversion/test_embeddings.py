@@ -26,7 +26,7 @@ def test_the_plan_has_what_is_asked_for_and_nothing_else_changes(tiny_llama):
         ({"lm_head": True}, {"lm_head"}),
         ({"embeddings": True, "lm_head": True}, ENDS),
     ):
-        plan = plan_conversion(tiny_llama.folder, SketchConfig(**options))
+        plan = plan_conversion(tiny_llama.folder, SketchConfig(effort="fast", **options))
         assert modules(plan) - modules(plain) == more
         assert plan.notes == ()
         shape = plan.metadata.modules[next(iter(more))]
@@ -35,7 +35,10 @@ def test_the_plan_has_what_is_asked_for_and_nothing_else_changes(tiny_llama):
 
 
 def test_a_sketched_vocabulary_does_not_hide_that_blocks_stay_dense(tiny_llama):
-    plain, config = plan_conversion(tiny_llama.folder), SketchConfig(embeddings=True, lm_head=True)
+    plain, config = (
+        plan_conversion(tiny_llama.folder),
+        SketchConfig(effort="fast", embeddings=True, lm_head=True),
+    )
     plan = plan_conversion(tiny_llama.folder, config)
     assert plan.sketched_weights > plain.sketched_weights
     dense = {"dense_weights": {"mlp": 10**6}, "dense_reasons": {"mlp": "of a reason"}}
@@ -45,21 +48,25 @@ def test_a_sketched_vocabulary_does_not_hide_that_blocks_stay_dense(tiny_llama):
 
 
 def test_patterns_apply_to_them_too(tiny_llama):
-    config = SketchConfig(embeddings=True, lm_head=True, ignore=("lm_head",))
+    config = SketchConfig(effort="fast", embeddings=True, lm_head=True, ignore=("lm_head",))
     plan = plan_conversion(tiny_llama.folder, config)
     assert modules(plan) & ENDS == {"model.embed_tokens"}
     assert plan.left_dense["lm_head"] == "ignored by the pattern 'lm_head'"
 
 
 def test_both_options_are_part_of_the_identity():
-    configs = (SketchConfig(), SketchConfig(embeddings=True), SketchConfig(lm_head=True))
+    configs = (
+        SketchConfig(effort="fast"),
+        SketchConfig(effort="fast", embeddings=True),
+        SketchConfig(effort="fast", lm_head=True),
+    )
     options = [identity(config, {})["options"] for config in configs]
     assert len({(o["embeddings"], o["lm_head"]) for o in options}) == 3
 
 
 def test_an_interrupted_conversion_goes_on_to_the_same_bytes(tmp_path):
     source = save_tiny_llama(tmp_path / "source", tie_word_embeddings=True).folder
-    config = SketchConfig(embeddings=True, max_shard_size="20KB")
+    config = SketchConfig(effort="fast", embeddings=True, max_shard_size="20KB")
     convert(source, tmp_path / "whole", config)
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", config, progress=StopAt(10))
@@ -84,7 +91,7 @@ def test_with_calibration_they_are_sketched_from_their_weights_alone(source, tex
     assert any(
         "model.embed_tokens" in line and "from their weights alone" in line for line in told.lines
     )
-    convert(source, tmp_path / "alone", SketchConfig(**ends))
+    convert(source, tmp_path / "alone", SketchConfig(effort="fast", **ends))
     one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("calibrated", "alone"))
     assert one.keys() == other.keys()
     equal = {name for name in one if one[name].equal(other[name])}

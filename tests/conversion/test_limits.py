@@ -56,7 +56,7 @@ def check_loads(folder):
 @pytest.mark.parametrize("mapping", ["cluster", "hash"])
 def test_large_values_are_reduced_to_what_can_be_loaded(half, tmp_path, mapping):
     progress = StopAt()
-    config = SketchConfig(mapping=mapping, bits=4, seed=1)
+    config = SketchConfig(effort="fast", mapping=mapping, bits=4, seed=1)
     convert(half, tmp_path / "out", config, progress=progress)
     table = check_loads(tmp_path / "out")
     notes = [line for line in progress.said if "reduced" in line]
@@ -83,7 +83,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     for part in (f"'{LAYER}.weight'", "row 3", "float16", "use --table-dtype float32"):
         assert part in str(caught.value)
     assert not (tmp_path / "out").exists()
-    convert(source, tmp_path / "wide", SketchConfig(table_dtype="float32"))
+    convert(source, tmp_path / "wide", SketchConfig(effort="fast", table_dtype="float32"))
     assert load_sketched(tmp_path / "wide").get_submodule(LAYER).weight_table.isfinite().all()
     assert verify(tmp_path / "wide") == []
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from helpers.architectures import save_tiny
+from helpers.architectures import available, save_tiny
 from helpers.calibration import contents
 from helpers.tiny_models import save_tiny_llama
 from spallm_convert import SketchConfig, SourceError, convert, load_sketched, plan_conversion
@@ -108,6 +108,22 @@ def test_a_block_without_one_of_its_experts(name, tmp_path):
     assert f": experts without a tensor: {', '.join(lost)}; use the config.json that" in message
 
 
+def test_kinds_of_weights_with_different_numbers_of_experts(tmp_path):
+    """LongCat has six experts, two of which pass their input on and lack one of the weights."""
+    name = "LongcatFlashForCausalLM"
+    if not available(name):
+        pytest.skip(f"transformers has no {name}")
+    source = save_tiny(name, tmp_path / "source")
+    start = "model.layers.0.mlp.experts"
+    plan = plan_conversion(source, SketchConfig(effort="fast", groups_per_row=1))
+    assert f"{start}.5.up_proj" in plan.layers
+    assert f"{start}.4.down_proj" not in plan.layers
+    lost = [f"{start}.1.down_proj.weight", f"{start}.4.up_proj.weight"]
+    edit_tensors(source, lambda tensors: [tensors.pop(name) for name in lost])
+    message = refused(source, tmp_path / "out")
+    assert f": experts without a tensor: {', '.join(lost)}; use the config.json that" in message
+
+
 def test_a_config_with_more_experts_than_are_stored(tmp_path):
     source = save_tiny("MixtralForCausalLM", tmp_path / "source")
     edit_config(source, num_local_experts=5)
@@ -148,7 +164,7 @@ def test_blocks_that_predict_further_tokens_are_not_refused(source):
     ],
 )
 def test_models_that_transformers_saved_are_not_refused(name, tmp_path):
-    plan_conversion(save_tiny(name, tmp_path), SketchConfig(groups_per_row=1))
+    plan_conversion(save_tiny(name, tmp_path), SketchConfig(effort="fast", groups_per_row=1))
 
 
 def test_nothing_is_printed_and_no_state_changes(source, capsys):

@@ -65,7 +65,7 @@ def test_fp8_gives_the_bytes_of_the_dense_model(pair, tmp_path):
 
 def test_layers_that_stay_dense_are_written_dequantized(pair, tmp_path):
     dense, quantized = pair
-    config = SketchConfig(ignore=("*.q_proj", "*.down_proj"), bits=2)
+    config = SketchConfig(effort="fast", ignore=("*.q_proj", "*.down_proj"), bits=2)
     convert(quantized, tmp_path / "out", config)
     convert(dense, tmp_path / "expected", config)
     same(tmp_path / "out", tmp_path / "expected")

@@ -123,7 +123,7 @@ def test_what_takes_too_long_is_ended(monkeypatch):
 
 def test_the_share_counts_experts_and_no_convolutions(tmp_path):
     source = reach.save_tiny("MambaForCausalLM", tmp_path)
-    plan = plan_conversion(source, SketchConfig(groups_per_row=1))
+    plan = plan_conversion(source, SketchConfig(effort="fast", groups_per_row=1))
     kept = {name for name in plan.dense_weights if name.endswith(("A_log", "conv1d"))}
     share, dense = sketched_share(plan)
     assert len(kept) == 2
@@ -169,7 +169,7 @@ def test_a_changed_tensor_that_is_not_sketched_is_found(tmp_path):
     from safetensors.torch import save_file
 
     source = reach.save_tiny(MODEL, tmp_path / "source")
-    convert(source, tmp_path / "out", SketchConfig(groups_per_row=1))
+    convert(source, tmp_path / "out", SketchConfig(effort="fast", groups_per_row=1))
     tensors = tensors_of(tmp_path / "out")
     tensors["model.norm.weight"][3] += 1
     save_file(tensors, tmp_path / "out/model.safetensors", metadata={"format": "pt"})

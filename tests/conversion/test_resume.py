@@ -62,7 +62,7 @@ def unfinished(sharded_llama, tmp_path):
         convert(
             sharded_llama.folder,
             tmp_path / "out",
-            SketchConfig(max_shard_size="30KB"),
+            SketchConfig(effort="fast", max_shard_size="30KB"),
             progress=Stop(),
         )
     assert list((tmp_path / "out" / PARTIAL_FOLDER / "files").glob("*.safetensors"))
@@ -82,15 +82,27 @@ def test_whole_shards_are_not_sketched_again(sharded_llama, unfinished, monkeypa
         publish(self, names, older)
 
     monkeypatch.setattr(Staging, "publish", spy)
-    convert(sharded_llama.folder, unfinished, SketchConfig(max_shard_size="30KB"), resume=True)
+    convert(
+        sharded_llama.folder,
+        unfinished,
+        SketchConfig(effort="fast", max_shard_size="30KB"),
+        resume=True,
+    )
     assert finished == before
 
 
 def test_a_damaged_shard_is_written_again(sharded_llama, unfinished, tmp_path):
     shard = next((unfinished / PARTIAL_FOLDER / "files").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
-    convert(sharded_llama.folder, unfinished, SketchConfig(max_shard_size="30KB"), resume=True)
-    convert(sharded_llama.folder, tmp_path / "whole", SketchConfig(max_shard_size="30KB"))
+    convert(
+        sharded_llama.folder,
+        unfinished,
+        SketchConfig(effort="fast", max_shard_size="30KB"),
+        resume=True,
+    )
+    convert(
+        sharded_llama.folder, tmp_path / "whole", SketchConfig(effort="fast", max_shard_size="30KB")
+    )
     assert contents(unfinished) == contents(tmp_path / "whole")
 
 
@@ -100,15 +112,24 @@ def test_a_record_that_was_changed_counts_as_missing(sharded_llama, unfinished, 
     name = next(iter(record["modules"]))
     record["modules"][name] = [1.0, 2.0]  # errors that nobody measured
     path.write_text(json.dumps(record))
-    convert(sharded_llama.folder, unfinished, SketchConfig(max_shard_size="30KB"), resume=True)
-    convert(sharded_llama.folder, tmp_path / "whole", SketchConfig(max_shard_size="30KB"))
+    convert(
+        sharded_llama.folder,
+        unfinished,
+        SketchConfig(effort="fast", max_shard_size="30KB"),
+        resume=True,
+    )
+    convert(
+        sharded_llama.folder, tmp_path / "whole", SketchConfig(effort="fast", max_shard_size="30KB")
+    )
     assert contents(unfinished) == contents(tmp_path / "whole")
 
 
 def test_an_unfinished_folder_needs_a_decision(sharded_llama, unfinished):
     with pytest.raises(SpallmError, match="holds an unfinished conversion: use --resume"):
-        convert(sharded_llama.folder, unfinished, SketchConfig(max_shard_size="30KB"))
-    convert(sharded_llama.folder, unfinished, SketchConfig(bits=2), overwrite=True)
+        convert(
+            sharded_llama.folder, unfinished, SketchConfig(effort="fast", max_shard_size="30KB")
+        )
+    convert(sharded_llama.folder, unfinished, SketchConfig(effort="fast", bits=2), overwrite=True)
     assert SketchedCheckpoint.open(unfinished).metadata.bits == 2
     assert not (unfinished / PARTIAL_FOLDER).exists()
 
@@ -119,11 +140,16 @@ def test_other_options_or_another_source_are_not_resumed(sharded_llama, tiny_lla
         convert(
             sharded_llama.folder,
             unfinished,
-            SketchConfig(bits=3, max_shard_size="30KB"),
+            SketchConfig(effort="fast", bits=3, max_shard_size="30KB"),
             resume=True,
         )
     with pytest.raises(SpallmError, match="something else"):
-        convert(tiny_llama.folder, unfinished, SketchConfig(max_shard_size="30KB"), resume=True)
+        convert(
+            tiny_llama.folder,
+            unfinished,
+            SketchConfig(effort="fast", max_shard_size="30KB"),
+            resume=True,
+        )
     assert contents(unfinished) == before
 
 
@@ -134,7 +160,9 @@ def test_resuming_what_is_finished_changes_nothing(tiny_llama, tmp_path):
     assert again.document == first.document
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     with pytest.raises(SpallmError, match="not empty"):
-        convert(tiny_llama.folder, tmp_path / "out", SketchConfig(bits=2), resume=True)
+        convert(
+            tiny_llama.folder, tmp_path / "out", SketchConfig(effort="fast", bits=2), resume=True
+        )
     assert (
         json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["bits"] == 4
     )

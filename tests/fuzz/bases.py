@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Bases:
         return self.root / "references" / name
 
 
-def make_bases(root: Path, families: Iterable[str]) -> Bases:
+def make_bases(root: Path, families: Collection[str]) -> Bases:
     """Make the bases of some families, which also warms up all that they need."""
     bases = Bases(root)
     for name, size in (("sharded", _SHARD), ("single", "5GB")):
@@ -68,7 +68,8 @@ def make_bases(root: Path, families: Iterable[str]) -> Bases:
         (folder / "README.md").write_text("---\nlicense: mit\n---\nA model.\n")
     bases.folders[FAMILY] = [bases.source / "config.json"]
     bases.folders["source"] = [root / name / MODEL for name in ("single", "sharded")]
-    _make_sketches(bases)
+    if set(families) - {FAMILY}:
+        _make_sketches(bases)
     for family, make in _MAKERS.items():
         if family in families:
             make(bases)
@@ -77,10 +78,10 @@ def make_bases(root: Path, families: Iterable[str]) -> Bases:
 
 def _make_sketches(bases: Bases) -> None:
     configs = {
-        "plain": SketchConfig(bits=3),
-        "sharded": SketchConfig(bits=4, max_shard_size=_SHARD),
-        "hash": SketchConfig(bits=3, mapping="hash"),
-        "wide": SketchConfig(bits=2, groups_per_row=4, table_dtype="float32"),
+        "plain": SketchConfig(effort="fast", bits=3),
+        "sharded": SketchConfig(effort="fast", bits=4, max_shard_size=_SHARD),
+        "hash": SketchConfig(effort="fast", bits=3, mapping="hash"),
+        "wide": SketchConfig(effort="fast", bits=2, groups_per_row=4, table_dtype="float32"),
     }
     folders = []
     for name, config in configs.items():
@@ -131,8 +132,8 @@ def _make_work(bases: Bases) -> None:
     text.write_text(" ".join(f"word{i * i % 126}" for i in range(400)))
     calibration = CalibrationConfig(text=str(text), samples=4, seqlen=16)
     bases.plans = {
-        "shards": SketchConfig(max_shard_size=_SHARD),
-        "published": SketchConfig(max_shard_size=_SHARD),
+        "shards": SketchConfig(effort="fast", max_shard_size=_SHARD),
+        "published": SketchConfig(effort="fast", max_shard_size=_SHARD),
         "calibrated": SketchConfig(bits=2, max_shard_size=_SHARD, calibration=calibration),
     }
     stops = {"shards": 5, "published": 10**6, "calibrated": 10**6}

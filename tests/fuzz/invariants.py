@@ -161,7 +161,7 @@ def check_source(spoiled: Path, rng: random.Random, bases: Bases) -> Findings:
         done = code == 0
     else:
         size = rng.choice(("5GB", "12KB"))
-        config = SketchConfig(bits=rng.choice((2, 3, 4)), max_shard_size=size)
+        config = SketchConfig(effort="fast", bits=rng.choice((2, 3, 4)), max_shard_size=size)
         _, error = findings.attempt("convert", lambda: convert(spoiled, out, config), (OSError,))
         done = error is None
     if not done:

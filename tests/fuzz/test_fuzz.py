@@ -16,9 +16,9 @@ from fuzz.cases import SHARES
 from fuzz.catalogue import KINDS, Case, all_kinds, cases
 from fuzz.children import Result, run_cases
 
-THOUSANDS = 3_000
 REPLAY = "pytest tests/fuzz/test_fuzz.py -k test_case"
 FIRST_SEED = int(os.environ.get("SPALLM_FUZZ_SEED", "0"))
+THOUSANDS = cases(3_000, FIRST_SEED)
 
 
 def some_cases() -> list[Case]:
@@ -37,9 +37,12 @@ SOME = some_cases()
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[Case, Result]:
-    """Run all of `SOME` at once."""
-    return {result.case: result for result in run_cases(SOME)}
+def results(request) -> dict[Case, Result]:
+    """Run every case that the selected tests need once, because a server takes long to start."""
+    needed = dict.fromkeys(SOME)
+    if any(item.function is test_thousands_of_cases for item in request.session.items):
+        needed |= dict.fromkeys(THOUSANDS)
+    return {result.case: result for result in run_cases(list(needed))}
 
 
 def test_there_are_kinds_of_every_family():
@@ -54,9 +57,9 @@ def test_case(results, case):
 
 
 @pytest.mark.slow
-def test_thousands_of_cases():
-    found = run_cases(cases(THOUSANDS, FIRST_SEED))
-    assert len({result.case for result in found}) == THOUSANDS
+def test_thousands_of_cases(results):
+    assert len(set(THOUSANDS)) == 3_000
+    found = [results[case] for case in THOUSANDS]
     print(times(found))
     fail_if_broken(found)
     outcomes = collections.Counter((result.case.family, result.outcome) for result in found)

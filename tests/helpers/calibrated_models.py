@@ -56,6 +56,10 @@ MODELS = {
             "vision_config": _TOWER | {"model_type": "clip_vision_model"},
         },
     ),
+    "CLIPModel": (
+        "CLIPConfig",
+        {"text_config": _SIZES, "vision_config": _TOWER, "projection_dim": 16},
+    ),
     "BertModel": ("BertConfig", _SIZES),
     "T5ForConditionalGeneration": ("T5Config", _ENCODER_DECODER | {"vocab_size": 128}),
     "BartForConditionalGeneration": (
@@ -101,8 +105,9 @@ def output_error(name: str, source: Path, folder: Path, tokens: torch.Tensor) ->
     outputs = []
     for model in (dense, load_sketched(folder, dtype=torch.float32)):
         more = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+        reader = getattr(model, "text_model", model)  # of CLIP, which needs images too
         with torch.no_grad():
-            found = model.eval()(tokens, **more)
+            found = reader.eval()(tokens, **more)
         outputs.append(found.logits if "logits" in found else found.last_hidden_state)
     expected, found = outputs
     return ((found - expected).norm() / expected.norm()).item()

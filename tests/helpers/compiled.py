@@ -8,6 +8,7 @@ code = compile_launch(launches[0], 90)  # for compute capability 9.0
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import subprocess
 import tempfile
@@ -45,7 +46,14 @@ class Code:
     registers: int
     spilled_bytes: int  # stack and local memory of a thread
     shared_bytes: int  # of a program
-    instructions: list[str]
+    cubin: bytes
+
+    @functools.cached_property
+    def instructions(self) -> list[str]:
+        """Disassemble the kernel, which takes 0.4 s of CPU time."""
+        text = _dump(self.cubin, "-sass")
+        lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", text, re.MULTILINE)
+        return [f"{address} {line}" for address, line in lines]
 
     def loop(self, containing: str) -> list[str]:
         """Return the instructions of the innermost loop that holds an instruction."""
@@ -124,18 +132,20 @@ def _integer(value: int) -> str:
 
 
 def _read(cubin: bytes, shared: int) -> Code:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        text = subprocess.run(
-            [tool, "-sass", "-res-usage", path], capture_output=True, text=True, check=True
-        ).stdout
+    text = _dump(cubin, "-res-usage")
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", text, re.MULTILINE)
     return Code(
         registers=usage["REG"],
         spilled_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=shared,
-        instructions=[f"{address} {line}" for address, line in lines],
+        cubin=cubin,
     )
+
+
+def _dump(cubin: bytes, option: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [tool, option, path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

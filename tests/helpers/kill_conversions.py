@@ -41,7 +41,7 @@ MODES = {
 
 def options(mode, text, **changes):
     given = {"max_shard_size": "30KB"} | MODES[mode] | changes
-    return calibrated(text, **given) if MODES[mode] else SketchConfig(**given)
+    return calibrated(text, **given) if MODES[mode] else SketchConfig(effort="fast", **given)
 
 
 def run(source, output, config, **how):

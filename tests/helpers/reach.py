@@ -115,10 +115,10 @@ def _reason(step: Callable[[Reach, Path], None], found: Reach, folder: Path) -> 
 
 def _convert(found: Reach, folder: Path) -> None:
     source = save_tiny(found.name, folder / "source")
-    plan = plan_conversion(source, SketchConfig(**OPTIONS))
+    plan = plan_conversion(source, SketchConfig(effort="fast", **OPTIONS))
     found.share, found.dense = sketched_share(plan)
     found.bits = plan.totals()["bits_per_weight"]
-    convert(source, folder / "out", SketchConfig(**OPTIONS))
+    convert(source, folder / "out", SketchConfig(effort="fast", **OPTIONS))
     copy = save_decoded(folder / "out", source, folder / "decoded")
     expected = _outputs(found.name, _model_class(found.name).from_pretrained(copy))
     outputs = _outputs(found.name, _loaded(folder / "out"))

@@ -8,7 +8,6 @@ _CHANGED = "transformers joins and splits tensors in its own way while loading"
 #: that are small in real models have a large share in tiny ones.
 SHARES: dict[str, tuple[float, str]] = {
     "DeepseekV4ForCausalLM": (0.89, _FLOAT32),
-    "LongcatFlashForCausalLM": (0.62, "some experts pass their input on, in code of its own"),
     "RwkvForCausalLM": (0.68, "the code divides two weights of a block in place"),
     "T5ForConditionalGeneration": (0.83, _CAST),
     "T5EncoderModel": (0.78, _CAST),
@@ -18,7 +17,6 @@ SHARES: dict[str, tuple[float, str]] = {
     "SwitchTransformersForConditionalGeneration": (0.72, _CAST),
     "Kimi_K25ForConditionalGeneration": (0.79, _CHANGED),
     "Blip2ForConditionalGeneration": (0.6, _FLOAT32),
-    "Ernie4_5_VLMoeForConditionalGeneration": (0.67, _CHANGED),
 }
 
 #: What fails after the conversion, by model class.

@@ -24,7 +24,7 @@ from spallm_convert.runtime.parameters import sketched_pairs
 from spallm_formats import SketchedCheckpoint
 
 IDS = torch.tensor([[5, 9, 5, 0, 17, 3]])
-BOTH = SketchConfig(embeddings=True, lm_head=True)
+BOTH = SketchConfig(effort="fast", embeddings=True, lm_head=True)
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
@@ -122,7 +122,7 @@ def test_gradients_are_those_of_the_dense_weight_and_of_both_uses(folders):
 
 def test_a_padding_row_gets_no_gradient_from_its_lookup(tmp_path):
     save_tiny_llama(tmp_path / "source", pad_token_id=0, dtype=torch.float32)
-    convert(tmp_path / "source", tmp_path / "out", SketchConfig(embeddings=True))
+    convert(tmp_path / "source", tmp_path / "out", SketchConfig(effort="fast", embeddings=True))
     embedding = load_sketched(tmp_path / "out").get_submodule(EMBEDDING)
     assert embedding.padding_idx == 0
     embedding(IDS).sum().backward()
@@ -203,7 +203,7 @@ def test_resizing_is_refused_in_one_line(folders, name):
 
 
 def test_a_head_alone(folders, tmp_path):
-    convert(folders / "untied-source", tmp_path / "out", SketchConfig(lm_head=True))
+    convert(folders / "untied-source", tmp_path / "out", SketchConfig(effort="fast", lm_head=True))
     model = load_sketched(tmp_path / "out")
     assert type(model.model.embed_tokens) is torch.nn.Embedding
     twin = dense_twin(model, folders / "untied-source")
@@ -216,7 +216,9 @@ def test_either_option_sketches_a_tied_weight_and_says_so(folders, tmp_path):
     for options in ({"embeddings": True}, {"lm_head": True}):
         told = Remarks()
         folder = tmp_path / next(iter(options))
-        convert(folders / "tied-source", folder, SketchConfig(**options), progress=told)
+        convert(
+            folders / "tied-source", folder, SketchConfig(effort="fast", **options), progress=told
+        )
         assert told.lines[-1] == f"{EMBEDDING} and {HEAD} are tied, so both are sketched"
         one, both = stored(folder), stored(folders / "tied")
         assert all(torch.equal(one[key], both[key]) for key in both)
@@ -260,7 +262,7 @@ def test_a_tied_weight_that_is_stored_twice_stays_two(folders, tmp_path):
 def test_embeddings_that_scale_their_rows(tmp_path, mapping):
     """Gemma 3 multiplies by a number that it rounds to the dtype of the weight."""
     source = save_tiny("Gemma3ForCausalLM", tmp_path / "source")
-    convert(source, tmp_path / "out", SketchConfig(mapping=mapping, embeddings=True))
+    convert(source, tmp_path / "out", SketchConfig(effort="fast", mapping=mapping, embeddings=True))
     for dtype in (torch.float32, torch.bfloat16):
         model = load_sketched(tmp_path / "out", dtype=dtype)
         embedding = model.get_submodule(EMBEDDING)
@@ -273,7 +275,7 @@ def test_embeddings_that_scale_their_rows(tmp_path, mapping):
 
 def test_an_encoder_and_a_decoder_share_one_table(tmp_path):
     source = save_tiny("T5ForConditionalGeneration", tmp_path / "source")
-    report = convert(source, tmp_path / "out", SketchConfig(embeddings=True))
+    report = convert(source, tmp_path / "out", SketchConfig(effort="fast", embeddings=True))
     model = load_sketched(tmp_path / "out")
     assert "shared" in {module["name"] for module in report.modules}
     parts = (model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head)

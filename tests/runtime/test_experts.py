@@ -59,7 +59,9 @@ class Made:
 
 def make(name, folder):
     source = save_tiny(name, folder / "source")
-    convert(source, folder / "out", SketchConfig(groups_per_row=2, table_dtype="float32"))
+    convert(
+        source, folder / "out", SketchConfig(effort="fast", groups_per_row=2, table_dtype="float32")
+    )
     return Made(name, source, folder / "out")
 
 

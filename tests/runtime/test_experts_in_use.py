@@ -39,7 +39,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(source, tmp_path_factory):
     target = tmp_path_factory.mktemp("sketched") / "out"
-    convert(source, target, SketchConfig(groups_per_row=2))
+    convert(source, target, SketchConfig(effort="fast", groups_per_row=2))
     return target
 
 
@@ -231,7 +231,7 @@ def test_experts_with_other_groups_than_the_others_are_refused(folder, tmp_path)
 def test_hashed_experts(name, tmp_path):
     """Rows are numbered in each stored module, so those of fused experts are counted through."""
     source = save_tiny(name, tmp_path / "source")
-    config = SketchConfig(groups_per_row=2, mapping="hash", table_dtype="float32")
+    config = SketchConfig(effort="fast", groups_per_row=2, mapping="hash", table_dtype="float32")
     convert(source, tmp_path / "out", config)
     model = load_sketched(tmp_path / "out", dtype=torch.float32)
     found = logits(model)

@@ -45,7 +45,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def sketched(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sketched") / "out"
-    convert(tiny_llama.folder, folder, SketchConfig(groups_per_row=2))
+    convert(tiny_llama.folder, folder, SketchConfig(effort="fast", groups_per_row=2))
     files = contents(folder)
     return {name: files[name] for name in ("config.json", WEIGHTS)}
 

@@ -47,7 +47,7 @@ def made(request, kind, tmp_path_factory):
     convert(
         source,
         folder / "out",
-        SketchConfig(groups_per_row=2, mapping=request.param, table_dtype="float32"),
+        SketchConfig(effort="fast", groups_per_row=2, mapping=request.param, table_dtype="float32"),
     )
     decoded = save_decoded(folder / "out", source, folder / "decoded")
     dense = getattr(transformers, name).from_pretrained(decoded)

@@ -15,7 +15,7 @@ from spallm_convert.runtime.kept_dtypes import restore_dtypes, table_dtypes
 def sketched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")
     save_tiny_llama(folder / "source")
-    convert(folder / "source", folder / "sketched", SketchConfig(groups_per_row=1))
+    convert(folder / "source", folder / "sketched", SketchConfig(effort="fast", groups_per_row=1))
     return folder / "sketched"
 
 

@@ -27,7 +27,7 @@ TOKENS = torch.arange(2, 40).reshape(2, 19)
 @pytest.fixture(scope="module")
 def sketched_folder(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sketched") / "out"
-    convert(tiny_llama.folder, folder, SketchConfig(groups_per_row=2))
+    convert(tiny_llama.folder, folder, SketchConfig(effort="fast", groups_per_row=2))
     return folder
 
 
@@ -36,7 +36,7 @@ def sketched_folder(tiny_llama, tmp_path_factory):
 def test_logits_are_those_of_the_decoded_weights(tiny_llama, tmp_path, mapping, dtype):
     from transformers import LlamaForCausalLM
 
-    convert(tiny_llama.folder, tmp_path / "out", SketchConfig(mapping=mapping))
+    convert(tiny_llama.folder, tmp_path / "out", SketchConfig(effort="fast", mapping=mapping))
     model = load_sketched(tmp_path / "out", dtype=dtype)
     dense = LlamaForCausalLM.from_pretrained(tiny_llama.folder, dtype=dtype)
     for name, module in model.named_modules():
@@ -70,7 +70,7 @@ def test_tables_train_and_nothing_else(sketched_folder):
 
 
 def test_float32_tables_stay_float32_in_a_bfloat16_model(tiny_llama, tmp_path):
-    convert(tiny_llama.folder, tmp_path / "out", SketchConfig(table_dtype="float32"))
+    convert(tiny_llama.folder, tmp_path / "out", SketchConfig(effort="fast", table_dtype="float32"))
     model = load_sketched(tmp_path / "out", dtype=torch.bfloat16)
     layer = model.model.layers[0].self_attn.q_proj
     assert layer.weight_table.dtype == torch.float32
@@ -105,7 +105,7 @@ def test_saving_gives_the_same_tensors(sketched_folder, tmp_path):
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("loaded", [torch.bfloat16, torch.float16, torch.float32, "auto"])
 def test_saved_at_another_dtype_it_loads_again(tiny_llama, tmp_path, stored, loaded):
-    convert(tiny_llama.folder, tmp_path / "out", SketchConfig(table_dtype=stored))
+    convert(tiny_llama.folder, tmp_path / "out", SketchConfig(effort="fast", table_dtype=stored))
     model = load_sketched(tmp_path / "out", dtype=loaded)
     model.save_pretrained(tmp_path / "saved")
     again = load_sketched(tmp_path / "saved", dtype=loaded)
@@ -241,7 +241,7 @@ def test_tied_embeddings(tmp_path):
 @pytest.mark.parametrize("mapping", ["cluster", "hash"])
 def test_inputs_of_another_width_are_refused(tiny_llama, tmp_path, mapping):
     """Rows of packed codes are as long for some of them, and hashed ones have no length."""
-    convert(tiny_llama.folder, tmp_path / "out", SketchConfig(mapping=mapping))
+    convert(tiny_llama.folder, tmp_path / "out", SketchConfig(effort="fast", mapping=mapping))
     layer = load_sketched(tmp_path / "out").model.layers[0].self_attn.q_proj
     x = torch.zeros(2, 64, dtype=torch.bfloat16)
     assert layer(x).shape == (2, 64)

@@ -27,7 +27,9 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def hashed_folder(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hashed") / "out"
-    convert(tiny_llama.folder, folder, SketchConfig(groups_per_row=2, mapping="hash"))
+    convert(
+        tiny_llama.folder, folder, SketchConfig(effort="fast", groups_per_row=2, mapping="hash")
+    )
     return folder
 
 
@@ -35,7 +37,7 @@ def hashed_folder(tiny_llama, tmp_path_factory):
 def experts_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts")
     source = save_tiny("MixtralForCausalLM", folder / "source", vocab_size=128)
-    convert(source, folder / "out", SketchConfig(groups_per_row=2))
+    convert(source, folder / "out", SketchConfig(effort="fast", groups_per_row=2))
     return folder / "out"
 
 

@@ -27,7 +27,7 @@ LOADERS = [load_sketched, AutoModelForCausalLM.from_pretrained]
 @pytest.fixture(scope="module")
 def sketched_folder(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sketched") / "out"
-    convert(tiny_llama.folder, folder, SketchConfig(groups_per_row=2))
+    convert(tiny_llama.folder, folder, SketchConfig(effort="fast", groups_per_row=2))
     return folder
 
 

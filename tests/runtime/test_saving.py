@@ -19,7 +19,7 @@ TOKENS = torch.arange(2, 40).reshape(2, 19)
 @pytest.fixture(scope="module")
 def sketched_folder(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sketched") / "out"
-    convert(tiny_llama.folder, folder, SketchConfig(groups_per_row=2))
+    convert(tiny_llama.folder, folder, SketchConfig(effort="fast", groups_per_row=2))
     return folder
 
 

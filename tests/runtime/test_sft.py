@@ -14,7 +14,7 @@ def test_sft_trainer_trains_the_tables(tiny_llama, tmp_path):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    convert(tiny_llama.folder, tmp_path / "base", SketchConfig(groups_per_row=2))
+    convert(tiny_llama.folder, tmp_path / "base", SketchConfig(effort="fast", groups_per_row=2))
     model = load_sketched(tmp_path / "base", dtype=torch.float32)
     before = parameters(model)
     examples = [

@@ -29,7 +29,9 @@ from spallm_formats import TABLES_FILE, TABLES_METADATA_FILE
 @pytest.fixture(scope="module", params=["cluster", "hash"])
 def folder(request, tiny_llama, tmp_path_factory):
     out = tmp_path_factory.mktemp("base") / "out"
-    convert(tiny_llama.folder, out, SketchConfig(groups_per_row=2, mapping=request.param))
+    convert(
+        tiny_llama.folder, out, SketchConfig(effort="fast", groups_per_row=2, mapping=request.param)
+    )
     return out
 
 

@@ -48,7 +48,7 @@ def describe(folder, text, *, inside):
 
 def test_the_wrong_base_is_refused_and_the_model_left_as_it_was(model, tmp_path):
     other = save_tiny_llama(tmp_path / "other", rms_norm_eps=1e-5, intermediate_size=192)
-    convert(other.folder, tmp_path / "base", SketchConfig(groups_per_row=2))
+    convert(other.folder, tmp_path / "base", SketchConfig(effort="fast", groups_per_row=2))
     save_tables(load_sketched(tmp_path / "base"), tmp_path / "tuned")
     before = logits(model)
     with pytest.raises(

@@ -18,7 +18,7 @@ from spallm_convert import (
 @pytest.fixture(scope="module")
 def model(tiny_llama, tmp_path_factory):
     out = tmp_path_factory.mktemp("trainable") / "out"
-    convert(tiny_llama.folder, out, SketchConfig(groups_per_row=2))
+    convert(tiny_llama.folder, out, SketchConfig(effort="fast", groups_per_row=2))
     return load_sketched(out, dtype=torch.float32)
 
 
@@ -38,7 +38,7 @@ def test_tables_by_pattern(model):
 
 def test_trained_tables_become_float32(tiny_llama, tmp_path):
     """One small step: lost in bfloat16, kept in float32, with activations as they were."""
-    convert(tiny_llama.folder, tmp_path / "out", SketchConfig(groups_per_row=2))
+    convert(tiny_llama.folder, tmp_path / "out", SketchConfig(effort="fast", groups_per_row=2))
     model = load_sketched(tmp_path / "out")
     tokens = torch.arange(2, 21)[None]
     before = model(tokens).logits

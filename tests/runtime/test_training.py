@@ -107,7 +107,7 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_tables(
 
 
 def test_float32_tables_of_a_bfloat16_model_train(tiny_llama, tmp_path):
-    config = SketchConfig(groups_per_row=2, table_dtype="float32")
+    config = SketchConfig(effort="fast", groups_per_row=2, table_dtype="float32")
     convert(tiny_llama.folder, tmp_path / "sketched", config)
     model = load_sketched(tmp_path / "sketched", dtype=torch.bfloat16)
     run = trainer(model, tmp_path / "run", max_steps=12, bf16=True)

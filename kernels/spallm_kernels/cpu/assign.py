@@ -34,19 +34,25 @@ def assign(weights: Singles, tables: Singles) -> Codes:
     return codes
 
 
-def squared_error(weights: Singles, tables: Singles, codes: Codes) -> npt.NDArray[np.float64]:
+def squared_error(
+    weights: Singles, tables: Singles, codes: Codes, importance: Singles | None = None
+) -> npt.NDArray[np.float64]:
     """Sum the squared error and the squared weights of each row.
 
     Args:
         weights: float32 [rows, columns].
         tables: float32 [rows, groups, entries].
         codes: uint8 [rows, columns].
+        importance: How often each square counts, float32 [1 or rows, columns]. None: once.
 
     Returns:
         float64 [rows, 2]: the sums of (weight - table[code])^2 and of weight^2.
     """
     sums = np.empty((len(weights), 2))
-    _sum_rows(np.ascontiguousarray(weights), np.ascontiguousarray(tables), codes, sums)
+    if importance is None:
+        importance = np.ones((1, weights.shape[1]), np.float32)
+    weights, tables = np.ascontiguousarray(weights), np.ascontiguousarray(tables)
+    _sum_rows(weights, tables, codes, np.ascontiguousarray(importance), sums)
     return sums
 
 
@@ -69,14 +75,19 @@ def _assign_rows(weights: Singles, tables: Singles, codes: Codes) -> None:
 
 @numba.njit(cache=True, parallel=True, nogil=True)
 def _sum_rows(
-    weights: Singles, tables: Singles, codes: Codes, sums: npt.NDArray[np.float64]
+    weights: Singles,
+    tables: Singles,
+    codes: Codes,
+    importance: Singles,
+    sums: npt.NDArray[np.float64],
 ) -> None:
     rows, groups, _ = tables.shape
     width = weights.shape[1] // groups
     for row in numba.prange(rows):
         error = energy = 0.0
+        counts = importance[min(np.int64(row), importance.shape[0] - 1)]
         for column in range(width * groups):
-            value = np.float64(weights[row, column])
-            error += (value - tables[row, column // width, codes[row, column]]) ** 2
-            energy += value * value
+            value, count = np.float64(weights[row, column]), np.float64(counts[column])
+            error += count * (value - tables[row, column // width, codes[row, column]]) ** 2
+            energy += count * (value * value)
         sums[row, 0], sums[row, 1] = error, energy

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spallm_convert.devices import is_out_of_memory
-from spallm_convert.errors import CalibrationError, one_line
+from spallm_convert.errors import CalibrationError
 from spallm_convert.runtime.linear import SketchedLinear
 from spallm_convert.sketch.layer import Layer
 from spallm_formats import StoredTensor
 
 from .calls import Call
 from .lists import choose_plain_experts, find_lists, linear_weights, refuse_shared_keys
+from .reader import find_reader
 from .replacing import Replace, put_layers
-from .stand_ins import StandIns, first_list
+from .stand_ins import StandIns
 from .surroundings import Surroundings
 from .targets import Target, all_targets, find_targets
 from .weights import forget
@@ -87,20 +87,24 @@ class Blocks:
             self._linears = linear_weights(model)
             self._lists = find_lists(model, linears)
             self._around = Surroundings(model, tensors, self._lists, dtype, self._device)
-            self.path = self._first_list()
+            self._around.fill()
+            some = self._batches[0][:1].to(self._device)
+            self._reader, self.path = find_reader(model, self._modules_of(self._lists), some)
         else:
             assert before._next_path is not None
+            self._reader = before._reader
             self._around, self._linears = before._around, before._linears
             self._lists, self.path = before._lists, before._next_path
+            self._around.fill()
         self._weights = self._around.weights
         listed = dict(model.get_submodule(self.path).named_children())
         self._paths = [f"{self.path}.{name}" for name in listed]
         self._modules = list(listed.values())
         earlier = () if before is None else (*before._stand_ins.before, before._stand_ins)
-        self._stand_ins = StandIns(model, self._modules, self.path, earlier)
+        owner = model.get_submodule(self.path.rpartition(".")[0])
+        self._stand_ins = StandIns(self._reader, self._modules, self.path, owner, earlier)
         for path, block in zip(self._paths, self._modules, strict=True):
             self._weights.check(block, path)
-        self._around.fill()
         self._next_path = self._open()
         calls, self.inputs = self._record()
         self._calls = calls, calls
@@ -299,30 +303,6 @@ class Blocks:
     def path_of(self, number: int) -> str:
         """Return the path of a block in the model."""
         return self._paths[number]
-
-    def _first_list(self) -> str:
-        """Return the path of the list of blocks that the text enters first."""
-        if len(self._lists) == 1:
-            return self._lists[0]
-        self._around.fill()
-        few = self._batches[0][:1, :2].to(self._device)
-        try:
-            with torch.no_grad():
-                path = first_list(self._model, self._modules_of(self._lists), few)
-        except Exception as error:  # a model's code may raise anything
-            if is_out_of_memory(error):
-                raise
-            raise CalibrationError(
-                f"{type(self._model).__name__} cannot be run on text alone "
-                f"({type(error).__name__}: {one_line(error)})"
-            ) from error
-        self._around.forget()
-        if path is None:
-            raise CalibrationError(
-                f"{type(self._model).__name__}: the text runs through none of the lists of blocks "
-                f"{', '.join(self._lists)}"
-            )
-        return path
 
     def _modules_of(self, paths: Iterable[str]) -> dict[str, list[nn.Module]]:
         return {path: list(self._model.get_submodule(path).children()) for path in paths}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,8 @@ class StandIns:
         model: The model. Its config is changed so that it asks blocks for hidden states alone.
         modules: The blocks.
         path: Path of the list of blocks, for error messages.
+        owner: The module that has the list, whose code calls the blocks.
+        before: The stand-ins of the lists that the text runs through first.
 
     Attributes:
         path: Path of the list of blocks.
@@ -47,10 +49,11 @@ class StandIns:
         model: PreTrainedModel,
         modules: Sequence[nn.Module],
         path: str,
+        owner: nn.Module,
         before: Sequence[StandIns] = (),
     ) -> None:
         _return_hidden_states_alone(model)
-        self._model, self._modules, self.path = model, modules, path
+        self._model, self._modules, self.path, self._owner = model, modules, path, owner
         self.rest: tuple[Any, ...] | list[Any] | None = None
         self.before = before
         self.final: Tensor | None = None
@@ -107,8 +110,8 @@ class StandIns:
     ) -> tuple[str | None, list[int]]:
         """Find the list whose blocks the model calls after these blocks, and blocks that it skips.
 
-        Blocks may be skipped without images, for example. Only those before a block that is called
-        are noticed.
+        Blocks may be skipped without images, for example. Those after the last block that is called
+        are noticed only if the module that has the list runs to its end.
 
         Args:
             tokens: Some tokens; few are enough.
@@ -122,6 +125,11 @@ class StandIns:
         """
         calls: list[int] = []
         found: list[str] = []
+        has_ended = False
+
+        def end(*_: Any) -> None:
+            nonlocal has_ended
+            has_ended = True
 
         def stand_in(number: int, *args: Any, **kwargs: Any) -> Any:
             calls.append(number)
@@ -142,8 +150,9 @@ class StandIns:
             contextlib.suppress(Exception),
         ):
             for path, modules in others.items():
-                replaced = ((block, functools.partial(other, path)) for block in modules)
-                stack.enter_context(_replaced(replaced))
+                stopping = ((block, functools.partial(other, path)) for block in modules)
+                stack.enter_context(replaced(stopping))
+            stack.callback(self._owner.register_forward_hook(end).remove)
             run_model(self._model, tokens)
         if len(set(calls)) < len(calls):
             raise CalibrationError(
@@ -151,13 +160,14 @@ class StandIns:
                 f"calibration runs each block once"
             )
         last = len(self._modules) - 1
-        if found and calls[-1:] != [last]:
+        past_last = has_ended or last in calls
+        if found and not has_ended and calls[-1:] != [last]:
             raise CalibrationError(
                 f"{type(self._model).__name__} runs the blocks {self.path} and {found[0]} by "
                 f"turns, but calibration runs one list of blocks after the other"
             )
-        skipped = [number for number in range(last) if number not in calls]
-        return found[0] if found else None, skipped if last in calls else []
+        skipped = [number for number in range(last + 1) if number not in calls]
+        return found[0] if found else None, skipped if past_last else []
 
     def skip(self, numbers: Sequence[int]) -> None:
         """Leave out blocks that the model does not call."""
@@ -215,34 +225,8 @@ class StandIns:
     def _instead_of_blocks(self, stand_in: Callable[..., Any]) -> Iterator[None]:
         """Call `stand_in` in place of the blocks, with a block's number and its arguments."""
         numbered = enumerate(self._modules)
-        with _replaced((block, functools.partial(stand_in, number)) for number, block in numbered):
+        with replaced((block, functools.partial(stand_in, number)) for number, block in numbered):
             yield
-
-
-def first_list(
-    model: PreTrainedModel, lists: Mapping[str, Sequence[nn.Module]], tokens: Tensor
-) -> str | None:
-    """Return the path of the list of blocks that the model calls first for a text, if any.
-
-    Args:
-        model: The model, with weights around its blocks.
-        lists: The blocks of each list, by path of the list.
-        tokens: Some tokens, int64 [batch, seqlen]; few are enough.
-    """
-    found: list[str] = []
-
-    def stand_in(path: str, *args: Any, **kwargs: Any) -> Any:
-        found.append(path)
-        raise StopForward
-
-    blocks = [
-        (block, functools.partial(stand_in, path))
-        for path, modules in lists.items()
-        for block in modules
-    ]
-    with _replaced(blocks), contextlib.suppress(StopForward):
-        run_model(model, tokens)
-    return found[0] if found else None
 
 
 def run_model(model: PreTrainedModel, tokens: Tensor) -> Any:
@@ -266,17 +250,21 @@ def run_model(model: PreTrainedModel, tokens: Tensor) -> Any:
 
 
 @contextlib.contextmanager
-def _replaced(forwards: Any) -> Iterator[None]:
-    """Call other functions in place of the `forward` of modules during a `with` block."""
+def replaced(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Call other functions in place of the `forward` of modules during a `with` block.
+
+    Args:
+        forwards: The modules and the functions.
+    """
     changed = []
     try:
         for module, forward in forwards:
-            module.forward = forward
+            module.__dict__["forward"] = forward
             changed.append(module)
         yield
     finally:
         for module in changed:
-            del module.forward
+            del module.__dict__["forward"]
 
 
 def _return_hidden_states_alone(model: PreTrainedModel) -> None:

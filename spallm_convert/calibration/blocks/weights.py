@@ -67,7 +67,8 @@ class Weights:
             if pieces := self._pieces(full, value):
                 read = torch.cat([self._read(piece) for piece in pieces])
                 stored = self._tensors[pieces[0].tensor].shape
-                if full in self._names.transposed and stored != tuple(value.shape):
+                is_turned = full in self._names.turned
+                if is_turned or (full in self._names.transposed and stored != tuple(value.shape)):
                     read = read.view(stored).transpose(-1, -2).contiguous()
                 read = read.view(value.shape).to(self._device, self._dtype)
                 setattr(module, name, _parameter(read) if name in module._parameters else read)
@@ -76,14 +77,17 @@ class Weights:
         """Return the rows that a parameter or buffer of the model consists of, if all fit it."""
         known = self._names.pieces
         pieces = known.get(name) or known.get(self._tied.get(name, "")) or ()
+        if name in self._names.turned:
+            pieces = (self._names.turned[name],)
         tensors = [self._tensors[piece.tensor] for piece in pieces]
         shape = tuple(value.shape)
         if not pieces or any(tensor.dtype not in _DTYPES for tensor in tensors):
             return ()
         found = tensors[0].shape
         if len(pieces) == 1 and pieces[0].rows * _columns(tensors[0]) == tensors[0].elements:
+            fits = found == shape and name not in self._names.turned
             turned = name in self._names.transposed and (*found[:-2], *found[:-3:-1]) == shape
-            return pieces if found == shape or turned else ()
+            return pieces if fits or turned else ()
         alike = {(len(tensor.shape) > 1, _columns(tensor)) for tensor in tensors}
         is_matrix = alike == {(True, shape[-1])}
         is_vector = len(shape) == 1 and all(len(tensor.shape) == 1 for tensor in tensors)

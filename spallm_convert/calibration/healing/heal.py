@@ -130,7 +130,7 @@ def _tuned(
         tables,
         tokens,
         streams.dense,
-        steps=config.calibration.heal,
+        steps=config.calibration.heal or 0,
         dtype=dtype,
         seed=seed,
         say=say,

@@ -299,7 +299,7 @@ def test_the_command_line(source, text, tmp_path, capsys, monkeypatch):
 def test_an_allocation_is_kept_as_it_is_or_not_at_all(tmp_path):
     shape = SketchedModule(in_features=64, out_features=4, bits=4, groups_per_row=1)
     plan = SimpleNamespace(metadata=SimpleNamespace(modules={"a": shape}))
-    config = SketchConfig()
+    config = SketchConfig(effort="fast")
     losses = {"chosen": 1 / 3, "2": 0.1, "3": 0.05, "4": 0.02}
     made = allocate.Allocation({"a": Choice(2, 1)}, losses)
     assert allocate.Allocation.read(tmp_path, plan, config) is None

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -112,21 +113,42 @@ class Scaled(torch.nn.ModuleList):
             )
 
 
+def open_changed(kind, folder):
+    """Open the blocks of a Llama whose list of blocks is of another class."""
+    checkpoint = find_here(str(save_model(folder / "model", "llama"))).open(folder)
+    linears = linear_paths(checkpoint)
+    model = build_empty(checkpoint.folder, checkpoint.config)
+    model.model.layers.__class__ = kind
+    return Blocks(model, checkpoint.tensors, linears, torch.randint(2, 128, (4, 24)), batch=2)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         (Twice, "runs the blocks model.layers more than once"),
         (Scaled, "directly to the next"),
-        (First, "the blocks model.layers cannot be run: the model calls only 1 of 3"),
     ],
 )
 def test_models_that_do_other_than_pass_through_their_blocks_are_refused(kind, message, tmp_path):
-    checkpoint = find_here(str(save_model(tmp_path / "model", "llama"))).open(tmp_path)
-    linears = linear_paths(checkpoint)
-    model = build_empty(checkpoint.folder, checkpoint.config)
-    model.model.layers.__class__ = kind
     with pytest.raises(CalibrationError, match=message):
-        Blocks(model, checkpoint.tensors, linears, torch.randint(2, 128, (4, 24)), batch=2)
+        open_changed(kind, tmp_path)
+
+
+def test_blocks_that_are_not_called_are_left_out(tmp_path):
+    """Mllama skips blocks for images; the last one may be one of them."""
+    blocks = open_changed(First, tmp_path)
+    assert len(blocks) == 1
+    assert blocks.path_of(0) == "model.layers.0"
+    assert blocks.next is None
+
+
+def test_blocks_behind_the_last_call_are_missed_if_it_is_not_known_to_be_the_last(
+    monkeypatch, tmp_path
+):
+    """Call the model of the blocks without its hooks."""
+    monkeypatch.setattr(transformers.LlamaModel, "__call__", transformers.LlamaModel.forward)
+    with pytest.raises(CalibrationError, match=r"model\.layers cannot be run: .* only 1 of 3"):
+        open_changed(First, tmp_path)
 
 
 def test_embeddings_that_are_no_numbers_are_passed_on(tiny_llama, tmp_path):
@@ -202,7 +224,7 @@ def test_blocks_that_cannot_be_found_or_read(tiny_llama):
     source = tiny_llama.folder
     checkpoint = find_here(str(source)).open(source)
     tokens = torch.randint(2, 128, (2, 8))
-    plan = make_plan(checkpoint, SketchConfig(groups_per_row=1))
+    plan = make_plan(checkpoint, SketchConfig(effort="fast", groups_per_row=1))
     model = build_empty(source, checkpoint.config)
     with pytest.raises(CalibrationError, match="must lie in a list of blocks, found lm_head in no"):
         Blocks(model, checkpoint.tensors, ["lm_head"], tokens, batch=1)

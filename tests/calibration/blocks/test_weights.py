@@ -1,5 +1,6 @@
 """Read weights of a checkpoint into modules that were built without weights, and free them."""
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -85,3 +86,24 @@ def test_parameters_are_formed_of_the_rows_that_are_stored(tmp_path):
     assert torch.equal(module.experts, torch.stack([stored["e0"], stored["e1"]]))
     assert torch.equal(module.turned, stored["t"].transpose(1, 2))
     assert torch.equal(module.tied, module.joined.weight)
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_matrices_that_are_always_transposed(rows, tmp_path):
+    """The shape does not say so if a matrix is square."""
+    stored = {"t": torch.randn(3, rows), "wrong": torch.randn(rows, 3)}
+    save_file(stored, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        module = nn.Linear(3, rows, bias=False)
+    tensors = read_header(tmp_path / "model.safetensors")
+
+    def read(name):
+        turned = {"at.weight": Piece(name, 0, tensors[name].shape[0])}
+        names = LoadedNames({}, {}, {}, frozenset(turned), turned)
+        return Weights(tensors, names, torch.float32, torch.device("cpu"))
+
+    assert read("wrong").missing(module, "at") == (["at.weight"] if rows == 2 else [])
+    weights = read("t")
+    assert weights.missing(module, "at") == []
+    weights.fill(module, "at")
+    assert torch.equal(module.weight, stored["t"].T)
