@@ -26,7 +26,8 @@ FLOORS = (
     ("sketch", "runtime"),
     ("source",),
     ("config", "devices", "hub_retries"),
-    ("hub_errors", "recipe"),
+    ("calibration_config", "hub_errors", "recipe"),
+    ("effort",),
     ("errors", "paths", "progress", "version"),
 )
 #: Inside calibration; "" are the files that lie in no room of their own, which may import each

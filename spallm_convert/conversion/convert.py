@@ -70,7 +70,7 @@ def convert(
         model: A model on the Hub ("ORG/NAME"), a local folder, or a GGUF file.
         output: The folder to write. A folder that is not empty is refused, unless `resume` or
             `overwrite` is set.
-        config: Options of the conversion. Default: `SketchConfig()`, 4 bits without calibration.
+        config: Options of the conversion. Default: `SketchConfig()`, 4 bits at effort "normal".
         revision: Branch, tag or commit on the Hub. Default: the main branch.
         resume: Continue an interrupted conversion in `output`. If the conversion is complete,
             return its report. Default: False.
@@ -78,9 +78,8 @@ def convert(
         trust_remote_code: Run Python code that comes with the model, if its architecture needs it.
             Read the code first. Default: False.
         threads: Number of CPU threads. Default: all for numba, and torch's own number for torch.
-        device: Where calibration computes: "cpu", "cuda", "cuda:1" and so on, or "auto", which
-            takes a GPU if there is one. Without calibration, everything is done on the CPU.
-            Default: "auto".
+        device: Where the model is run: "cpu", "cuda", "cuda:1" and so on, or "auto", which takes a
+            GPU if there is one. With effort "fast", everything is done on the CPU. Default: "auto".
         progress: Is told how far the work is. Default: nothing is reported.
 
     Returns:
@@ -194,8 +193,8 @@ def _find_place(device: str, config: SketchConfig) -> torch.device:
     place = find_device(CPU if device == AUTO_DEVICE else device)
     if place.type != CPU:
         raise OptionError(
-            f"device {device}: only for a conversion with calibration, others are done on the CPU; "
-            f"leave out --device, or add --calibration"
+            f"device {device}: effort {config.effort!r} is done on the CPU; leave out --device, or "
+            f"choose another effort"
         )
     return place
 

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from helpers.calibration import StopAt, calibrated, contents, options
 from helpers.pretend_device import DEVICE, PretendDevice
-from spallm_convert import (
+from spallm_convert import SketchConfig, (
     OptionError,
     SpallmError,
     convert,
@@ -177,10 +177,11 @@ def test_how_a_device_multiplies_counts_for_healing_alone(monkeypatch):
 def test_without_calibration_there_is_nothing_for_a_device(source, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(OptionError, match="device cuda: only for a conversion with calibration"):
-        convert(source, tmp_path / "out", device="cuda")
+    config = SketchConfig(effort="fast")
+    with pytest.raises(OptionError, match="device cuda: effort 'fast' is done on the CPU"):
+        convert(source, tmp_path / "out", config, device="cuda")
     for name in ("auto", "cpu"):
-        report = convert(source, tmp_path / name, device=name)
+        report = convert(source, tmp_path / name, config, device=name)
         assert "device" not in report.document
 
 

@@ -101,7 +101,7 @@ def test_json_is_the_report(run, tiny_llama, tmp_path):
 def test_few_bits_without_calibration_get_advice(options, advised, tiny_llama, capsys):
     with pytest.raises(SystemExit):
         main([str(tiny_llama.folder), "--dry-run", *options])
-    assert ("consider --calibration" in capsys.readouterr().err) == advised
+    assert ("consider --effort best" in capsys.readouterr().err) == advised
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,8 @@ def test_progress_counts_every_weight(tiny_llama, tmp_path):
             self.done += weights
 
     counter = Counter()
-    report = convert(tiny_llama.folder, tmp_path / "out", progress=counter)
+    config = SketchConfig(effort="fast")
+    report = convert(tiny_llama.folder, tmp_path / "out", config, progress=counter)
     assert counter.done == counter.total == report.totals["sketched_weights"]
     assert counter.total == sum(math.prod(module["shape"]) for module in report.modules)
 

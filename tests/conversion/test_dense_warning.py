@@ -84,7 +84,7 @@ def test_a_recipe_cannot_sketch_matrices_without_a_layer(source):
 
 
 def test_strict_changes_no_byte(tiny_llama, tmp_path):
-    convert(tiny_llama.folder, tmp_path / "out")
+    convert(tiny_llama.folder, tmp_path / "out", SketchConfig(effort="fast"))
     report = convert(
         tiny_llama.folder, tmp_path / "out", SketchConfig(effort="fast", strict=True), resume=True
     )

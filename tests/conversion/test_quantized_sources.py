@@ -40,7 +40,7 @@ def same(first, second):
 def test_fp8_gives_the_bytes_of_the_dense_model(pair, tmp_path):
     dense, quantized = pair
     remarks = Remarks()
-    report = convert(quantized, tmp_path / "out", progress=remarks)
+    report = convert(quantized, tmp_path / "out", SketchConfig(effort="fast"), progress=remarks)
     scheme = "FP8 in blocks of 48 x 40"
     assert remarks.lines == [
         f"the source is quantized ({scheme}): its weights are dequantized as they are read"
