@@ -21,6 +21,7 @@ STYLES = {
     ("gptq", 1): ("tab:green", "^", "GPTQ, g64"),
     ("autoround", 1): ("tab:purple", "P", "AutoRound, g128"),
     ("leanquant", 1): ("tab:orange", "X", "LeanQuant's recipe"),
+    ("llamacpp", 1): ("darkgoldenrod", "<", "llama.cpp, importance matrix"),
     ("hash", 4): ("tab:cyan", "d", "hash, GPR 4"),
     ("sketch", 1): ("tab:blue", "o", "sketch, GPR 1"),
     ("sketch", 4): ("tab:blue", "h", "sketch, GPR 4"),
