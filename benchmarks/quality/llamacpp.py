@@ -5,7 +5,7 @@ The environment variable LLAMA_CPP names the folder of llama.cpp's source, with 
 it:
 
     cmake -B build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF
-    cmake --build build --target llama-quantize llama-imatrix
+    cmake --build build --target llama-quantize --target llama-imatrix
 
 `convert_hf_to_gguf.py` writes the dense model in float32. `llama-imatrix` measures the importance
 matrix, which is the mean square of every input of every layer. `llama-quantize` quantizes with it.

@@ -46,6 +46,17 @@ def test_the_table_goes_by_width_and_perplexity():
     assert "over 10,000" in lines[5]
 
 
+def test_types_are_told_by_their_shares_of_weights():
+    from benchmarks.quality.table import stored_types
+
+    row = finished("llamacpp-q4_k_m", 11.0, 5.1)
+    types = {"Q5_0": 600, "Q4_K": 300, "Q8_0": 100}
+    runs = [finished("nf4", 11.0, 4.1), row | {"stored_types": types}]
+    assert stored_types(runs) == [
+        "llamacpp-q4_k_m stores its weights as 60% Q5_0, 30% Q4_K, 10% Q8_0."
+    ]
+
+
 def test_what_is_beyond_the_picture_is_told_apart():
     from benchmarks.quality.plot import split
 
