@@ -52,7 +52,7 @@ def table(runs: list[Row]) -> str:
     """Return the table. Runs of the same width are together, the best run first."""
     (dense,) = (row["nats_per_token"] for row in runs if row["kind"] == "dense")
     rows = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 1))]
-    for row in sorted(runs, key=lambda row: (-row["bits"], row["nats_per_token"])):
+    for row in sorted(runs, key=lambda row: (-_width(row), row["nats_per_token"])):
         parts = [row, *_continued(row, runs)]  # of a conversion, from the dense model on
         rows.append(
             (
@@ -114,6 +114,16 @@ def stored_types(runs: list[Row]) -> list[str]:
             shares = ", ".join(f"{size / whole:.0%} {name}" for name, size in types.items())
             lines.append(f"{row['method']} stores its weights as {shares}.")
     return lines
+
+
+def _width(row: Row) -> int:
+    """Return the bits of a code. For llama.cpp it is the width nearest to what is stored.
+
+    llama.cpp may store most layers in wider types than the one that its mixture is named after.
+    """
+    if row.get("stored_types") is None:
+        return int(row["bits"])
+    return min(WIDTHS, key=lambda bits: abs(bits - row["bits_per_weight"]))
 
 
 def _continued(row: Row, runs: list[Row]) -> list[Row]:

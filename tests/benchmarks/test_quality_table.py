@@ -46,6 +46,23 @@ def test_the_table_goes_by_width_and_perplexity():
     assert "over 10,000" in lines[5]
 
 
+def test_llamacpp_is_in_the_table_where_its_stored_bits_are():
+    from benchmarks.quality.table import table
+
+    stored = {"stored_types": {"IQ4_NL": 3, "IQ2_XS": 1}}
+    runs = [
+        finished("llamacpp-iq2_xs", 10.5, 3.9) | stored,
+        finished("rtn-4bit-g128", 11.0, 4.2),
+        finished("leanquant-3bit", 10.7, 3.2),
+        finished("dense", 10.0, 16.0),
+    ]
+    assert [line.split(" | ")[0] for line in table(runs).splitlines()[3:]] == [
+        "| llamacpp-iq2_xs",
+        "| rtn-4bit-g128",
+        "| leanquant-3bit",
+    ]
+
+
 def test_types_are_told_by_their_shares_of_weights():
     from benchmarks.quality.table import stored_types
 
