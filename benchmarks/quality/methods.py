@@ -20,12 +20,15 @@ PEERS = {
     "hqq": ("hqq",),
     "gptq": ("llmcompressor",),
     "autoround": ("auto_round",),
+    "llamacpp": ("gguf",),
 }
 #: Kinds of methods that are calibrated on text.
 CALIBRATED = (
-    *("gptq", "autoround", "leanquant", "guided"),
+    *("gptq", "autoround", "leanquant", "guided", "llamacpp"),
     *("sketch-normal", "sketch-calibrated", "sketch-healed", "sketch-allocated"),
 )
+#: llama.cpp's mixtures of types, with the bits of the type that each is named after.
+LLAMACPP = {"Q4_K_M": 4, "Q4_0": 4, "IQ4_XS": 4, "Q3_K_M": 3, "IQ3_XXS": 3, "IQ2_XS": 2}
 #: Stored bits per weight to allocate: the same as uniform 3 bits, and values between the widths.
 TARGETS = (2.5, 3.27, 3.75)
 #: Steps of healing, of 1,024 tokens each.
@@ -37,13 +40,15 @@ class Method:
     """Describe a method.
 
     kind: which quantizer, see `quantize.KINDS`. bits: bits of a code; if they are allocated, the
-    fewest of the target. groups: tables per row of a sketch. target: bits per weight.
+    fewest of the target. groups: tables per row of a sketch. target: bits per weight. mixture:
+    llama.cpp's name of a quantization.
     """
 
     kind: str
     bits: int
     groups: int = 1
     target: float | None = None
+    mixture: str | None = None
 
 
 def _methods() -> dict[str, Method]:
@@ -63,6 +68,8 @@ def _methods() -> dict[str, Method]:
             for groups in (1, 4):
                 name = f"{kind}-{bits}bit-gpr{groups}"
                 found[name] = Method(kind=kind, bits=bits, groups=groups)
+    for mixture, bits in LLAMACPP.items():
+        found[f"llamacpp-{mixture.lower()}"] = Method(kind="llamacpp", bits=bits, mixture=mixture)
     for target in TARGETS:
         found[f"sketch-allocated-{target:g}bit"] = Method(
             kind="sketch-allocated", bits=int(target), target=target

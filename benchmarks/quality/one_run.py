@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.shared.machine import resident, write_results
+from benchmarks.shared.machine import cpu_seconds, peak_of_any, write_results
 from spallm_convert.cli.terminal import EvaluationProgress, quiet_libraries
 from spallm_convert.evaluation.perplexity import evaluate_text
 
+from . import llamacpp
 from .methods import CALIBRATED, METHODS, PEERS
 from .quantize import open_subject, quantize
 
@@ -69,8 +70,14 @@ def measure(job: Job) -> dict[str, Any]:
         **{name: loss[name] for name in ("perplexity", "nats_per_token", "tokens")},
         "evaluation_seconds": time.perf_counter() - begin,
         "threads": torch.get_num_threads(),
-        "peers": {name: importlib.metadata.version(name) for name in PEERS.get(method.kind, ())},
+        "peers": peer_versions(method.kind),
     }
+
+
+def peer_versions(kind: str) -> dict[str, str]:
+    """Return the versions of what a kind of method needs in addition to the project's packages."""
+    found = {name: importlib.metadata.version(name) for name in PEERS.get(kind, ())}
+    return found | ({"llama.cpp": llamacpp.version()} if kind == "llamacpp" else {})
 
 
 def quantized_model(job: Job, shown: str) -> tuple[Any, dict[str, Any]]:
@@ -88,10 +95,10 @@ def quantized_model(job: Job, shown: str) -> tuple[Any, dict[str, Any]]:
         subject = open_subject(
             Path(job.dense), scratch, Path(job.kept), calibration, seed=job.seed, **drawn
         )
-        begin, busy = time.perf_counter(), time.process_time()
+        begin, busy = time.perf_counter(), cpu_seconds()
         found = quantize(method, subject)
-        seconds, busy = time.perf_counter() - begin, time.process_time() - busy
-        peak = resident("VmHWM")
+        seconds, busy = time.perf_counter() - begin, cpu_seconds() - busy
+        peak = peak_of_any()
         print(f"    quantized in {seconds:.0f} s", flush=True)
         model: Any = AutoModelForCausalLM.from_pretrained(job.dense, dtype=torch.float32)
         replaced = replace_weights(model, found.weights)
@@ -109,6 +116,7 @@ def quantized_model(job: Job, shown: str) -> tuple[Any, dict[str, Any]]:
         "conversion_peak_bytes": peak,
         "continues": found.continues,
         "predicted_loss": found.predicted_loss,
+        "stored_types": found.stored_types,
     }
 
 

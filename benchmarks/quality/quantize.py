@@ -33,7 +33,7 @@ from spallm_convert.source.tokenizer import load_tokenizer
 from spallm_formats import SketchedCheckpoint, read_bytes, to_float32, unpack
 from spallm_kernels import hash_codes, look_up
 
-from . import peers
+from . import llamacpp, peers
 from .guided import guide, quantize_layers
 from .leanquant import quantize_blocks
 from .methods import GPTQ_GROUP, HEAL_STEPS, RTN_GROUP, Method, affine_bits, table_bits
@@ -50,12 +50,14 @@ class Quantized(NamedTuple):
     stored_bits: bits of all layers on disk. weights: float32 [out_features, in_features] by path in
     the model; can be iterated once. continues: the kind of the run whose results this run
     continued. predicted_loss: if bits are allocated, the loss that `convert` predicted, in nats.
+    stored_types: how many weights llama.cpp stored in which type.
     """
 
     stored_bits: int
     weights: Iterable[tuple[str, Tensor]]
     continues: str | None = None
     predicted_loss: dict[str, float] | None = None
+    stored_types: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,20 @@ def _whole(quantizer: Callable[..., None], group: int) -> Any:
     return run
 
 
+def _llamacpp(method: Method, subject: Subject) -> Quantized:
+    assert method.mixture is not None
+    folder, tokens = subject.checkpoint.folder, subject.tokens(method)
+    text = llamacpp.decoded(load_tokenizer(locate(str(folder))), tokens)
+    shape = (subject.samples, subject.seqlen)
+    path = llamacpp.quantize(folder, text, shape, method.mixture, subject.scratch)
+    found = llamacpp.read(path, subject.plan.by_path)
+    return Quantized(
+        8 * sum(layer.nbytes for layer in found.values()),
+        llamacpp.weights(found),
+        stored_types=llamacpp.sizes_by_type(found),
+    )
+
+
 def _leanquant(method: Method, subject: Subject) -> Quantized:
     tokens = subject.tokens(method)
     blocks = open_blocks(subject.checkpoint, subject.plan, tokens)
@@ -298,6 +314,7 @@ KINDS: dict[str, Callable[[Method, Subject], Quantized]] = {
     "autoround": _whole(peers.autoround, RTN_GROUP),
     "leanquant": _leanquant,
     "guided": _guided,
+    "llamacpp": _llamacpp,
     "hash": _sketch,
     "sketch": _sketch,
     "sketch-normal": _sketch_normal,

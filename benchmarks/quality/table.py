@@ -1,6 +1,7 @@
 """Print the runs of `quality.json` as a Markdown table, by width and perplexity, and a summary.
 
-The summary gives our losses as fractions of LeanQuant's, and what other methods do better.
+The summary gives our losses as fractions of LeanQuant's, what other methods do better, and which
+types llama.cpp has stored.
 
     python -m benchmarks.quality.table [--input FILE]
 """
@@ -39,7 +40,8 @@ def main() -> int:
     parser.add_argument("--input", type=Path, default=RESULTS / "quality.json")
     try:
         runs = read(parser.parse_args().input)["runs"]
-        print("\n\n".join([table(runs), *beside_leanquant(runs), better_in_both(runs)]))
+        found = [*beside_leanquant(runs), better_in_both(runs), *stored_types(runs)]
+        print("\n\n".join([table(runs), *found]))
     except PlotError as error:
         print(error, file=sys.stderr)
         return 1
@@ -50,7 +52,7 @@ def table(runs: list[Row]) -> str:
     """Return the table. Runs of the same width are together, the best run first."""
     (dense,) = (row["nats_per_token"] for row in runs if row["kind"] == "dense")
     rows = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 1))]
-    for row in sorted(runs, key=lambda row: (-row["bits"], row["nats_per_token"])):
+    for row in sorted(runs, key=lambda row: (-_width(row), row["nats_per_token"])):
         parts = [row, *_continued(row, runs)]  # of a conversion, from the dense model on
         rows.append(
             (
@@ -101,6 +103,27 @@ def better_in_both(runs: list[Row]) -> str:
     return (
         f"Methods of others with fewer bits and less perplexity than a sketch for a text: {names}."
     )
+
+
+def stored_types(runs: list[Row]) -> list[str]:
+    """Return a line per run of llama.cpp: the types of its layers, by their shares of weights."""
+    lines = []
+    for row in runs:
+        if types := row.get("stored_types"):
+            whole = sum(types.values())
+            shares = ", ".join(f"{size / whole:.0%} {name}" for name, size in types.items())
+            lines.append(f"{row['method']} stores its weights as {shares}.")
+    return lines
+
+
+def _width(row: Row) -> int:
+    """Return the bits of a code. For llama.cpp it is the width nearest to what is stored.
+
+    llama.cpp may store most layers in wider types than the one that its mixture is named after.
+    """
+    if row.get("stored_types") is None:
+        return int(row["bits"])
+    return min(WIDTHS, key=lambda bits: abs(bits - row["bits_per_weight"]))
 
 
 def _continued(row: Row, runs: list[Row]) -> list[Row]:

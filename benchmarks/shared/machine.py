@@ -53,6 +53,18 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
+def peak_of_any() -> int:
+    """Return the peak memory of this process or of its largest ended child, whichever is more."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _MAXRSS_UNIT
+    return max(resident("VmHWM"), children)
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of its ended children."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def quantiles(samples: Sequence[float]) -> dict[str, float]:
     """Return the median and a lower and an upper quantile, which a few outliers do not change."""
     levels = {"p20": 0.2, "p50": 0.5, "p80": 0.8}

@@ -46,6 +46,34 @@ def test_the_table_goes_by_width_and_perplexity():
     assert "over 10,000" in lines[5]
 
 
+def test_llamacpp_is_in_the_table_where_its_stored_bits_are():
+    from benchmarks.quality.table import table
+
+    stored = {"stored_types": {"IQ4_NL": 3, "IQ2_XS": 1}}
+    runs = [
+        finished("llamacpp-iq2_xs", 10.5, 3.9) | stored,
+        finished("rtn-4bit-g128", 11.0, 4.2),
+        finished("leanquant-3bit", 10.7, 3.2),
+        finished("dense", 10.0, 16.0),
+    ]
+    assert [line.split(" | ")[0] for line in table(runs).splitlines()[3:]] == [
+        "| llamacpp-iq2_xs",
+        "| rtn-4bit-g128",
+        "| leanquant-3bit",
+    ]
+
+
+def test_types_are_told_by_their_shares_of_weights():
+    from benchmarks.quality.table import stored_types
+
+    row = finished("llamacpp-q4_k_m", 11.0, 5.1)
+    types = {"Q5_0": 600, "Q4_K": 300, "Q8_0": 100}
+    runs = [finished("nf4", 11.0, 4.1), row | {"stored_types": types}]
+    assert stored_types(runs) == [
+        "llamacpp-q4_k_m stores its weights as 60% Q5_0, 30% Q4_K, 10% Q8_0."
+    ]
+
+
 def test_what_is_beyond_the_picture_is_told_apart():
     from benchmarks.quality.plot import split
 

@@ -10,8 +10,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from helpers.calibration import StopAt, calibrated, contents, options
 from helpers.pretend_device import DEVICE, PretendDevice
-from spallm_convert import SketchConfig, (
+from spallm_convert import (
     OptionError,
+    SketchConfig,
     SpallmError,
     convert,
     load_sketched,
