@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from spallm_convert.errors import OptionError, SourceError
-from spallm_convert.source.text import read_documents
+from spallm_convert.source.text import BUILTIN, read_documents
+
+from .conversations import conversations
 
 #: Long documents are tokenised in pieces of 64 Ki characters, about 16 k tokens.
 _PIECE = 1 << 16
@@ -28,7 +30,8 @@ class CalibrationText:
     """The text of a source, which is read once, however often windows are drawn.
 
     Documents are tokenised without special tokens, in pieces of at most 64 Ki characters, and then
-    joined. If the tokenizer has an end-of-text token, it stands between them.
+    joined. If the tokenizer has an end-of-text token, it stands between them. The built-in text is
+    written as conversations if the tokenizer has a chat template.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -40,7 +43,8 @@ class CalibrationText:
 
     def __init__(self, tokenizer: Any, source: str) -> None:
         self._tokenizer, self._source = tokenizer, source
-        self._pieces = list(_pieces(read_documents(source)))
+        chat = conversations(tokenizer) if source == BUILTIN else None
+        self._pieces = list(_pieces([chat] if chat else read_documents(source)))
         self._encoded: dict[int, list[int]] = {}  # by the piece's number
 
     def draw(self, *, samples: int, seqlen: int, seed: int, or_fewer: bool = False) -> Tensor:

@@ -94,6 +94,14 @@ def english_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+def english_topics() -> list[tuple[str, str]]:
+    """Return the topics of `english_text`, each as its title and its text."""
+    from pydoc_data.topics import topics
+
+    parts = (topics[name].strip().partition("\n") for name in sorted(topics))
+    return [(title.strip(), body.strip()) for title, _, body in parts]
+
+
 def _read_file(path: Path) -> _Text:
     if path.suffix.lower() in JSON_SUFFIXES:
         return _first_documents(json_records(path))
