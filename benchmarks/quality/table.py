@@ -1,9 +1,9 @@
 """Print the runs of `quality.json` as a Markdown table, by width and perplexity, and a summary.
 
 The summary gives our losses as fractions of LeanQuant's, what other methods do better, and which
-types llama.cpp has stored.
+types llama.cpp has stored. `--readme` prints the table of README.md instead.
 
-    python -m benchmarks.quality.table [--input FILE]
+    python -m benchmarks.quality.table [--input FILE] [--readme]
 """
 
 from __future__ import annotations
@@ -24,6 +24,19 @@ OURS = {
     "sketch-healed": "the healed one",
     "sketch-allocated": "the one with bits by layer",
 }
+#: Columns of README.md's table, by kind.
+README = {
+    "sketch-healed": "effort best",
+    "sketch-calibrated": "high",
+    "sketch-normal": "normal",
+    "sketch": "fast",
+    "leanquant": "LeanQuant's recipe",
+    "guided": "GuidedQuant",
+    "autoround": "AutoRound",
+    "gptq": "GPTQ",
+    "hqq": "HQQ",
+    "nf4": "NF4",
+}
 _HEAD = (
     "method",
     "bits per weight",
@@ -38,8 +51,13 @@ _HEAD = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--input", type=Path, default=RESULTS / "quality.json")
+    parser.add_argument("--readme", action="store_true")
+    given = parser.parse_args()
     try:
-        runs = read(parser.parse_args().input)["runs"]
+        runs = read(given.input)["runs"]
+        if given.readme:
+            print(readme_table(runs))
+            return 0
         found = [*beside_leanquant(runs), better_in_both(runs), *stored_types(runs)]
         print("\n\n".join([table(runs), *found]))
     except PlotError as error:
@@ -66,6 +84,31 @@ def table(runs: list[Row]) -> str:
             )
         )
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def readme_table(runs: list[Row]) -> str:
+    """Return perplexities by width. Of a kind that was run with several sizes, the smallest counts.
+
+    The best method of each width is bold.
+    """
+    rows = [("bits", *README.values()), ("---:", *["---:"] * len(README))]
+    for bits in WIDTHS:
+        found: dict[str, float] = {}
+        for row in sorted(runs, key=lambda row: -row["bits_per_weight"]):
+            if row["bits"] == bits and row["kind"] in README:
+                found[row["kind"]] = row["perplexity"]  # the last one has the fewest bits
+        least = min(found.values())
+        cells = (
+            _short(found[kind], found[kind] == least) if kind in found else "" for kind in README
+        )
+        rows.append((str(bits), *cells))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def _short(perplexity: float, is_least: bool) -> str:
+    text = f"{perplexity:.1f}" if perplexity < 100 else f"{perplexity:,.0f}"
+    text = text if perplexity < 1e4 else "over 10,000"
+    return f"**{text}**" if is_least else text
 
 
 def beside_leanquant(runs: list[Row]) -> list[str]:
