@@ -85,13 +85,14 @@ def print_report(report: Report) -> None:
 
 def _print_effort(report: Report) -> None:
     """Say what was done, unless it is said elsewhere that this was not possible."""
-    options = report.document["options"]
+    options = report.document.get("options", {})
     level = EFFORTS.get(str(options.get("effort")))
     if level is None or "not_calibrated" in report.document:
         return
     text = ""
-    if level.reads_text:
-        text = f" ({options['samples']} x {options['seqlen']} tokens of {options['calibration']})"
+    read = [options.get(key) for key in ("samples", "seqlen", "calibration")]
+    if level.reads_text and None not in read:
+        text = " ({} x {} tokens of {})".format(*read)
     say(f"effort {options['effort']}: {level.what}{text}")
 
 
