@@ -25,14 +25,17 @@ from benchmarks.shared.machine import RESULTS, machine, versions, write_results
 from benchmarks.shared.processes import open_document
 from spallm_convert import CalibrationConfig, SketchConfig, convert, load_sketched
 from spallm_convert.cli.terminal import quiet_libraries
+from spallm_convert.effort import FAST, HIGH, NORMAL
 
 _PACKAGES = ("torch", "transformers", "numpy", "numba", "spallm-convert")
-#: Groups per row, and whether the sketch is calibrated, by name of the row.
+#: Groups per row and effort, by name of the row.
 ROWS = {
-    "data-free, 4 groups": (4, False),
-    "calibrated, 4 groups": (4, True),
-    "calibrated, 1 group": (1, True),
-    "data-free, 1 group": (1, False),
+    "data-free, 4 groups": (4, FAST),
+    "effort normal, 4 groups": (4, NORMAL),
+    "calibrated, 4 groups": (4, HIGH),
+    "calibrated, 1 group": (1, HIGH),
+    "effort normal, 1 group": (1, NORMAL),
+    "data-free, 1 group": (1, FAST),
 }
 _SENTENCE = re.compile(r"[A-Z][^.!?`*|]{30,200}[.!?]")
 
@@ -61,16 +64,16 @@ def measure(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
 
     text, sentences = texts()
     sentences = sentences[: options["sentences"]]
-    groups, calibrated = ROWS[name]
+    groups, effort = ROWS[name]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     dense = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     expected = embed(dense, tokenizer, sentences)
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch, "text.txt")
         written.write_text(text, encoding="utf-8")
-        drawn = {key: options[key] for key in ("samples", "seqlen")}
-        calibration = CalibrationConfig(text=str(written), **drawn) if calibrated else None
-        config = SketchConfig(bits=4, groups_per_row=groups, calibration=calibration)
+        drawn = {key: options[key] for key in ("samples", "seqlen")} if effort == HIGH else {}
+        calibration = CalibrationConfig(text=str(written), **drawn) if effort != FAST else None
+        config = SketchConfig(effort=effort, bits=4, groups_per_row=groups, calibration=calibration)
         report = convert(folder, Path(scratch, "out"), config)
         sketched = load_sketched(Path(scratch, "out"), dtype=torch.float32).eval()
         cosines = (embed(sketched, tokenizer, sentences) * expected).sum(1)

@@ -91,24 +91,23 @@ def readme_table(runs: list[Row]) -> str:
 
     The best method of each width is bold.
     """
-    rows = [("bits", *README.values()), ("---:", *["---:"] * len(README))]
+    kinds = [kind for kind in README if any(row["kind"] == kind for row in runs)]
+    rows = [("bits", *(README[kind] for kind in kinds)), ("---:", *["---:"] * len(kinds))]
     for bits in WIDTHS:
         found: dict[str, float] = {}
         for row in sorted(runs, key=lambda row: -row["bits_per_weight"]):
-            if row["bits"] == bits and row["kind"] in README:
+            if row["bits"] == bits:
                 found[row["kind"]] = row["perplexity"]  # the last one has the fewest bits
-        least = min(found.values())
-        cells = (
-            _short(found[kind], found[kind] == least) if kind in found else "" for kind in README
-        )
+        least = min(found[kind] for kind in kinds if kind in found)
+        cells = (_short(found[kind], least) if kind in found else "" for kind in kinds)
         rows.append((str(bits), *cells))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
-def _short(perplexity: float, is_least: bool) -> str:
+def _short(perplexity: float, least: float) -> str:
     text = f"{perplexity:.1f}" if perplexity < 100 else f"{perplexity:,.0f}"
     text = text if perplexity < 1e4 else "over 10,000"
-    return f"**{text}**" if is_least else text
+    return f"**{text}**" if perplexity == least else text
 
 
 def beside_leanquant(runs: list[Row]) -> list[str]:

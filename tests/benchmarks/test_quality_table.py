@@ -142,3 +142,32 @@ def test_the_summary_compares_losses_and_finds_what_is_better_in_both():
     assert better_in_both(runs) == better + "none."  # leanquant beats the plain sketch alone
     runs += [row("gptq", 4, 4.19, 21.5), row("hqq", 4, 5.1, 20.5)]
     assert better_in_both(runs) == better + "gptq-4 than sketch-calibrated-4."
+
+
+def test_the_readme_has_the_table_of_the_results():
+    from benchmarks.quality.plot import read
+    from benchmarks.quality.table import readme_table
+    from benchmarks.shared.machine import RESULTS
+
+    lines = [line.strip() for line in (ROOT / "README.md").read_text().splitlines()]
+    table = readme_table(read(RESULTS / "quality.json")["runs"]).splitlines()
+    first = lines.index(table[0])
+    assert lines[first : first + len(table)] == table
+
+
+def test_the_readme_takes_the_smallest_sketch_of_a_width():
+    from benchmarks.quality.table import readme_table
+
+    runs = [
+        finished("sketch-normal-4bit-gpr1", 26.0, 4.4),
+        finished("sketch-normal-4bit-gpr4", 25.0, 5.5),
+        finished("nf4", 29.94, 4.1),
+        finished("rtn-4bit-g128", 20.0, 4.2),
+        finished("sketch-normal-3bit-gpr1", 2e4, 3.3),
+        finished("sketch-normal-2bit-gpr1", 3227.4, 2.1),
+    ]
+    assert readme_table(runs).splitlines()[2:] == [
+        "| 4 | **26.0** | 29.9 |",
+        "| 3 | **over 10,000** |  |",
+        "| 2 | **3,227** |  |",
+    ]
