@@ -79,7 +79,12 @@ class CalibrationConfig:
             samples=self.samples or level.samples,
             seqlen=self.seqlen or level.seqlen,
             heal=level.heal if self.heal is None else self.heal,
-            fallback=effort == NORMAL if self.fallback is None else self.fallback,
+            # With target_bits, fallback would be refused instead of the effort normal.
+            fallback=(
+                effort == NORMAL and self.target_bits is None
+                if self.fallback is None
+                else self.fallback
+            ),
         )
 
     @property

@@ -115,7 +115,7 @@ class SketchConfig:
             effort = FAST if self.mapping == "hash" else NORMAL
             if found is not None:
                 effort = BEST if found.heal else HIGH
-        if effort not in EFFORTS:
+        if not isinstance(effort, str) or effort not in EFFORTS:
             return [f"effort must be one of {tuple(EFFORTS)}, found {effort!r}"]
         object.__setattr__(self, "effort", effort)
         if not EFFORTS[effort].reads_text:

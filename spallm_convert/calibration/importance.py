@@ -129,13 +129,14 @@ class _Squares:
         self._sums[expert] += squares.sum(0, dtype=torch.float64)
         # Llama 4 gives every expert zeros in place of the tokens of others.
         self._counts[expert] += squares.any(1).sum()
+        # Here, not in `means`, so that the error names the layer where it starts.
+        check_sums(self._path, self._sums[expert])
 
     def means(self) -> Importance:
         """Return the mean squares, float32 [experts, columns], none of them far below the others.
 
         If no input was seen, all are zero.
         """
-        check_sums(self._path, self._sums)
         total = self._sums.sum(0) / self._counts.sum().clamp(min=1)
         means = (self._sums + _SHRINKAGE * total) / (self._counts[:, None] + _SHRINKAGE)
         least = _LEAST * means.mean(1, keepdim=True)

@@ -70,8 +70,8 @@ class Job:
     def texts(self) -> tuple[Texts | None, str | None]:
         """Draw the texts to calibrate and heal with.
 
-        Return None without calibration. With the effort "normal" and the built-in text, also return
-        None if there is no tokenizer, and the reason.
+        Return None without calibration. With the effort "normal", `fallback` and the built-in text,
+        also return None if there is no tokenizer, and the reason.
         """
         calibration = self.config.calibration
         if calibration is None:
@@ -79,9 +79,13 @@ class Job:
         try:
             drawn = draw_texts(self.source, self.config, trust_remote_code=self.trust_remote_code)
         except SpallmError as error:
-            if self.config.effort == NORMAL and calibration.text == BUILTIN:
-                return None, str(error)
-            raise
+            may_fall_back = self.config.effort == NORMAL and calibration.fallback
+            if not (may_fall_back and calibration.text == BUILTIN):
+                raise
+            # The report may be published, so it does not say where the model is on this machine.
+            path = self.source.path
+            folder = path.parent if self.source.is_gguf else path
+            return None, str(error).replace(str(folder), "its folder")
         return drawn, None
 
     def blocks(
