@@ -48,9 +48,10 @@ _SQUARES = 6
 _TABLES = 5
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 #: Size of what is measured: weights that are sketched, tokens and weights of a product, columns of
-#: a fit. Rows of a fit: a GPU fits thousands at once.
+#: a fit. Rows of a fit: with fewer, starting threads takes most of the time; a GPU fits thousands
+#: at once.
 _WEIGHTS, _TOKENS, _FACTORS, _COLUMNS = 1 << 20, 256, 1 << 22, 1024
-_ROWS, _ROWS_ON_GPU = 32, 4096
+_ROWS, _ROWS_ON_GPU = 256, 4096
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _measured(plan: Plan, work: Work, place: torch.device) -> dict[str, float]:
             found["healing"] = _timed(lambda: x @ y, place) * one if one else 0.0
     if work.fitted:
         columns = min(columns, _COLUMNS)
-        rows = _ROWS if place.type == CPU else min(module.rows, _ROWS_ON_GPU)
+        rows = min(module.rows, _ROWS if place.type == CPU else _ROWS_ON_GPU)
         groups = module.groups_per_row if columns % module.groups_per_row == 0 else 1
         small = replace(
             module, in_features=columns, out_features=rows, groups_per_row=groups, experts=None
