@@ -124,8 +124,8 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Show what would be sketched, the sizes and the ratio from headers alone, and estimate time "
-    "and memory on this machine.",
+    help="Show what would be sketched, the sizes and the ratio from headers alone, and estimate "
+    "time and memory on this machine.",
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted conversion.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint in the output folder.")
