@@ -50,7 +50,7 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 #: Size of what is measured: weights that are sketched, tokens and weights of a product, columns of
 #: a fit. Rows of a fit: with fewer, starting threads takes most of the time; a GPU fits thousands
 #: at once.
-_WEIGHTS, _TOKENS, _FACTORS, _COLUMNS = 1 << 20, 256, 1 << 22, 1024
+_WEIGHTS, _TOKENS, _FACTORS, _COLUMNS = 1 << 20, 256, 1 << 22, 512
 _ROWS, _ROWS_ON_GPU = 256, 4096
 
 
@@ -150,33 +150,35 @@ def _measured(plan: Plan, work: Work, place: torch.device) -> dict[str, float]:
     if work.fitted:
         columns = min(columns, _COLUMNS)
         rows = min(module.rows, _ROWS if place.type == CPU else _ROWS_ON_GPU)
-        groups = module.groups_per_row if columns % module.groups_per_row == 0 else 1
-        small = replace(
-            module, in_features=columns, out_features=rows, groups_per_row=groups, experts=None
-        )
-        few = normal(2 * columns, columns).to(place)
-        hessian, weights_ = (few.T @ few).double(), normal(rows, columns).to(place)
-        inputs = prepare_inputs(hessian, hessian, work.without)
-
-        def fit() -> None:
-            sketch_layer(weights_, inputs, small, plan.metadata, work.without)
-
-        found["fit"] = _timed(fit, place) * work.fitted / (rows * columns**2)
-        prepared = _timed(lambda: prepare_inputs(hessian, hessian, work.without), place)
-        found["inputs"] = prepared * work.factored / columns**3
+        # A small fit compiles.
+        for height, width in ((min(rows, 4), min(columns, 64)), (rows, columns)):
+            groups = module.groups_per_row if width % module.groups_per_row == 0 else 1
+            shape = {"out_features": height, "in_features": width, "groups_per_row": groups}
+            small = replace(module, **shape, experts=None)
+            x, y = normal(2 * width, width).to(place), normal(height, width).to(place)
+            hessian = (x.T @ x).double()
+            begin = _now(place)
+            inputs = prepare_inputs(hessian, hessian, work.without)
+            prepared = _now(place)
+            sketch_layer(y, inputs, small, plan.metadata, work.without)
+            found["inputs"] = (prepared - begin) * work.factored / width**3
+            found["fit"] = (_now(place) - prepared) * work.fitted / (height * width**2)
     return found
 
 
 def _timed(run: Callable[[], Any], place: torch.device) -> float:
     """Return the seconds of a second run. The first one may compile."""
     run()
-    if place.type != CPU:
-        torch.cuda.synchronize(place)
-    begin = time.perf_counter()
+    begin = _now(place)
     run()
+    return _now(place) - begin
+
+
+def _now(place: torch.device) -> float:
+    """Return the time in seconds at which the device has finished its work."""
     if place.type != CPU:
         torch.cuda.synchronize(place)
-    return time.perf_counter() - begin
+    return time.perf_counter()
 
 
 def _memory(plan: Plan, effort: str, text: CalibrationConfig | None) -> int:
