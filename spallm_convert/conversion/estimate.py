@@ -153,8 +153,9 @@ def _measured(plan: Plan, work: Work, place: torch.device) -> dict[str, float]:
         # A small fit compiles.
         for height, width in ((min(rows, 4), min(columns, 64)), (rows, columns)):
             groups = module.groups_per_row if width % module.groups_per_row == 0 else 1
-            shape = {"out_features": height, "in_features": width, "groups_per_row": groups}
-            small = replace(module, **shape, experts=None)
+            small = replace(
+                module, in_features=width, out_features=height, groups_per_row=groups, experts=None
+            )
             x, y = normal(2 * width, width).to(place), normal(height, width).to(place)
             hessian = (x.T @ x).double()
             begin = _now(place)
