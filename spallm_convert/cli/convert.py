@@ -125,7 +125,8 @@ def _groups(ctx: click.Context, param: click.Parameter, value: str) -> int | str
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Show what would be sketched, the sizes and the ratio; only headers are read.",
+    help="Show what would be sketched, the sizes and the ratio from headers alone, and estimate "
+    "time and memory on this machine.",
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted conversion.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint in the output folder.")
@@ -189,6 +190,7 @@ def command(
     )
     hide_bars(quiet or as_json)
     from spallm_convert.conversion.convert import convert, plan_conversion
+    from spallm_convert.conversion.estimate import estimate_conversion
 
     from .printing import print_plan, print_report
     from .terminal import ConversionProgress, quiet_libraries
@@ -204,7 +206,18 @@ def command(
         plan = plan_conversion(
             model, config, revision=revision, trust_remote_code=trust_remote_code, device=device
         )
-        print_plan(plan, as_json=as_json, totals_alone=quiet)
+        estimate = None
+        if as_json or not quiet:
+            estimate = estimate_conversion(
+                model,
+                plan,
+                config,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                threads=threads,
+                device=device,
+            )
+        print_plan(plan, estimate, as_json=as_json, totals_alone=quiet)
         return
     begin = time.perf_counter()
     output = output_dir or default_output(model, target_bits or config.bits)

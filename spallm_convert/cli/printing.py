@@ -8,7 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
+from spallm_convert.conversion.estimate import Estimate
 from spallm_convert.conversion.report import Report
+from spallm_convert.devices import CPU
 from spallm_convert.effort import EFFORTS
 from spallm_convert.sketch.plan import Plan
 from spallm_convert.source.quantized.dense import quantization_remark
@@ -17,8 +19,12 @@ from spallm_convert.source.skeleton import numbers_starred
 from .lines import say
 from .terminal import print_table
 
+_UNITS = (("hour", 3600), ("minute", 60), ("second", 1))
 
-def print_plan(plan: Plan, *, as_json: bool, totals_alone: bool = False) -> None:
+
+def print_plan(
+    plan: Plan, estimate: Estimate | None, *, as_json: bool, totals_alone: bool = False
+) -> None:
     """Print what a conversion would do, for `--dry-run`."""
     totals = plan.totals()
     for note in plan.notes:
@@ -27,7 +33,12 @@ def print_plan(plan: Plan, *, as_json: bool, totals_alone: bool = False) -> None
         say(plan.dense_warning, err=True)
     if as_json:
         modules = {name: asdict(module) for name, module in plan.metadata.modules.items()}
-        document = {"totals": totals, "modules": modules, "left_dense": plan.left_dense}
+        document = {
+            "totals": totals,
+            "modules": modules,
+            "left_dense": plan.left_dense,
+            "estimate": None if estimate is None else asdict(estimate),
+        }
         say(json.dumps(document, indent=2))
         return
     table = _table("layers", "shape", "bits", "groups", "bits per weight")
@@ -52,6 +63,8 @@ def print_plan(plan: Plan, *, as_json: bool, totals_alone: bool = False) -> None
     if (remark := quantization_remark([*layers, *plan.kept.values()])) is not None:
         say(remark)
     say(f"{len(plan.shards)} weight file(s) would be written")
+    if estimate is not None:
+        _print_estimate(estimate)
 
 
 def print_report(report: Report) -> None:
@@ -94,6 +107,25 @@ def _print_effort(report: Report) -> None:
     if level.reads_text and None not in read:
         text = " ({} x {} tokens of {})".format(*read)
     say(f"effort {options['effort']}: {level.what}{text}")
+
+
+def _print_estimate(estimate: Estimate) -> None:
+    if estimate.reason is not None:
+        say(f"effort {estimate.effort} in place of {estimate.asked}: {estimate.reason}")
+    threads = f"{estimate.threads} thread{'s' if estimate.threads > 1 else ''}"
+    where = threads if estimate.device == CPU else f"{threads}, {estimate.device}"
+    say(
+        f"effort {estimate.effort}: {about(estimate.seconds)} on this machine ({where}), about "
+        f"{estimate.memory_bytes / 1e9:.1f} GB of memory"
+    )
+
+
+def about(seconds: float) -> str:
+    """Return a rough time in words, such as "about 2 minutes"."""
+    unit, size = next((u, s) for u, s in _UNITS if seconds >= 1.5 * s or s == 1)
+    count = seconds / size
+    rounded = max(1, round(count, 1 if unit == "hour" and count < 10 else None))
+    return f"about {rounded:g} {unit}{'' if rounded == 1 else 's'}"
 
 
 def _print_healing(healing: dict[str, float] | None) -> None:

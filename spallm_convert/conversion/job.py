@@ -151,7 +151,7 @@ def _measured(
     folder = staging.scratch(_MEASURED, worth_keeping=True)
     assert job.config.calibration is not None
     try:
-        check_memory(plan, checkpoint, job.place)
+        check_memory(plan, job.place)
         with clear_memory_errors(job.place), full_float32():
             blocks = job.blocks(checkpoint, plan, texts.calibration)
             partly = partly_calibrated(blocks, plan, job.config)

@@ -10,7 +10,6 @@ import torch
 from spallm_convert.devices import free_memory
 from spallm_convert.errors import SpallmError
 from spallm_convert.sketch.plan import Plan
-from spallm_convert.source.checkpoint import DenseCheckpoint
 
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 _FLOAT32 = 4
@@ -25,20 +24,22 @@ def block_bytes(plan: Plan) -> int:
     return max(sizes.values(), default=0)
 
 
-def check_memory(plan: Plan, checkpoint: DenseCheckpoint, device: torch.device) -> None:
+def other_bytes(plan: Plan) -> int:
+    """Return the bytes of the largest weight that is not sketched, in float32."""
+    return _FLOAT32 * max((tensor.elements for tensor in plan.kept.values()), default=0)
+
+
+def check_memory(plan: Plan, device: torch.device) -> None:
     """Check that the largest block and the largest other weight fit into memory in float32.
 
     Args:
         plan: The layers to sketch.
-        checkpoint: The source.
         device: Where the blocks are run.
 
     Raises:
         SpallmError: If they do not.
     """
-    sketched = {layer.weight.name for layer in plan.layers.values()}
-    others = (t.elements for name, t in checkpoint.tensors.items() if name not in sketched)
-    needed = block_bytes(plan) + _FLOAT32 * max(others, default=0)
+    needed = block_bytes(plan) + other_bytes(plan)
     free = free_memory(device)
     if free is not None and free < needed:
         raise SpallmError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,16 @@ _OF_TOKENIZERS = (
 _POINTER_BYTES = 64
 #: SentencePiece's mark before a word, which is in vocabularies that are otherwise empty.
 _WORD_START = "\u2581"
+
+
+def has_tokenizer_files(names: Iterable[str]) -> bool:
+    """Return whether a tokenizer's vocabulary is among files.
+
+    Args:
+        names: Paths of the files, relative to the model's folder.
+    """
+    here = [name for name in names if "/" not in name]
+    return any(fnmatch.filter(here, pattern) for pattern in _OF_TOKENIZERS)
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
@@ -69,11 +81,11 @@ def read_tokenizer(model: str, place: str | Path, **options: Any) -> Any:
     except Exception as error:  # without files of a tokenizer, models raise different errors
         folder = Path(place)
         lacks = folder.is_dir() and not any(any(folder.glob(p)) for p in _OF_TOKENIZERS)
-        raise _no_tokenizer(
+        raise no_tokenizer(
             model, f"no tokenizer files in {folder}" if lacks else one_line(error)
         ) from error
     if tokenizer.is_fast and not _has_vocabulary(tokenizer):
-        raise _no_tokenizer(model, f"no vocabulary in {place}")
+        raise no_tokenizer(model, f"no vocabulary in {place}")
     return tokenizer
 
 
@@ -89,7 +101,13 @@ def _refuse_pointers(model: str, folder: Path) -> None:
                 raise SourceError(f"{model}: {error}") from error
 
 
-def _no_tokenizer(model: str, why: str) -> SourceError:
+def no_tokenizer(model: str, why: str) -> SourceError:
+    """Return the error for a model without a tokenizer that can be loaded, not raised.
+
+    Args:
+        model: Name of the model.
+        why: Why it cannot be loaded.
+    """
     return SourceError(
         f"{model}: its tokenizer cannot be loaded ({why}); put the files of its tokenizer into the "
         f"model's folder"

@@ -60,7 +60,7 @@ def test_dry_run_writes_nothing(run, tiny_llama, tmp_path, monkeypatch):
     assert "2 x model.layers.*.mlp.down_proj" in out
     assert "times smaller" in out
     totals = run(tiny_llama.folder, "--dry-run", "-q")
-    assert out.endswith(totals)
+    assert totals in out
     assert "model.layers" not in totals
     assert "times larger" in run(tiny_llama.folder, "--dry-run", "--groups-per-row", "32")
     plan = json.loads(run(tiny_llama.folder, "--dry-run", "--json"))

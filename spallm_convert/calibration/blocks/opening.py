@@ -46,17 +46,26 @@ def open_blocks(
         OptionError: Samples are longer than the model takes, or a token is not in its vocabulary.
     """
     model = build_empty(checkpoint.folder, checkpoint.config, trust_remote_code=trust_remote_code)
-    if model.main_input_name != "input_ids":
-        raise CalibrationError(
-            f"{type(model).__name__} reads {model.main_input_name}, and calibration needs a model "
-            f"that reads text"
-        )
+    check_reads_text(type(model).__name__, model.main_input_name)
     samples, seqlen = tokens.shape
     check_tokens(model, tokens, seqlen, f"seqlen {seqlen}")
     most = samples // min(samples, HEALING_BATCHES) if to_heal else samples
     batch = max(n for n in range(1, min(most, samples_at_once(seqlen)) + 1) if samples % n == 0)
     paths = dict.fromkeys(layer.path for layer in plan.layers.values())
     return Blocks(model, checkpoint.tensors, paths, tokens, batch=batch, device=device)
+
+
+def check_reads_text(name: str, main_input: str) -> None:
+    """Raise CalibrationError if a model reads something else than text.
+
+    Args:
+        name: Name of the model's class.
+        main_input: Name of its main input.
+    """
+    if main_input != "input_ids":
+        raise CalibrationError(
+            f"{name} reads {main_input}, and calibration needs a model that reads text"
+        )
 
 
 def samples_at_once(seqlen: int) -> int:
