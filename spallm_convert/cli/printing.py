@@ -80,7 +80,8 @@ def print_report(report: Report) -> None:
             *(str(module[key]) for key in bits),
             str(module["groups_per_row"]),
             f"{module['bits_per_weight']:.3f}",
-            *(f"{module[key]:.4f}" for key in errors),
+            # The text does not reach every module, an embedding for example.
+            *(f"{module[key]:.4f}" if key in module else "" for key in errors),
         )
     print_table(table)
     _print_left_dense(report.left_dense)

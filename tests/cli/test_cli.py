@@ -225,7 +225,10 @@ def test_the_widest_table_fits_a_terminal(capsys, monkeypatch):
     totals |= {"source_bytes": 8, "sketched_bytes": 2}
     totals |= {"relative_error": 0.1, "relative_output_error": 0.1}
     modules = [row | {"bits": bits} for bits in (3, 4)]
+    unread = {key: value for key, value in row.items() if key != "relative_output_error"}
+    modules.append(unread | {"name": "embedding", "bits": 2})  # the text does not reach it
     print_report(Report({"modules": modules, "totals": totals, "left_dense": {}}))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     for bits in (3, 4):
         assert f"{row['name']} 14336 x 14336 {bits} 4 4.016 0.1234 0.0123" in lines
+    assert "embedding 14336 x 14336 2 4 4.016 0.1234" in lines
