@@ -238,7 +238,8 @@ def command(
         say(json.dumps(report.document | {"output": str(output)}, indent=2))
     elif not quiet:
         print_report(report)
-        say(f"written to {output} in {time.perf_counter() - begin:,.0f} s{_more(config.effort)}")
+        more = "" if "not_calibrated" in report.document else _more(config.effort)
+        say(f"written to {output} in {time.perf_counter() - begin:,.0f} s{more}")
     if push_to_hub:
         from spallm_convert.conversion.push import push_to_hub as push
 

@@ -28,7 +28,7 @@ from spallm_convert.sketch.plan import Plan, reallocate
 from spallm_convert.source.checkpoint import DenseCheckpoint
 from spallm_convert.source.locate import Source
 from spallm_convert.source.text import BUILTIN
-from spallm_formats import Staging
+from spallm_formats import Staging, printable
 
 from .loadable import checked_plan
 from .memory import check_memory
@@ -85,7 +85,8 @@ class Job:
             # The report may be published, so it does not say where the model is on this machine.
             path = self.source.path
             folder = path.parent if self.source.is_gguf else path
-            return None, str(error).replace(str(folder), "its folder")
+            reason = str(error).replace(printable(str(folder)), "its folder")
+            return None, reason.replace(str(folder), "its folder")
         return drawn, None
 
     def blocks(

@@ -1,6 +1,7 @@
 """The effort normal does what fast does if a model cannot be run, and says why."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -69,6 +70,12 @@ def test_no_tokenizer(tiny_llama, tmp_path):
 def test_no_tokenizer_with_all_defaults(tiny_llama, tmp_path):
     report = convert(tiny_llama.folder, tmp_path / "out")
     assert NO_TOKENIZER in report.document["not_calibrated"]
+
+
+def test_a_report_never_names_the_folder_of_a_model(tiny_llama, tmp_path):
+    source = shutil.copytree(tiny_llama.folder, tmp_path / os.fsdecode(b"caf\xe9"))
+    report = convert(source, tmp_path / "out")
+    assert "(no tokenizer files in its folder)" in report.document["not_calibrated"]
 
 
 def test_a_model_of_images(text, tmp_path):

@@ -45,7 +45,7 @@ def test_fp8_gives_the_bytes_of_the_dense_model(pair, tmp_path):
     assert remarks.lines == [
         f"the source is quantized ({scheme}): its weights are dequantized as they are read"
     ]
-    convert(dense, tmp_path / "expected")
+    convert(dense, tmp_path / "expected", SketchConfig(effort="fast"))
     same(tmp_path / "out", tmp_path / "expected")
     assert report.document["source_quantization"] == {
         "method": "fp8",
@@ -59,7 +59,7 @@ def test_fp8_gives_the_bytes_of_the_dense_model(pair, tmp_path):
     assert f"| weights of the source | {scheme}, dequantized before sketching |\n" in card
     assert "| size | 0.1 MB, was 0.1 MB quantized, dense 0.2 MB |" in card
     assert verify(tmp_path / "out") == []
-    again = convert(quantized, tmp_path / "out", resume=True)
+    again = convert(quantized, tmp_path / "out", SketchConfig(effort="fast"), resume=True)
     assert again == report
 
 

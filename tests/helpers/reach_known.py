@@ -16,7 +16,6 @@ SHARES: dict[str, tuple[float, str]] = {
     "LongT5ForConditionalGeneration": (0.83, _CAST),
     "SwitchTransformersForConditionalGeneration": (0.72, _CAST),
     "Kimi_K25ForConditionalGeneration": (0.79, _CHANGED),
-    "Blip2ForConditionalGeneration": (0.6, _FLOAT32),
 }
 
 #: What fails after the conversion, by model class.

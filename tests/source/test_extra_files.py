@@ -10,12 +10,13 @@ import pytest
 import transformers
 
 from helpers.remarks import Remarks
-from spallm_convert import SourceError, convert
+from spallm_convert import SketchConfig, SourceError, convert
 from spallm_convert.source import extra_files as module
 from spallm_convert.source.extra_files import extra_files, is_extra_file, left_behind
 from spallm_convert.source.locate import locate
 from spallm_convert.source.model_code import code_files
 
+FAST = SketchConfig(effort="fast")
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
 
 
@@ -96,13 +97,13 @@ def test_a_conversion_says_once_what_is_not_copied(tiny_llama, tmp_path):
     for name in ("my_api_keys.json", "notes.txt", "a.py", "b.py", "LICENSE"):
         (source / name).write_text("{}")
     remarks = Remarks()
-    files = convert(source, tmp_path / "out", progress=remarks).files
+    files = convert(source, tmp_path / "out", FAST, progress=remarks).files
     assert remarks.lines == ["not copied: a.py, b.py, my_api_keys.json, and 1 more"]
     assert "LICENSE" in files
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*files, "conversion.json"}
     assert "my_api_keys.json" not in files
     (tmp_path / "clean").mkdir()
-    convert(tiny_llama.folder, tmp_path / "clean", progress=(silent := Remarks()))
+    convert(tiny_llama.folder, tmp_path / "clean", FAST, progress=(silent := Remarks()))
     assert silent.lines == []
 
 
@@ -204,7 +205,7 @@ def test_a_folder_whose_name_is_not_utf8_is_converted(tiny_llama, tmp_path):
     shutil.copytree(tiny_llama.folder, source)
     (source / os.fsdecode(b"notes \xff.txt")).write_text("")
     assert locate(str(source)).name == r"caf\xe9"
-    report = convert(source, tmp_path / "out", progress=(remarks := Remarks()))
+    report = convert(source, tmp_path / "out", FAST, progress=(remarks := Remarks()))
     assert report.source["model"] == r"caf\xe9"
     assert remarks.lines == [r"not copied: notes \udcff.txt"]
     assert r"| source | caf\xe9 |" in (tmp_path / "out/README.md").read_text()
