@@ -17,18 +17,6 @@ from spallm_convert.evaluation.opening import load_any
 from spallm_convert.source.text import english_text
 
 
-@pytest.fixture
-def run(capsys):
-    def call(*arguments, code=0):
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert stopped.value.code == code, captured.err
-        return captured.err if code else captured.out
-
-    return call
-
-
 @pytest.mark.parametrize("kind", ["dense", "sketched"])
 def test_the_command_measures_either_kind(run, evaluated, kind):
     options = ["--text", "builtin", "--tokens", 300, "--window", 64, "--stride", 48]

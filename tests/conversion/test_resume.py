@@ -45,6 +45,9 @@ def test_a_source_that_changed_is_not_resumed(tiny_llama, tmp_path):
         convert(source, tmp_path / "out", resume=True)
 
 
+SHARDED = SketchConfig(effort="fast", max_shard_size="30KB")
+
+
 @pytest.fixture
 def unfinished(sharded_llama, tmp_path):
     """An output folder whose conversion stopped after the first shard."""
@@ -82,27 +85,15 @@ def test_whole_shards_are_not_sketched_again(sharded_llama, unfinished, monkeypa
         publish(self, names, older)
 
     monkeypatch.setattr(Staging, "publish", spy)
-    convert(
-        sharded_llama.folder,
-        unfinished,
-        SketchConfig(effort="fast", max_shard_size="30KB"),
-        resume=True,
-    )
+    convert(sharded_llama.folder, unfinished, SHARDED, resume=True)
     assert finished == before
 
 
 def test_a_damaged_shard_is_written_again(sharded_llama, unfinished, tmp_path):
     shard = next((unfinished / PARTIAL_FOLDER / "files").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
-    convert(
-        sharded_llama.folder,
-        unfinished,
-        SketchConfig(effort="fast", max_shard_size="30KB"),
-        resume=True,
-    )
-    convert(
-        sharded_llama.folder, tmp_path / "whole", SketchConfig(effort="fast", max_shard_size="30KB")
-    )
+    convert(sharded_llama.folder, unfinished, SHARDED, resume=True)
+    convert(sharded_llama.folder, tmp_path / "whole", SHARDED)
     assert contents(unfinished) == contents(tmp_path / "whole")
 
 
@@ -112,15 +103,8 @@ def test_a_record_that_was_changed_counts_as_missing(sharded_llama, unfinished, 
     name = next(iter(record["modules"]))
     record["modules"][name] = [1.0, 2.0]  # errors that nobody measured
     path.write_text(json.dumps(record))
-    convert(
-        sharded_llama.folder,
-        unfinished,
-        SketchConfig(effort="fast", max_shard_size="30KB"),
-        resume=True,
-    )
-    convert(
-        sharded_llama.folder, tmp_path / "whole", SketchConfig(effort="fast", max_shard_size="30KB")
-    )
+    convert(sharded_llama.folder, unfinished, SHARDED, resume=True)
+    convert(sharded_llama.folder, tmp_path / "whole", SHARDED)
     assert contents(unfinished) == contents(tmp_path / "whole")
 
 
