@@ -12,6 +12,10 @@ it. A window adds up only the losses of tokens that no earlier window has counte
 Nothing predicts the first token of the text. Every other token is counted once, and after the first
 window each has at least window - stride tokens before it. If stride == window, the windows do not
 overlap, and the first token of each window is context only.
+
+Some models are trained only on texts that start with a beginning-of-text token, and predict badly
+without it. If the tokenizer puts one before a text, it takes the place of the first token of every
+window, which is never counted. llama.cpp measures in the same way.
 """
 
 from __future__ import annotations
@@ -69,6 +73,7 @@ def perplexity(
     *,
     window: int = WINDOW,
     stride: int | None = None,
+    bos: int | None = None,
     progress: Progress | None = None,
 ) -> float:
     """Return the perplexity of a causal language model, dense or sketched, on tokens.
@@ -89,6 +94,8 @@ def perplexity(
         stride: Tokens from the start of one window to the start of the next, 1 to `window`. None:
             512, or half of `window` if that is less. `window`: the windows do not overlap, and the
             first token of each is not counted.
+        bos: Beginning-of-text token to put in place of the first token of every window. None: the
+            windows are parts of the text as it is.
         progress: Listener that is told how many tokens are done. None: nothing is reported.
 
     Returns:
@@ -98,7 +105,8 @@ def perplexity(
         OptionError: If the tokens, the window or the stride cannot be used.
         EvaluationError: If the model does not predict next tokens, or a loss is not finite.
     """
-    return text_loss(model, tokens, window=window, stride=stride, progress=progress).perplexity
+    loss = text_loss(model, tokens, window=window, stride=stride, bos=bos, progress=progress)
+    return loss.perplexity
 
 
 @torch.no_grad()
@@ -108,6 +116,7 @@ def text_loss(
     *,
     window: int = WINDOW,
     stride: int | None = None,
+    bos: int | None = None,
     progress: Progress | None = None,
 ) -> TextLoss:
     """Return the loss of a causal language model on a text: its sum and the tokens counted.
@@ -125,7 +134,7 @@ def text_loss(
             end = min(start + window, len(tokens))
             new = end - max(done, start + 1)  # nothing predicts the first token of a window
             if new > 0:
-                losses = _last_losses(model, tokens[start:end], new, options)
+                losses = _last_losses(model, _window(tokens[start:end], bos), new, options)
                 nats += _finite_sum(losses, end)
                 counted += new
             progress.advance(end - done)
@@ -133,6 +142,11 @@ def text_loss(
             if done == len(tokens):
                 break
     return TextLoss(nats, counted)
+
+
+def _window(part: torch.Tensor, bos: int | None) -> torch.Tensor:
+    """Return a part of the text, with `bos` in place of its first token unless it is None."""
+    return part if bos is None else torch.cat([part.new_tensor([bos]), part[1:]])
 
 
 def _last_losses(
@@ -188,7 +202,8 @@ def evaluate_text(
     """Measure a causal language model on documents, as `spallm-convert eval --text` does.
 
     The documents are joined by blank lines and tokenized as one text, with the special tokens that
-    the tokenizer adds to a text. The tokens are measured as `perplexity` measures them.
+    the tokenizer adds to a text. The tokens are measured as `perplexity` measures them. If they
+    start with the beginning-of-text token, every window does.
 
     Args:
         model: The model, as `load_any` or `load_sketched` returns it.
@@ -211,7 +226,9 @@ def evaluate_text(
         EvaluationError: If the model does not predict next tokens, or a loss is not finite.
     """
     tokens, nbytes = _tokens_of(tokenizer, "\n\n".join(documents), limit)
-    loss = text_loss(model, tokens, window=window, stride=stride, progress=progress)
+    start = int(tokens[0]) if len(tokens) else None
+    bos = start if start == getattr(tokenizer, "bos_token_id", None) else None
+    loss = text_loss(model, tokens, window=window, stride=stride, bos=bos, progress=progress)
     # Without overlap some tokens are not counted. Assume that their mean loss is the same.
     bits = loss.nats_per_token * (len(tokens) - 1) / math.log(2)
     return {

@@ -215,6 +215,23 @@ def test_logits_of_another_shape_are_refused(model, monkeypatch):
         perplexity(model, TOKENS)
 
 
+@pytest.mark.parametrize("stride", [10, 7])
+def test_every_window_starts_with_the_token_of_the_beginning(model, monkeypatch, stride):
+    seen, forward = [], model.forward
+
+    def watched(input_ids, **options):
+        seen.append(input_ids[0].tolist())
+        return forward(input_ids, **options)
+
+    plain = text_loss(model, TOKENS, window=10, stride=stride)
+    monkeypatch.setattr(model, "forward", watched)
+    started = text_loss(model, TOKENS, window=10, stride=stride, bos=5)
+    assert started.tokens == plain.tokens
+    assert started.nats != plain.nats
+    starts = [s for s in range(0, 100, stride) if s - stride + 10 < 100]
+    assert seen == [[5, *TOKENS[s + 1 : s + 10].tolist()] for s in starts]
+
+
 @pytest.mark.parametrize("adds_bos", [False, True])
 @pytest.mark.parametrize("limit", [None, 50])
 def test_bits_per_byte_are_those_of_the_text(model, adds_bos, limit):
@@ -223,7 +240,8 @@ def test_bits_per_byte_are_those_of_the_text(model, adds_bos, limit):
     tokenizer = tiny_tokenizer(adds_bos=adds_bos)
     found = evaluate_text(model, tokenizer, documents, window=64, stride=32, limit=limit)
     tokens = tokenizer(text)["input_ids"][:limit]
-    loss = text_loss(model, torch.tensor(tokens), window=64, stride=32)
+    bos = tokenizer.bos_token_id if adds_bos else None
+    loss = text_loss(model, torch.tensor(tokens), window=64, stride=32, bos=bos)
     covered = tokenizer.decode(tokens[1:])  # a character is a byte here
     assert text.startswith(covered if adds_bos else "th" + covered)
     assert found == {
