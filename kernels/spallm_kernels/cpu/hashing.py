@@ -12,6 +12,10 @@ import numpy.typing as npt
 Singles = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 
+#: Shifts and multipliers of the mixer, in turn.
+SHIFTS = (16, 15, 15)
+MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
+
 
 def hash_codes(
     rows: int, columns: int, bits: int, seed: int, first_row: int = 0
@@ -65,11 +69,11 @@ def hash_table(weights: Singles, groups: int, bits: int, seed: int, first_row: i
 @numba.njit(cache=True, nogil=True, inline="always")
 def mix(x: np.uint32) -> np.uint32:
     """Map a 32-bit integer to another, one to one (see `reference/hashing.py`)."""
-    x = np.uint32(x ^ (x >> np.uint32(16)))
-    x = np.uint32(x * np.uint32(0x21F0AAAD))
-    x = np.uint32(x ^ (x >> np.uint32(15)))
-    x = np.uint32(x * np.uint32(0xD35A2D97))
-    return np.uint32(x ^ (x >> np.uint32(15)))
+    x = np.uint32(x ^ (x >> np.uint32(SHIFTS[0])))
+    x = np.uint32(x * np.uint32(MULTIPLIERS[0]))
+    x = np.uint32(x ^ (x >> np.uint32(SHIFTS[1])))
+    x = np.uint32(x * np.uint32(MULTIPLIERS[1]))
+    return np.uint32(x ^ (x >> np.uint32(SHIFTS[2])))
 
 
 @numba.njit(cache=True, parallel=True, nogil=True)

@@ -1,25 +1,18 @@
-"""Compute the sketched linear layer on the CPU in numba, a row of codes at a time, in the cache.
+"""Compute the sketched linear layer on the CPU: in vector registers, or else in portable loops.
 
-The reference makes int64 temporaries of the size of the weight. Here, the packed bytes, codes and
-tables of a row stay in the cache. Values that are only moved are moved as integers of their size,
-so every float dtype works, including bfloat16.
+`vectorized.py` serves 2, 3 and 4 bits on processors with AVX2, AVX-512 or NEON. `portable.py` serves
+everything else.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import numba
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .codes import row_of_codes
+from . import bins, portable, vectorized
+from .vector_units import PORTABLE, host_unit
 
-_INTEGER_OF_BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SINGLE_OR_LESS = (torch.float32, torch.float16, torch.bfloat16)
-Array = npt.NDArray[Any]
 
 
 def can_decode(x: Tensor, table: Tensor) -> bool:
@@ -32,6 +25,19 @@ def decode_tokens(*, hashed: bool) -> int:
     return 64
 
 
+def path_name(table: Tensor, in_features: int, hash_seed: int | None = None) -> str:
+    """Return what computes with a sketch on this machine: a vector unit's name, or `portable`.
+
+    Args:
+        table: Tables, float [out_features, groups, 2^bits].
+        in_features: Columns of the weight.
+        hash_seed: Seed of the `hash` mapping; None if codes are stored.
+    """
+    unit = host_unit()
+    supported = unit is not None and vectorized.supports(table, in_features, hash_seed)
+    return unit.name if unit is not None and supported else PORTABLE
+
+
 def decode(
     x: Tensor,
     index_map: Tensor,
@@ -40,7 +46,7 @@ def decode(
     *,
     hash_seed: int | None = None,
 ) -> Tensor:
-    """Compute y = x W^T + bias with one dense row at a time.
+    """Compute y = x W^T + bias without a dense weight. Products are summed in float32.
 
     Args:
         x: float [tokens, in_features].
@@ -52,14 +58,16 @@ def decode(
     Returns:
         y [tokens, out_features], in the dtype of x.
     """
-    y = torch.empty(x.shape[0], table.shape[0], dtype=torch.float32, device=x.device)
-    _decode(
-        *_codes(index_map, hash_seed, 0),
-        _array(table.to(x.dtype).float().contiguous()),
-        x.float().contiguous().numpy(),
-        y.numpy(),
-    )
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    dtype = x.dtype
+    if dtype != torch.float32:
+        table, x = table.to(dtype), x.float()
+    if vectorized.supports(table, x.shape[1], hash_seed):
+        y = vectorized.decode(x, index_map, table, hash_seed)
+    else:
+        y = portable.decode(x, index_map, table, hash_seed)
+    if bias is not None:
+        y += bias
+    return y.to(dtype)
 
 
 def dequantize(
@@ -82,14 +90,9 @@ def dequantize(
     Returns:
         The weight [out_features, in_features], in the dtype of the table.
     """
-    weight = torch.empty(table.shape[0], in_features, dtype=table.dtype, device=table.device)
-    as_integers = _INTEGER_OF_BYTES[table.element_size()]
-    _look_up(
-        *_codes(index_map, hash_seed, first_row),
-        _array(table.contiguous().view(as_integers)),
-        weight.view(as_integers).numpy(),
-    )
-    return weight
+    vectorizes = vectorized.supports(table, in_features, hash_seed)
+    look_up = vectorized.dequantize if vectorizes else portable.dequantize
+    return look_up(index_map, table, in_features, hash_seed, first_row)
 
 
 def table_grad(
@@ -113,89 +116,6 @@ def table_grad(
         The gradient in the shape of the table: for each entry the sum over the weights that use it,
         in float32 or wider.
     """
-    wide = torch.promote_types(weight_grad.dtype, torch.float32)
-    sums = torch.empty(table.shape, dtype=wide, device=table.device)
-    gradient = weight_grad.to(wide).contiguous().numpy()
-    _bin(*_codes(index_map, hash_seed, first_row), gradient, sums.numpy())
-    return sums
-
-
-def _codes(
-    index_map: Tensor, hash_seed: int | None, first_row: int
-) -> tuple[Array, np.uint32, np.uint32]:
-    """Return the arguments from which the loops below read codes."""
-    packed = index_map if hash_seed is None else index_map[:, :0]
-    return _array(packed.contiguous()), np.uint32(hash_seed or 0), np.uint32(first_row)
-
-
-def _array(parameter: Tensor) -> Array:
-    """Return a parameter as an array.
-
-    `Tensor.numpy` would make its memory impossible to free for good, and FSDP2 frees the memory of
-    what it has gathered.
-    """
-    return np.from_dlpack(parameter.detach())
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def _bits_of(table: Array) -> int:
-    bits = 0
-    while 1 << bits < table.shape[2]:
-        bits += 1
-    return bits
-
-
-@numba.njit(cache=True, parallel=True, nogil=True)
-def _look_up(
-    packed: Array, seed: np.uint32, first_row: np.uint32, table: Array, weight: Array
-) -> None:
-    bits, width = _bits_of(table), weight.shape[1] // table.shape[1]
-    for row in numba.prange(weight.shape[0]):
-        codes = np.empty(weight.shape[1], np.uint8)
-        row_of_codes(packed, row, bits, seed, first_row, codes)
-        for group in range(table.shape[1]):
-            entries = table[row, group]
-            for column in range(group * width, (group + 1) * width):
-                weight[row, column] = entries[codes[column]]
-
-
-# Sums may be taken in any order; otherwise the loop over columns adds one product at a time.
-@numba.njit(cache=True, parallel=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
-def _decode(
-    packed: Array, seed: np.uint32, first_row: np.uint32, table: Array, x: Array, y: Array
-) -> None:
-    columns = x.shape[1]
-    bits, width = _bits_of(table), columns // table.shape[1]
-    for row in numba.prange(table.shape[0]):
-        codes = np.empty(columns, np.uint8)
-        weight = np.empty(columns, np.float32)
-        row_of_codes(packed, row, bits, seed, first_row, codes)
-        for group in range(table.shape[1]):
-            entries = table[row, group]
-            for column in range(group * width, (group + 1) * width):
-                weight[column] = entries[codes[column]]
-        for token in range(x.shape[0]):
-            line, total = x[token], np.float32(0)
-            for column in range(columns):
-                total += weight[column] * line[column]
-            y[token, row] = total
-
-
-@numba.njit(cache=True, parallel=True, nogil=True)
-def _bin(
-    packed: Array, seed: np.uint32, first_row: np.uint32, gradient: Array, sums: Array
-) -> None:
-    bits, width = _bits_of(sums), gradient.shape[1] // sums.shape[1]
-    for row in numba.prange(sums.shape[0]):
-        codes = np.empty(gradient.shape[1], np.uint8)
-        row_of_codes(packed, row, bits, seed, first_row, codes)
-        # Four sums per code: an addition need not wait for the previous one to the same code.
-        partial = np.empty((4, sums.shape[2]), sums.dtype)
-        for group in range(sums.shape[1]):
-            partial[:] = 0
-            for column in range(group * width, (group + 1) * width):
-                partial[column & 3, codes[column]] += gradient[row, column]
-            for entry in range(sums.shape[2]):
-                sums[row, group, entry] = (partial[0, entry] + partial[1, entry]) + (
-                    partial[2, entry] + partial[3, entry]
-                )
+    if hash_seed is None and bins.supports(table, weight_grad):
+        return bins.table_grad(weight_grad, index_map, table)
+    return portable.table_grad(weight_grad, index_map, table, hash_seed, first_row)

@@ -1,0 +1,168 @@
+"""Describe the vector instructions that look up 32-bit table entries, and choose those of the host.
+
+A table of up to 16 entries fits in the registers of each unit:
+
+* AVX-512: `vpermps` reads 16 entries, one register.
+* AVX2: `vpermps` reads 8 entries. For 16, two results are blended by bit 3 of the code.
+* NEON: `tbl` reads bytes from up to four registers of 16 bytes, so a code becomes four byte indices.
+
+All of them look entries up exactly, whatever their bits mean. `emit` functions append LLVM
+instructions. Registers and codes are vectors of `lanes` elements.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+from .llvm import FLOAT, INT8, INT32, call, constants, shuffle, vector
+
+#: Set it to the name of a unit, or to `portable`, to choose another path than the fastest one.
+CHOICE = "SPALLM_CPU"
+PORTABLE = "portable"
+
+Value = Any  # llvmlite's values have no types
+
+
+@dataclass(frozen=True)
+class VectorUnit:
+    """Describe a set of vector instructions.
+
+    Attributes:
+        name: Name, as `SPALLM_CPU` takes it.
+        lanes: Elements of 32 bits in a register.
+        features: Features of LLVM that it needs.
+        machines: Names of the processor architecture, as `platform.machine` returns them.
+        rows: Rows of a tile with 1, 2 and 4 tokens, at most 4. Sums of a tile and tables of its
+            rows stay in registers.
+        spread: Return the registers of a table, given its 2^bits entries as a float32 vector.
+        look_up: Return the entries for codes, given the registers and an int32 vector. Only the
+            low bits of a code count.
+    """
+
+    name: str
+    lanes: int
+    features: tuple[str, ...]
+    machines: tuple[str, ...]
+    rows: tuple[int, int, int]
+    spread: Callable[[Any, Value], list[Value]]
+    look_up: Callable[[Any, Sequence[Value], Value], Value]
+
+
+@functools.cache
+def host_unit() -> VectorUnit | None:
+    """Return the unit to use on this machine, or None for the portable loops.
+
+    Raises:
+        ValueError: If the environment variable `SPALLM_CPU` names a unit that does not exist or
+            that this machine lacks.
+    """
+    choice = os.environ.get(CHOICE)
+    if choice == PORTABLE:
+        return None
+    found = available_units()
+    if choice is None:
+        return next(iter(found.values()), None)
+    if choice not in found:
+        raise ValueError(
+            f"{CHOICE}={choice!r} cannot be used; on this machine, accepted are "
+            f"{', '.join([*found, PORTABLE])}"
+        )
+    return found[choice]
+
+
+def available_units() -> dict[str, VectorUnit]:
+    """Return the units that this machine has, the fastest first, by name."""
+    features = llvm.get_host_cpu_features()
+    return {
+        unit.name: unit
+        for unit in UNITS
+        if platform.machine() in unit.machines
+        and all(features.get(feature, False) for feature in unit.features)
+    }
+
+
+def _avx512_spread(builder: Any, entries: Value) -> list[Value]:
+    return [shuffle(builder, entries, [i % entries.type.count for i in range(16)])]
+
+
+def _avx512_look_up(builder: Any, registers: Sequence[Value], codes: Value) -> Value:
+    floats = vector(FLOAT, 16)
+    return call(builder, "llvm.x86.avx512.permvar.sf.512", floats, [registers[0], codes])
+
+
+def _avx2_spread(builder: Any, entries: Value) -> list[Value]:
+    count = entries.type.count
+    starts = range(0, max(count, 8), 8)
+    return [shuffle(builder, entries, [(start + i) % count for i in range(8)]) for start in starts]
+
+
+def _avx2_look_up(builder: Any, registers: Sequence[Value], codes: Value) -> Value:
+    floats = vector(FLOAT, 8)
+    found = [
+        call(builder, "llvm.x86.avx2.permps", floats, [register, codes]) for register in registers
+    ]
+    if len(found) == 1:
+        return found[0]
+    bit_3_as_sign = builder.shl(codes, constants(INT32, [28] * 8))
+    mask = builder.bitcast(bit_3_as_sign, floats)
+    return call(builder, "llvm.x86.avx.blendv.ps.256", floats, [*found, mask])
+
+
+def _neon_spread(builder: Any, entries: Value) -> list[Value]:
+    return [
+        builder.bitcast(shuffle(builder, entries, range(start, start + 4)), vector(INT8, 16))
+        for start in range(0, entries.type.count, 4)
+    ]
+
+
+def _neon_look_up(builder: Any, registers: Sequence[Value], codes: Value) -> Value:
+    entries = 4 * len(registers)
+    low = builder.and_(codes, constants(INT32, [entries - 1] * 4))
+    first_bytes = builder.mul(low, constants(INT32, [0x04040404] * 4))
+    indices = builder.add(first_bytes, constants(INT32, [0x03020100] * 4))
+    found = call(
+        builder,
+        f"llvm.aarch64.neon.tbl{len(registers)}.v16i8",
+        vector(INT8, 16),
+        [*registers, builder.bitcast(indices, vector(INT8, 16))],
+    )
+    return builder.bitcast(found, vector(FLOAT, 4))
+
+
+UNITS = (
+    VectorUnit(
+        name="avx512",
+        lanes=16,
+        features=("avx512f", "avx512bw", "avx512vl", "avx512dq", "f16c"),
+        machines=("x86_64", "AMD64"),
+        rows=(4, 4, 4),
+        spread=_avx512_spread,
+        look_up=_avx512_look_up,
+    ),
+    VectorUnit(
+        name="avx2",
+        lanes=8,
+        features=("avx2", "fma", "f16c"),
+        machines=("x86_64", "AMD64"),
+        rows=(4, 2, 2),
+        spread=_avx2_spread,
+        look_up=_avx2_look_up,
+    ),
+    VectorUnit(
+        name="neon",
+        lanes=4,
+        features=("neon",),
+        machines=("aarch64", "arm64"),
+        rows=(4, 2, 2),
+        spread=_neon_spread,
+        look_up=_neon_look_up,
+    ),
+)

@@ -1,0 +1,198 @@
+"""Compute with a sketched weight in vector registers (see `tiles.py`), in parallel over rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import torch
+from torch import Tensor
+
+from .tiles import add_rest, look_up_row, multiply_tile
+from .vector_units import host_unit
+
+#: Kinds of table entries that a product converts to float32 in registers.
+_KINDS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_BITS = (2, 3, 4)
+#: Rows of a task for one thread: enough for the largest tiles.
+_ROWS = 16
+#: Multiplications below which a second thread costs more time than it saves.
+_SERIAL = 1 << 20
+
+
+def supports(table: Tensor, in_features: int, hash_seed: int | None) -> bool:
+    """Return whether this machine has vector instructions for such a sketch.
+
+    Args:
+        table: Tables, any float [out_features, groups, 2^bits].
+        in_features: Columns of the weight.
+        hash_seed: Seed of the `hash` mapping; None if codes are stored.
+    """
+    _, groups, entries = table.shape
+    bits = entries.bit_length() - 1
+    if host_unit() is None or bits not in _BITS or table.dtype not in _KINDS:
+        return False
+    return groups == 1 or hash_seed is not None or in_features // groups * bits % 8 == 0
+
+
+def decode(x: Tensor, index_map: Tensor, table: Tensor, hash_seed: int | None) -> Tensor:
+    """Compute x W^T, with weights that exist in registers only.
+
+    Args:
+        x: float32 [tokens, in_features].
+        index_map: Packed codes, uint8 [out_features, row_bytes]; ignored with `hash_seed`.
+        table: Tables, float [out_features, groups, 2^bits] for which `supports` returned True.
+        hash_seed: Seed of the `hash` mapping; None if codes are stored.
+
+    Returns:
+        float32 [tokens, out_features].
+    """
+    x, table, index_map = x.contiguous(), table.contiguous(), index_map.contiguous()
+    (tokens, columns), (rows, groups, entries) = x.shape, table.shape
+    y = torch.empty(tokens, rows)
+    unit = host_unit()
+    assert unit is not None
+    kernel = _product(
+        unit.name,
+        unit.rows,
+        entries.bit_length() - 1,
+        _KINDS[table.dtype],
+        int(hash_seed is not None),
+        rows * columns * tokens > _SERIAL,
+    )
+    kernel(
+        index_map.data_ptr(),
+        index_map.shape[1],
+        table.data_ptr(),
+        groups,
+        columns // groups,
+        hash_seed or 0,
+        rows,
+        x.data_ptr(),
+        y.data_ptr(),
+        tokens,
+    )
+    return y
+
+
+def dequantize(
+    index_map: Tensor, table: Tensor, in_features: int, hash_seed: int | None, first_row: int
+) -> Tensor:
+    """Return the dense weight of a sketch for which `supports` returned True.
+
+    Args:
+        index_map: Packed codes, uint8 [out_features, row_bytes]; ignored with `hash_seed`.
+        table: Tables, float [out_features, groups, 2^bits].
+        in_features: Columns of the weight.
+        hash_seed: Seed of the `hash` mapping; None if codes are stored.
+        first_row: Number of the first row in the module, for the hash.
+
+    Returns:
+        The weight [out_features, in_features], in the dtype of the table.
+    """
+    index_map, table = index_map.contiguous(), table.contiguous()
+    rows, groups, entries = table.shape
+    weight = table.new_empty(rows, in_features)
+    unit = host_unit()
+    assert unit is not None
+    kernel = _look_up(
+        unit.name,
+        entries.bit_length() - 1,
+        "float32" if table.element_size() == 4 else "raw16",
+        int(hash_seed is not None),
+        rows * in_features > _SERIAL,
+    )
+    # Row 0 of the module may lie before the first byte of the tensors. It is not read.
+    row_bytes, table_bytes = index_map.shape[1], groups * entries * table.element_size()
+    kernel(
+        index_map.data_ptr() - first_row * row_bytes,
+        row_bytes,
+        table.data_ptr() - first_row * table_bytes,
+        groups,
+        in_features // groups,
+        hash_seed or 0,
+        first_row,
+        rows,
+        weight.data_ptr(),
+        in_features * weight.element_size(),
+    )
+    return weight
+
+
+@functools.cache
+def _product(
+    unit: str, rows_of: tuple[int, int, int], bits: int, kind: str, hashed: int, parallel: bool
+) -> Callable[..., None]:
+    """Return the compiled product for a kind of sketch. Numba keeps it on disk."""
+    high, middle, low = rows_of
+
+    @numba.njit(cache=True, parallel=parallel, nogil=True)
+    def multiply(
+        codes: int, code_stride: int, table: int, groups: int, width: int, seed: int, rows: int,
+        x: int, y: int, tokens: int
+    ) -> None:  # fmt: skip
+        x_stride, y_stride = 4 * groups * width, 4 * rows
+        for task in numba.prange((rows + _ROWS - 1) // _ROWS):
+            first, end = task * _ROWS, min(rows, (task + 1) * _ROWS)
+            whole = end - (end - first) % 4
+            token = 0
+            while token + 4 <= tokens:
+                for row in range(first, whole, low):
+                    multiply_tile(
+                        codes, code_stride, table, groups, width, seed, row,
+                        x + token * x_stride, y + token * y_stride, y_stride,
+                        unit, bits, kind, hashed, low, 4
+                    )  # fmt: skip
+                token += 4
+            while token + 2 <= tokens:
+                for row in range(first, whole, middle):
+                    multiply_tile(
+                        codes, code_stride, table, groups, width, seed, row,
+                        x + token * x_stride, y + token * y_stride, y_stride,
+                        unit, bits, kind, hashed, middle, 2
+                    )  # fmt: skip
+                token += 2
+            if token < tokens:
+                for row in range(first, whole, high):
+                    multiply_tile(
+                        codes, code_stride, table, groups, width, seed, row,
+                        x + token * x_stride, y + token * y_stride, y_stride,
+                        unit, bits, kind, hashed, high, 1
+                    )  # fmt: skip
+            for row in range(whole, end):
+                for token in range(tokens):
+                    multiply_tile(
+                        codes, code_stride, table, groups, width, seed, row,
+                        x + token * x_stride, y + token * y_stride, y_stride,
+                        unit, bits, kind, hashed, 1, 1
+                    )  # fmt: skip
+            if width % 16:
+                for row in range(first, end):
+                    for token in range(tokens):
+                        add_rest(
+                            codes, code_stride, table, groups, width, seed, row,
+                            x + token * x_stride, y + token * y_stride,
+                            unit, bits, kind, hashed
+                        )  # fmt: skip
+
+    return multiply
+
+
+@functools.cache
+def _look_up(unit: str, bits: int, kind: str, hashed: int, parallel: bool) -> Callable[..., None]:
+    """Return the compiled lookup for a kind of sketch. Numba keeps it on disk."""
+
+    @numba.njit(cache=True, parallel=parallel, nogil=True)
+    def look_up(
+        codes: int, code_stride: int, table: int, groups: int, width: int, seed: int,
+        first_row: int, rows: int, weight: int, weight_stride: int
+    ) -> None:  # fmt: skip
+        for row in numba.prange(rows):
+            look_up_row(
+                codes, code_stride, table, groups, width, seed, first_row + row,
+                weight + row * weight_stride, unit, bits, kind, hashed
+            )  # fmt: skip
+
+    return look_up
