@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .effort import EFFORTS, NORMAL
+from .effort import NORMAL, Effort
 from .errors import OptionError
 
 #: Steps of calibrated sketching that can be left out: targets that make up for layers before, codes
@@ -71,9 +71,8 @@ class CalibrationConfig:
         if target is not None:
             object.__setattr__(self, "target_bits", float(target))
 
-    def at(self, effort: str) -> CalibrationConfig:
+    def at(self, level: Effort) -> CalibrationConfig:
         """Return these options with those of an effort in place of None."""
-        level = EFFORTS[effort]
         return replace(
             self,
             samples=self.samples or level.samples,
@@ -81,7 +80,7 @@ class CalibrationConfig:
             heal=level.heal if self.heal is None else self.heal,
             # With target_bits, fallback would be refused instead of the effort normal.
             fallback=(
-                effort == NORMAL and self.target_bits is None
+                level.name == NORMAL and self.target_bits is None
                 if self.fallback is None
                 else self.fallback
             ),

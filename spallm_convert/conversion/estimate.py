@@ -98,11 +98,11 @@ def estimate_conversion(
         threads: Number of CPU threads.
         device: The device that `convert` would get.
     """
-    place = find_device(CPU if config.calibration is None else device)
+    place = find_device(device if config.level.reads_text else CPU)
     effort, reason = expected_effort(
         model, plan, config, place, revision=revision, trust_remote_code=trust_remote_code
     )
-    text = config.calibration if EFFORTS[effort].reads_text else None
+    text = config.text_options if EFFORTS[effort].reads_text else None
     if text is None:
         place = torch.device(CPU)
     with cpu_threads(threads), full_float32(), torch.no_grad():
@@ -110,8 +110,7 @@ def estimate_conversion(
         seconds = sum(_measured(plan, work, place).values())
         found = numba.get_num_threads()
     memory = _memory(plan, effort, text)
-    assert config.effort is not None  # set with the other options
-    asked = config.effort
+    asked = config.level.name
     return Estimate(asked, effort, reason, seconds, memory, found, device_name(place))
 
 

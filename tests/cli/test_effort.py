@@ -66,7 +66,7 @@ def test_each_level_converts(run, source, text, tmp_path, effort, options, calib
 def test_options_imply_a_level(run, configs, options, expected):
     run("model", "--dry-run", "-q", *options, code=130)
     (config,) = configs
-    assert config.effort == expected
+    assert config.level.name == expected
 
 
 def test_options_reach_the_config(run, configs):
@@ -74,7 +74,7 @@ def test_options_reach_the_config(run, configs):
     run("m", "--dry-run", "--calibration", "a.txt", "--heal", "3", *options, code=130)
     run("m", "--dry-run", "--effort", "normal", "--samples", "5", code=130)
     run("m", "--dry-run", "--effort", "high", "--fallback", code=130)
-    first, second, third = (config.calibration for config in configs)
+    first, second, third = (config.text_options for config in configs)
     assert (first.text, first.samples, first.seqlen, first.heal) == ("a.txt", 5, 7, 3)
     assert first.without == ("descent", "correction")
     assert first.fallback is False

@@ -38,7 +38,7 @@ def test_every_level_has_an_estimate(source):
 
 def test_more_effort_is_more_work(source):
     plan = plan_conversion(source)
-    texts = {level: SketchConfig(effort=level).calibration for level in LEVELS}
+    texts = {level: SketchConfig(effort=level).text_options for level in LEVELS}
     work = {level: count_work(plan, level, texts[level]) for level in LEVELS}
     assert work["fast"].clustered == work["normal"].clustered == plan.sketched_weights
     assert work["fast"].products == 0 < work["normal"].products < work["high"].products
@@ -50,7 +50,7 @@ def test_more_effort_is_more_work(source):
 def test_work_grows_with_the_text(source):
     plan = plan_conversion(source)
     few, many = (
-        count_work(plan, "high", CalibrationConfig(samples=samples).at("high"))
+        count_work(plan, "high", CalibrationConfig(samples=samples).at(EFFORTS["high"]))
         for samples in (8, 16)
     )
     assert many.products == 2 * few.products
@@ -95,7 +95,7 @@ def test_experts_that_a_token_uses(tmp_path, chosen):
     experts = {"num_local_experts": 4, "num_experts_per_tok": chosen}
     MixtralForCausalLM(MixtralConfig(**sizes, **heads, **experts)).save_pretrained(tmp_path)
     plan = plan_conversion(tmp_path, SketchConfig(ignore=("*self_attn*",)))
-    text = SketchConfig(effort="normal").calibration
+    text = SketchConfig(effort="normal").text_options
     tokens = text.samples * text.seqlen
     assert count_work(plan, "normal", text).products == tokens * plan.sketched_weights * chosen / 4
 
