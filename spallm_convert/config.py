@@ -138,16 +138,7 @@ class SketchConfig:
 
     def _calibration_problems(self, calibration: CalibrationConfig) -> list[str]:
         """Return what the options of calibration contradict here."""
-        problems = []
-        effort = self.level.name
-        if effort == BEST and not calibration.heal:
-            problems.append("effort 'best' heals: choose 'high', or heal with at least 1 step")
-        if effort == NORMAL:
-            for name in ("without", "heal", "target_bits"):
-                if getattr(calibration, name):
-                    problems.append(f"{name} is for the efforts 'high' and 'best'")
-            if self.mapping == "hash":
-                problems.append("effort 'normal' is for the mapping 'cluster': choose another one")
+        problems = self._level_problems(calibration)
         computed = sorted({"compensation", "descent"} & set(calibration.without))
         if self.mapping == "hash" and computed:
             problems.append(
@@ -167,6 +158,25 @@ class SketchConfig:
                 f"target_bits chooses bits and groups itself, found some in the recipe for "
                 f"{summary(choosing, ', ')}: with target_bits, a recipe may only leave layers dense"
             )
+        return problems
+
+    def _level_problems(self, calibration: CalibrationConfig) -> list[str]:
+        """Return which options of calibration the effort contradicts."""
+        problems, effort = [], self.level.name
+        if effort == BEST and not calibration.heal:
+            problems.append("effort 'best' heals: choose 'high', or heal with at least 1 step")
+        if calibration.heal and calibration.fallback:
+            healing = "effort 'best' heals" if effort == BEST else f"heal {calibration.heal}"
+            problems.append(
+                f"{healing}: not with fallback, which may leave calibration out; leave fallback "
+                f"out, or choose effort 'high' without heal"
+            )
+        if effort == NORMAL:
+            for name in ("without", "heal", "target_bits"):
+                if getattr(calibration, name):
+                    problems.append(f"{name} is for the efforts 'high' and 'best'")
+            if self.mapping == "hash":
+                problems.append("effort 'normal' is for the mapping 'cluster': choose another one")
         return problems
 
     @property

@@ -114,6 +114,15 @@ ONLY_MORE = "is for the efforts 'high' and 'best'"
         ({"effort": "normal", "calibration": text(heal=2)}, [f"heal {ONLY_MORE}"]),
         ({"effort": "normal", "calibration": text(without=["descent"])}, [f"without {ONLY_MORE}"]),
         ({"effort": "normal", "calibration": text(target_bits=3)}, [f"target_bits {ONLY_MORE}"]),
+        (
+            {"effort": "best", "calibration": text(fallback=True), "bits": 7},
+            ["'best' heals: not with fallback", "leave fallback out", "found 7"],
+        ),
+        ({"calibration": text(fallback=True, heal=3)}, ["'best' heals: not with fallback"]),
+        (
+            {"effort": "high", "calibration": text(fallback=True, heal=3)},
+            ["heal 3: not with fallback", "'high' without heal"],
+        ),
         ({"effort": "best", "calibration": text(heal=0)}, ["'best' heals", "at least 1 step"]),
         (
             {
@@ -138,7 +147,8 @@ def test_every_contradiction_is_named(given, messages):
     with pytest.raises(OptionError) as caught:
         SketchConfig(**given)
     assert all(message in str(caught.value) for message in messages), caught.value
-    assert "fallback" not in str(caught.value)  # which nobody has set
+    fallback = given.get("calibration", text()).fallback
+    assert ("fallback" in str(caught.value)) == bool(fallback)  # named if it was set
 
 
 def test_the_effort_stands_in_the_report():

@@ -62,7 +62,8 @@ _OPTIONS = (
     click.option(
         "--fallback",
         is_flag=True,
-        help="If the model cannot be run block by block, do what fast does (normal always does).",
+        help="If the model cannot be run block by block, do what fast does (normal always does). Not "
+        "with --heal, best or --target-bits.",
     ),
 )
 

@@ -107,6 +107,7 @@ def test_fast_refuses_options_of_a_text(run, configs, options, named):
         (["--effort", "normal", "--heal", "2"], "heal is for the efforts 'high' and 'best'"),
         (["--effort", "normal", "--target-bits", "3"], "target_bits is for the efforts 'high'"),
         (["--effort", "best", "--heal", "0"], "effort 'best' heals"),
+        (["--effort", "best", "--fallback"], "effort 'best' heals: not with fallback"),
         (["--effort", "normal", "--mapping", "hash"], "is for the mapping 'cluster'"),
     ],
 )
