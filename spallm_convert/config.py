@@ -176,7 +176,10 @@ class SketchConfig:
                 if getattr(calibration, name):
                     problems.append(f"{name} is for the efforts 'high' and 'best'")
             if self.mapping == "hash":
-                problems.append("effort 'normal' is for the mapping 'cluster': choose another one")
+                problems.append(
+                    "effort 'normal' is for the mapping 'cluster', found 'hash': choose effort "
+                    "'fast', 'high' or 'best'"
+                )
         return problems
 
     @property

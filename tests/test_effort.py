@@ -110,7 +110,13 @@ ONLY_MORE = "is for the efforts 'high' and 'best'"
     [
         ({"effort": "fast", "calibration": text()}, ["'fast' reads no text"]),
         ({"effort": "fast", "calibration": text(heal=2)}, ["'fast' reads no text"]),
-        ({"effort": "normal", "mapping": "hash"}, ["'normal' is for the mapping 'cluster'"]),
+        (
+            {"effort": "normal", "mapping": "hash"},
+            [
+                "'normal' is for the mapping 'cluster', found 'hash'",
+                "choose effort 'fast', 'high' or 'best'",
+            ],
+        ),
         ({"effort": "normal", "calibration": text(heal=2)}, [f"heal {ONLY_MORE}"]),
         ({"effort": "normal", "calibration": text(without=["descent"])}, [f"without {ONLY_MORE}"]),
         ({"effort": "normal", "calibration": text(target_bits=3)}, [f"target_bits {ONLY_MORE}"]),

@@ -171,7 +171,7 @@ def command(
     target_bits = text["target_bits"]
     if target_bits is not None and _is_given("bits"):
         raise click.UsageError("--bits and --target-bits cannot be combined; choose one")
-    effort, calibration = read_effort(effort, **text)
+    effort, calibration = read_effort(effort, mapping, **text)
     config = SketchConfig(
         effort=effort,
         bits=int(bits),
@@ -238,7 +238,7 @@ def command(
         say(json.dumps(report.document | {"output": str(output)}, indent=2))
     elif not quiet:
         print_report(report)
-        more = "" if "not_calibrated" in report.document else _more(config.level.name)
+        more = "" if "not_calibrated" in report.document else _more(config)
         say(f"written to {output} in {time.perf_counter() - begin:,.0f} s{more}")
     if push_to_hub:
         from spallm_convert.conversion.push import push_to_hub as push
@@ -251,9 +251,11 @@ def command(
         say(f"pushed to {url}", err=as_json)
 
 
-def _more(effort: str) -> str:
+def _more(config: SketchConfig) -> str:
     """Return what would give better quality, empty for levels that take long already."""
-    higher = {FAST: NORMAL, NORMAL: HIGH}.get(effort)
+    # Effort normal weights clusters, so it is not for hashed index maps.
+    after_fast = HIGH if config.mapping == "hash" else NORMAL
+    higher = {FAST: after_fast, NORMAL: HIGH}.get(config.level.name)
     return f"; --effort {higher} takes longer and keeps more of the quality" if higher else ""
 
 

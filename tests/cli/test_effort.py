@@ -100,6 +100,41 @@ def test_fast_refuses_options_of_a_text(run, configs, options, named):
     assert not configs
 
 
+@pytest.mark.parametrize("options", [["--samples", "4"], ["--seqlen", "16"], ["--fallback"]])
+def test_a_hashed_index_map_refuses_options_of_a_text_without_an_effort(run, configs, options):
+    error = " ".join(run("model", "--dry-run", "--mapping", "hash", *options, code=2).split())
+    assert (
+        f"--mapping hash means --effort fast, which reads no text, so {options[0]} cannot be used: "
+        f"leave them out, or add --effort high or --effort best"
+    ) in error
+    assert not configs
+    run("model", "--dry-run", "--mapping", "hash", "--effort", "high", *options, code=130)
+    assert configs[0].level.name == "high"
+
+
+@pytest.mark.parametrize(
+    ("effort", "options", "advice"),
+    [
+        ("fast", [], "; --effort high takes longer"),
+        ("high", SMALL, ""),
+        ("best", [*SMALL, "--heal", "2"], ""),
+    ],
+)
+def test_a_hashed_index_map_has_every_level_but_normal(
+    run, source, text, tmp_path, effort, options, advice
+):
+    words = ["--calibration", text] if options else []
+    chosen = ["--mapping", "hash", "--effort", effort, *options, *words]
+    said = run(source, "-o", tmp_path / "out", *chosen).splitlines()[-1]
+    assert "written to" in said
+    assert advice in said
+    assert ("--effort" in said) == bool(advice)
+    report = json.loads((tmp_path / "out/conversion.json").read_text())
+    assert (report["options"]["mapping"], report["options"]["effort"]) == ("hash", effort)
+    assert ("relative_output_error" in report["totals"]) == (effort != "fast")
+    assert ("healing" in report) == (effort == "best")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
