@@ -39,7 +39,9 @@ def assert_falls_back(source, folder, config, reason):
     assert "relative_output_error" not in report.totals
     assert report.document["options"]["effort"] == "normal"
     assert json.loads((folder / "out/conversion.json").read_text())["not_calibrated"] == why
-    assert why in (folder / "out/README.md").read_text()
+    card = (folder / "out/README.md").read_text()
+    assert why in card
+    assert "| effort | fast in place of normal |" in card
     convert(source, folder / "fast", SketchConfig(effort="fast", bits=2, groups_per_row=1))
     found, expected = contents(folder / "out"), contents(folder / "fast")
     assert found.keys() == expected.keys()
