@@ -20,7 +20,7 @@ from spallm_convert.calibration.importance import Importance, measure_importance
 from spallm_convert.calibration.notes import few_tokens_note, partly_calibrated
 from spallm_convert.calibration.store import CalibratedModules, calibrated_bytes, kept_bytes
 from spallm_convert.config import SketchConfig
-from spallm_convert.devices import clear_memory_errors, full_float32
+from spallm_convert.devices import TooLittleMemoryError, clear_memory_errors, full_float32
 from spallm_convert.effort import FAST, NORMAL
 from spallm_convert.errors import CalibrationError, SpallmError
 from spallm_convert.progress import Progress
@@ -163,16 +163,24 @@ def _measured(
     except SpallmError as error:
         if not text.fallback:
             raise
-        return {}, _alone(job, str(error))
+        # The report is the same for the same conversion, and free memory never is.
+        lasting = error.lasting if isinstance(error, TooLittleMemoryError) else str(error)
+        return {}, _alone(job, lasting, said=str(error))
     if partly is None:
         return importance, {}
     job.progress.remark(partly)
     return importance, {"partly_calibrated": partly}
 
 
-def _alone(job: Job, reason: str) -> dict[str, Any]:
-    """Say that the weights are sketched alone, and return the note for the report."""
-    job.progress.remark(f"effort {FAST} in place of {job.config.level.name}: {reason}")
+def _alone(job: Job, reason: str, said: str | None = None) -> dict[str, Any]:
+    """Say that the weights are sketched alone, and return the note for the report.
+
+    Args:
+        job: The conversion.
+        reason: Why, as the report has it.
+        said: Why, as the remark has it. None: the same.
+    """
+    job.progress.remark(f"effort {FAST} in place of {job.config.level.name}: {said or reason}")
     return {"not_calibrated": reason}
 
 
