@@ -9,6 +9,7 @@ from dataclasses import astuple, replace
 
 import pytest
 
+from helpers.tiny_gguf import save_tiny_gguf
 from helpers.tiny_models import save_tiny_llama
 from spallm_convert import CalibrationConfig, SketchConfig, plan_conversion
 from spallm_convert.cli.main import main
@@ -84,6 +85,18 @@ def test_too_little_memory_means_fast(source, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 1)
     assert "needs" in estimate(source).reason
     assert estimate(source, effort="high").effort == "high"  # which does not look
+
+
+def test_a_gguf_file_takes_the_memory_of_the_dense_model(tmp_path, source):
+    """Efforts that take more memory afterwards count as for other sources."""
+    tiny = save_tiny_gguf(tmp_path / "tiny.gguf")
+    fast, best = (estimate(tiny, effort=effort).memory_bytes for effort in ("fast", "best"))
+    totals = plan_conversion(tiny, SketchConfig(effort="fast")).totals()
+    assert totals["source_bytes"] == 2 * (totals["sketched_weights"] + totals["kept_weights"])
+    largest = 64 * 32  # the embedding
+    expected = totals["source_bytes"] + int(3.2 * 4 * largest)
+    assert fast - estimate(source, effort="fast").memory_bytes == expected
+    assert best > fast
 
 
 @pytest.mark.parametrize("chosen", [1, 2, 4])
