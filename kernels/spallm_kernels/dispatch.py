@@ -59,7 +59,7 @@ class Decoder(Backend, Protocol):
 
     def can_decode(self, x: Tensor, table: Tensor) -> bool: ...
 
-    def decode_tokens(self, *, hashed: bool) -> int: ...
+    def decode_tokens(self, x: Tensor, table: Tensor, *, hashed: bool) -> float: ...
 
     def decode(
         self,
@@ -69,6 +69,22 @@ class Decoder(Backend, Protocol):
         bias: Tensor | None = None,
         *,
         hash_seed: int | None = None,
+    ) -> Tensor: ...
+
+
+class Differentiator(Backend, Protocol):
+    """Describe a backend module that differentiates a product without anything dense."""
+
+    def can_differentiate(
+        self, y_grad: Tensor, table: Tensor, in_features: int, hash_seed: int | None
+    ) -> bool: ...
+
+    def input_grad(
+        self, y_grad: Tensor, index_map: Tensor, table: Tensor, in_features: int
+    ) -> Tensor: ...
+
+    def product_table_grad(
+        self, y_grad: Tensor, x: Tensor, index_map: Tensor, table: Tensor
     ) -> Tensor: ...
 
 
@@ -158,8 +174,29 @@ def choose_path(
         )
     if path is not None:
         return path
-    few = decodes and 0 < x.shape[0] <= load_decoder(backend).decode_tokens(hashed=hashed)
-    return "decode" if few else "dense"
+    if not decodes:
+        return "dense"
+    most = load_decoder(backend).decode_tokens(x, table, hashed=hashed)
+    return "decode" if 0 < x.shape[0] <= most else "dense"
+
+
+def choose_differentiator(
+    backend: str, y_grad: Tensor, table: Tensor, in_features: int, hash_seed: int | None
+) -> Differentiator | None:
+    """Return the backend if it can differentiate a product without anything dense, else None.
+
+    Args:
+        backend: Name of the backend.
+        y_grad: Gradient of the products, float [tokens, out_features].
+        table: Tables, float [out_features, groups, 2^bits].
+        in_features: Columns of the weight.
+        hash_seed: Seed of the `hash` mapping; None if codes are stored.
+    """
+    if backend != "cpu":
+        return None
+    module = cast(Differentiator, load_backend(backend))
+    able = module.can_differentiate(y_grad, table, in_features, hash_seed)
+    return module if able else None
 
 
 @functools.cache

@@ -6,23 +6,34 @@ layer the difference would be noticeable.
 
 Neither pass keeps a dense weight for the other. The forward pass saves its inputs only; the
 backward pass looks the weight up again, and holds the gradient of the weight for one block of rows
-at a time.
+at a time. On the CPU, the weight too is looked up for one block of rows at a time, which stays in
+the cache; with vector instructions, neither of them exists there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dispatch import choose_backend, choose_path, load_backend, load_decoder
+from .dispatch import (
+    choose_backend,
+    choose_differentiator,
+    choose_path,
+    load_backend,
+    load_decoder,
+)
 
 #: Elements of the dense weight's gradient that exist at once in the backward pass: 64 MiB of
 #: 16-bit floats. On an H100, products over fewer rows (1024 of 14336 columns) take 10 % longer.
 GRAD_ELEMENTS = 1 << 25
-_GRAD_ALIGNMENT = 128  # rows; blocks are then whole tiles of the library's matrix product
+#: Elements of the dense weight, and of its gradient, that exist at once on the CPU: 2 MiB of 32-bit
+#: floats, the second-level caches of two cores.
+CPU_ELEMENTS = 1 << 19
+_ALIGNMENT = 128  # rows; blocks are then whole tiles of the library's matrix product
 
 
 def _lut_linear(
@@ -40,8 +51,15 @@ def _lut_linear(
     if choose_path(name, tokens, table, hashed=hashed, path=path) == "decode":
         y = load_decoder(name).decode(tokens, index_map, table, bias, hash_seed=hash_seed)
     else:
-        weight = _weight(name, x.dtype, index_map, table, x.shape[-1], hash_seed)
-        y = torch.nn.functional.linear(tokens, weight, bias)
+        y = x.new_empty(tokens.shape[0], table.shape[0])
+        block = _elements(x.device, sys.maxsize)
+        for rows, weight in _weights(
+            name, x.dtype, index_map, table, x.shape[-1], hash_seed, block
+        ):
+            if bias is None:
+                torch.mm(tokens, weight.T, out=y[:, rows])
+            else:
+                torch.addmm(bias[rows], tokens, weight.T, out=y[:, rows])
     return shaped(y, *x.shape[:-1], table.shape[0])
 
 
@@ -61,9 +79,19 @@ def _input_grad(
     backend: str | None,
 ) -> Tensor:
     name = choose_backend(y_grad.device, _bits(table), backend)
-    weight = _weight(name, y_grad.dtype, index_map, table, in_features, hash_seed)
-    rows = y_grad.reshape(-1, y_grad.shape[-1])
-    return shaped(rows @ weight, *y_grad.shape[:-1], in_features)
+    y_rows = y_grad.reshape(-1, y_grad.shape[-1])
+    fused = choose_differentiator(name, y_rows, table, in_features, hash_seed)
+    if fused is not None:
+        x_grad = fused.input_grad(y_rows, index_map, table, in_features)
+        return shaped(x_grad, *y_grad.shape[:-1], in_features)
+    # Sums in 16 bits would be rounded once per block.
+    block = _elements(y_grad.device, sys.maxsize) if y_grad.element_size() > 2 else sys.maxsize
+    x_grad = y_grad.new_zeros(y_rows.shape[0], in_features)
+    for rows, weight in _weights(
+        name, y_grad.dtype, index_map, table, in_features, hash_seed, block
+    ):
+        x_grad = x_grad.addmm_(y_rows[:, rows], weight, beta=float(rows.start > 0))
+    return shaped(x_grad, *y_grad.shape[:-1], in_features)
 
 
 def _table_grad(
@@ -74,22 +102,23 @@ def _table_grad(
     hash_seed: int | None,
     backend: str | None,
 ) -> Tensor:
-    chosen = load_backend(choose_backend(x.device, _bits(table), backend))
+    name = choose_backend(x.device, _bits(table), backend)
     y_rows, x_rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (y_grad, x))
-    step = max(1, GRAD_ELEMENTS // x.shape[-1])
-    step -= step % _GRAD_ALIGNMENT if step > _GRAD_ALIGNMENT else 0
-    parts = []
-    for start in range(0, table.shape[0], step):
-        rows = slice(start, start + step)
-        parts.append(
-            chosen.table_grad(
-                y_rows[:, rows].T @ x_rows,
-                index_map[rows],
-                table[rows],
-                hash_seed=hash_seed,
-                first_row=start,
-            )
+    fused = choose_differentiator(name, y_rows, table, x.shape[-1], hash_seed)
+    if fused is not None:
+        return fused.product_table_grad(y_rows, x_rows, index_map, table)
+    chosen = load_backend(name)
+    block = _elements(x.device, GRAD_ELEMENTS)
+    parts = [
+        chosen.table_grad(
+            y_rows[:, rows].T @ x_rows,
+            index_map[rows],
+            table[rows],
+            hash_seed=hash_seed,
+            first_row=rows.start,
         )
+        for rows in _blocks(table.shape[0], x.shape[-1], block)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -151,18 +180,41 @@ def shaped(result: Tensor, *shape: int) -> Tensor:
     return reshaped
 
 
-def _weight(
+def _weights(
     name: str,
     dtype: torch.dtype,
     index_map: Tensor,
     table: Tensor,
     in_features: int,
     hash_seed: int | None,
-) -> Tensor:
+    elements: int,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield blocks of rows of the dense weight, with at most about this number of elements."""
     # Cast the table and not the weight: 2^bits values per group instead of one per column.
-    return load_backend(name).dequantize(
-        index_map, table.to(dtype), in_features, hash_seed=hash_seed
-    )
+    table, backend = table.to(dtype), load_backend(name)
+    for rows in _blocks(table.shape[0], in_features, elements):
+        yield (
+            rows,
+            backend.dequantize(
+                index_map[rows],
+                table[rows],
+                in_features,
+                hash_seed=hash_seed,
+                first_row=rows.start,
+            ),
+        )
+
+
+def _blocks(rows: int, columns: int, elements: int) -> list[slice]:
+    """Return slices of rows, each with at most about this number of elements."""
+    step = max(1, elements // columns)
+    step -= step % _ALIGNMENT if step > _ALIGNMENT else 0
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _elements(device: torch.device, otherwise: int) -> int:
+    """Return the elements of a block on a device."""
+    return CPU_ELEMENTS if device.type == "cpu" else otherwise
 
 
 def _bits(table: Tensor) -> int:

@@ -45,7 +45,7 @@ def test_forward_and_gradients_equal_the_dense_layers(
     monkeypatch, bits, groups, hash_seed, backend
 ):
     """Gradients of the tables are those of the dense weight summed per bucket, in float64."""
-    monkeypatch.setattr(operators, "GRAD_ELEMENTS", 4 * 48)  # several blocks, the last partial
+    monkeypatch.setattr(operators, "CPU_ELEMENTS", 4 * 48)  # several blocks, the last partial
     sketch = random_sketch(bits, groups, hash_seed=hash_seed)
     inputs = (random(2, 5, 48), sketch.table, random(9, seed=1), random(2, 5, 9, seed=2))
     found = passes(

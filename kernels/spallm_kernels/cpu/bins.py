@@ -32,6 +32,8 @@ Bytes = npt.NDArray[np.uint8]
 
 #: The fewest columns of a group for which emptying and adding up the bins pays.
 LEAST_COLUMNS = 256
+#: Columns whose gradients lie together. The columns of a group are a multiple of it.
+PIECE = 64
 _BITS = (2, 3, 4)
 
 
@@ -41,7 +43,10 @@ def supports(table: Tensor, weight_grad: Tensor) -> bool:
     width = weight_grad.shape[1] // groups
     narrow = weight_grad.dtype != torch.float64
     return (
-        narrow and entries.bit_length() - 1 in _BITS and width >= LEAST_COLUMNS and width % 8 == 0
+        narrow
+        and entries.bit_length() - 1 in _BITS
+        and width >= LEAST_COLUMNS
+        and width % PIECE == 0
     )
 
 
@@ -75,80 +80,85 @@ def _add(context, bins, index, values, count):  # type: ignore[no-untyped-def]
     return types.void(types.int64, types.int64, types.int64, count), generate
 
 
-@numba.njit(cache=True, parallel=True, nogil=True, fastmath={"reassoc", "nsz"})
+@numba.njit(cache=True, parallel=True, nogil=True)
 def _bin_rows(packed: Bytes, gradient: Singles, sums: Singles) -> None:
-    """Add the gradient of a dense weight up, for every entry of its tables.
+    groups, width = sums.shape[1], gradient.shape[1] // sums.shape[1]
+    for row in numba.prange(sums.shape[0]):
+        for group in range(groups):
+            start = group * width
+            pieces = gradient.ctypes.data + 4 * (row * gradient.shape[1] + start)
+            bin_group(packed[row], start, width, pieces, 4 * PIECE, sums[row, group])
+
+
+@numba.njit(cache=True, nogil=True)
+def bin_group(
+    stream: Bytes, start: int, width: int, pieces: int, stride: int, sums: Singles
+) -> None:
+    """Add the gradients of a group of a row up, by codes.
 
     Args:
-        packed: Packed codes, uint8 [rows, row_bytes], of 2, 3 or 4 bits.
-        gradient: float32 [rows, columns]. The columns of a group are a multiple of 8.
-        sums: Filled with the sums, float32 [rows, groups, 2^bits].
+        stream: Packed codes of the row, uint8 [row_bytes].
+        start: Number of the group's first column.
+        width: Columns of the group, a multiple of 64.
+        pieces: Address of the gradients, float32, in pieces of 64.
+        stride: Bytes from one piece to the next.
+        sums: Filled with the sums, float32 [2^bits].
     """
-    rows, groups, entries = sums.shape
-    columns = gradient.shape[1]
-    width = columns // groups
-    for row in numba.prange(rows):
-        if entries == 16:
-            _bin_row_4(packed[row], gradient[row], sums[row], width)
-        elif entries == 8:
-            _bin_row_3(packed[row], gradient[row], sums[row], width)
-        else:
-            _bin_row_2(packed[row], gradient[row], sums[row], width)
+    if sums.shape[0] == 16:
+        _bin_4(stream, start, width, pieces, stride, sums)
+    elif sums.shape[0] == 8:
+        _bin_3(stream, start, width, pieces, stride, sums)
+    else:
+        _bin_2(stream, start, width, pieces, stride, sums)
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
-def _bin_row_4(stream: Bytes, gradient: Singles, sums: Singles, width: int) -> None:
-    bins = np.empty((16, 16, 2), np.float32)
-    at, first = bins.ctypes.data, gradient.ctypes.data
-    for group in range(sums.shape[0]):
-        bins[:] = 0
-        start = group * width
-        for pair in range(width // 2):
-            byte = stream[start // 2 + pair]
-            _add(at, np.int64(byte), first + 4 * (start + 2 * pair), 2)
-        for code in range(16):
-            total = np.float32(0)
-            for other in range(16):
-                total += bins[other, code, 0] + bins[code, other, 1]
-            sums[group, code] = total
+def _bin_4(stream: Bytes, start: int, width: int, pieces: int, stride: int, sums: Singles) -> None:
+    bins = np.zeros((16, 16, 2), np.float32)
+    address, byte = bins.ctypes.data, start // 2
+    for piece in range(width // PIECE):
+        for pair in range(PIECE // 2):
+            _add(address, np.int64(stream[byte]), pieces + piece * stride + 8 * pair, 2)
+            byte += 1
+    for code in range(16):
+        total = np.float32(0)
+        for other in range(16):
+            total += bins[other, code, 0] + bins[code, other, 1]
+        sums[code] = total
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
-def _bin_row_3(stream: Bytes, gradient: Singles, sums: Singles, width: int) -> None:
-    bins = np.empty((8, 8, 2), np.float32)
-    at, first = bins.ctypes.data, gradient.ctypes.data
-    for group in range(sums.shape[0]):
-        bins[:] = 0
-        start = group * width
-        for eight in range(width // 8):
-            byte = (start + 8 * eight) // 8 * 3
+def _bin_3(stream: Bytes, start: int, width: int, pieces: int, stride: int, sums: Singles) -> None:
+    bins = np.zeros((8, 8, 2), np.float32)
+    address, byte = bins.ctypes.data, start // 8 * 3
+    for piece in range(width // PIECE):
+        for eight in range(PIECE // 8):
             word = np.int64(stream[byte]) | np.int64(stream[byte + 1]) << 8
             word |= np.int64(stream[byte + 2]) << 16
+            byte += 3
             for pair in range(4):
-                values = first + 4 * (start + 8 * eight + 2 * pair)
-                _add(at, word >> 6 * pair & 63, values, 2)
-        for code in range(8):
-            total = np.float32(0)
-            for other in range(8):
-                total += bins[other, code, 0] + bins[code, other, 1]
-            sums[group, code] = total
+                values = pieces + piece * stride + 4 * (8 * eight + 2 * pair)
+                _add(address, word >> 6 * pair & 63, values, 2)
+    for code in range(8):
+        total = np.float32(0)
+        for other in range(8):
+            total += bins[other, code, 0] + bins[code, other, 1]
+        sums[code] = total
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
-def _bin_row_2(stream: Bytes, gradient: Singles, sums: Singles, width: int) -> None:
-    bins = np.empty((4, 4, 4, 4, 4), np.float32)
-    at, first = bins.ctypes.data, gradient.ctypes.data
-    for group in range(sums.shape[0]):
-        bins[:] = 0
-        start = group * width
-        for four in range(width // 4):
-            byte = stream[start // 4 + four]
-            _add(at, np.int64(byte), first + 4 * (start + 4 * four), 4)
-        for code in range(4):
-            total = np.float32(0)
-            for a in range(4):
-                for b in range(4):
-                    for c in range(4):
-                        total += bins[a, b, c, code, 0] + bins[a, b, code, c, 1]
-                        total += bins[a, code, b, c, 2] + bins[code, a, b, c, 3]
-            sums[group, code] = total
+def _bin_2(stream: Bytes, start: int, width: int, pieces: int, stride: int, sums: Singles) -> None:
+    bins = np.zeros((4, 4, 4, 4, 4), np.float32)
+    address, byte = bins.ctypes.data, start // 4
+    for piece in range(width // PIECE):
+        for four in range(PIECE // 4):
+            _add(address, np.int64(stream[byte]), pieces + piece * stride + 16 * four, 4)
+            byte += 1
+    for code in range(4):
+        total = np.float32(0)
+        for a in range(4):
+            for b in range(4):
+                for c in range(4):
+                    total += bins[a, b, c, code, 0] + bins[a, b, code, c, 1]
+                    total += bins[a, code, b, c, 2] + bins[code, a, b, c, 3]
+        sums[code] = total

@@ -6,12 +6,17 @@ everything else.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from . import bins, portable, vectorized
+from . import bins, panels, portable, vectorized
 from .vector_units import PORTABLE, host_unit
 
+#: The most tokens to decode for, by `benchmarks/cpu/linear.py`: in portable loops, with hashed
+#: codes, with 16-bit inputs.
+PORTABLE_TOKENS, HASHED_TOKENS, HALF_TOKENS = 64, 64, 16
 _SINGLE_OR_LESS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -20,9 +25,17 @@ def can_decode(x: Tensor, table: Tensor) -> bool:
     return x.dtype in _SINGLE_OR_LESS
 
 
-def decode_tokens(*, hashed: bool) -> int:
-    """Return the most tokens for which `decode` is the faster path (`benchmarks/cpu/linear.py`)."""
-    return 64
+def decode_tokens(x: Tensor, table: Tensor, *, hashed: bool) -> float:
+    """Return the most tokens for which `decode` is the faster path (`benchmarks/cpu/linear.py`).
+
+    In vector registers, float32 products are as fast as those of a library with a dense weight,
+    whatever their number. Products of 16-bit inputs are faster in the library.
+    """
+    if path_name(table, x.shape[1], 0 if hashed else None) == PORTABLE:
+        return PORTABLE_TOKENS
+    if hashed:
+        return HASHED_TOKENS
+    return math.inf if x.dtype == torch.float32 else HALF_TOKENS
 
 
 def path_name(table: Tensor, in_features: int, hash_seed: int | None = None) -> str:
@@ -119,3 +132,40 @@ def table_grad(
     if hash_seed is None and bins.supports(table, weight_grad):
         return bins.table_grad(weight_grad, index_map, table)
     return portable.table_grad(weight_grad, index_map, table, hash_seed, first_row)
+
+
+def can_differentiate(
+    y_grad: Tensor, table: Tensor, in_features: int, hash_seed: int | None
+) -> bool:
+    """Return whether `input_grad` and `product_table_grad` support such tensors."""
+    return panels.supports(y_grad, table, in_features, hash_seed)
+
+
+def input_grad(y_grad: Tensor, index_map: Tensor, table: Tensor, in_features: int) -> Tensor:
+    """Return the gradient of a product's inputs without a dense weight.
+
+    Args:
+        y_grad: Gradient of the products, float32 [tokens, out_features].
+        index_map: Packed codes, uint8 [out_features, row_bytes].
+        table: Tables, float [out_features, groups, 2^bits].
+        in_features: Columns of the weight.
+
+    Returns:
+        float32 [tokens, in_features].
+    """
+    return panels.input_grad(y_grad, index_map, table, in_features)
+
+
+def product_table_grad(y_grad: Tensor, x: Tensor, index_map: Tensor, table: Tensor) -> Tensor:
+    """Return the gradient of a product's tables without the gradient of a dense weight.
+
+    Args:
+        y_grad: Gradient of the products, float32 [tokens, out_features].
+        x: Inputs of the product, float32 [tokens, in_features].
+        index_map: Packed codes, uint8 [out_features, row_bytes].
+        table: Tables, float [out_features, groups, 2^bits].
+
+    Returns:
+        float32 [out_features, groups, 2^bits].
+    """
+    return panels.table_grad(y_grad, x, index_map, table)

@@ -28,9 +28,7 @@ from .llvm import (
     vector,
 )
 from .steps import ENTRY_BYTES, STEP, Codes, copied, entries_of, move, row_key
-from .vector_units import UNITS, VectorUnit
-
-_BY_NAME = {unit.name: unit for unit in UNITS}
+from .vector_units import BY_NAME, VectorUnit
 
 
 @intrinsic(prefer_literal=True)
@@ -66,7 +64,7 @@ def multiply_tile(  # type: ignore[no-untyped-def]
     shape = rows.literal_value, tokens.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sketch = Sketch(*arguments[:7], _BY_NAME[name], *how)
+        sketch = Sketch(*arguments[:7], BY_NAME[name], *how)
         emit_tile(builder, sketch, *arguments[7:10], *shape)
         return context.get_dummy_value()
 
@@ -84,31 +82,51 @@ def add_rest(  # type: ignore[no-untyped-def]
     name, *how = (each.literal_value for each in (unit, bits, kind, hashed))
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        emit_rest(builder, Sketch(*arguments[:7], _BY_NAME[name], *how), *arguments[7:9])
+        emit_rest(builder, Sketch(*arguments[:7], BY_NAME[name], *how), *arguments[7:9])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 9, unit, bits, kind, hashed), generate
 
 
 @intrinsic(prefer_literal=True)
-def look_up_row(  # type: ignore[no-untyped-def]
-    context, codes, code_stride, table, groups, width, seed, row, weight, unit, bits, kind, hashed
-):
-    """Write the dense weights of a row, in the dtype of the tables.
+def look_up_steps(  # type: ignore[no-untyped-def]
+    context, codes, code_stride, table, groups, width, seed, row, group, step, steps, target, unit,
+    bits, kind, hashed
+):  # fmt: skip
+    """Write dense weights of a row in the dtype of the tables: whole steps of 16 columns.
 
     The other arguments have the meaning of those of `multiply_tile`.
 
     Args:
-        weight: Address of the row to write, int64.
+        group: Number of the group, int64.
+        step: Number of the first step in the group, int64.
+        steps: Number of steps, int64.
+        target: Address where to write, int64.
         kind: `float32`, or `raw16` for any dtype of 16 bits.
     """
     name, *how = (each.literal_value for each in (unit, bits, kind, hashed))
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        emit_row(builder, Sketch(*arguments[:7], _BY_NAME[name], *how), arguments[7])
+        emit_steps(builder, Sketch(*arguments[:7], BY_NAME[name], *how), *arguments[7:11])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 8, unit, bits, kind, hashed), generate
+    return types.void(*[types.int64] * 11, unit, bits, kind, hashed), generate
+
+
+@intrinsic(prefer_literal=True)
+def look_up_rest(  # type: ignore[no-untyped-def]
+    context, codes, code_stride, table, groups, width, seed, row, group, target, unit, bits, kind,
+    hashed
+):  # fmt: skip
+    """Write the weights of a group behind its whole steps. See `look_up_steps` for arguments."""
+    name, *how = (each.literal_value for each in (unit, bits, kind, hashed))
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sketch = Sketch(*arguments[:7], BY_NAME[name], *how)
+        emit_last_step(builder, sketch, *arguments[7:9])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 9, unit, bits, kind, hashed), generate
 
 
 @dataclass(frozen=True)
@@ -198,21 +216,25 @@ def emit_rest(builder: Any, sketch: Sketch, x: Value, y: Value) -> None:
     store(builder, builder.fadd(load(builder, address, FLOAT), added), address)
 
 
-def emit_row(builder: Any, sketch: Sketch, weight: Value) -> None:
-    """Append the instructions of `look_up_row`."""
-    kind, size = (INT16 if sketch.kind == "raw16" else FLOAT), ENTRY_BYTES[sketch.kind]
+def emit_steps(
+    builder: Any, sketch: Sketch, group: Value, step: Value, steps: Value, target: Value
+) -> None:
+    """Append the instructions of `look_up_steps`."""
+    codes = sketch.group(builder, 0, group)
+    size = STEP * ENTRY_BYTES[sketch.kind]
+    with cgutils.for_range(builder, steps) as loop:
+        weights = codes.weights(builder, builder.add(step, loop.index))
+        _write(builder, weights, element(builder, target, loop.index, size), sketch.kind)
+
+
+def emit_last_step(builder: Any, sketch: Sketch, group: Value, target: Value) -> None:
+    """Append the instructions of `look_up_rest`."""
+    codes = sketch.group(builder, 0, group)
     steps, rest = sketch.steps(builder), sketch.rest(builder)
-    with cgutils.for_range(builder, sketch.groups) as group:
-        codes = sketch.group(builder, 0, group.index)
-        line = element(builder, weight, codes.first, size)
-        with cgutils.for_range(builder, steps) as step:
-            here = element(builder, line, builder.mul(step.index, number(STEP)), size)
-            _write(builder, codes.weights(builder, step.index), here, kind)
-        with builder.if_then(builder.icmp_signed("!=", rest, number(0)), likely=False):
-            here = element(builder, line, builder.mul(steps, number(STEP)), size)
-            padded = copied(builder, here, number(0), kind, STEP)
-            _write(builder, codes.last_weights(builder, steps, rest), padded, kind)
-            move(builder, padded, here, rest, kind)
+    kind = INT16 if sketch.kind == "raw16" else FLOAT
+    padded = copied(builder, target, number(0), kind, STEP)
+    _write(builder, codes.last_weights(builder, steps, rest), padded, sketch.kind)
+    move(builder, padded, target, rest, kind)
 
 
 def _add_products(
@@ -245,15 +267,14 @@ def _product(
     return element(builder, line, builder.add(sketch.row, number(row)), FLOAT_BYTES)
 
 
-def _write(builder: Any, weights: list[Value], address: Value, kind: Any) -> None:
-    """Write the weights of a step as float32, or their low 16 bits as int16."""
+def _write(builder: Any, weights: list[Value], address: Value, kind: str) -> None:
+    """Write the weights of a step as float32, or their low 16 bits."""
     for part, found in enumerate(weights):
-        lanes, size = found.type.count, FLOAT_BYTES
-        if kind == INT16:
-            size = INT16.width // 8
+        lanes = found.type.count
+        if kind == "raw16":
             found = builder.bitcast(found, vector(INT32, lanes))
             found = builder.trunc(found, vector(INT16, lanes))
-        store(builder, found, element(builder, address, number(part * lanes), size))
+        store(builder, found, element(builder, address, number(part * lanes), ENTRY_BYTES[kind]))
 
 
 def _variable(builder: Any, start: Value) -> Value:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import llvmlite.binding as llvm
-from llvmlite import ir
 
 from .llvm import FLOAT, INT8, INT32, call, constants, shuffle, vector
 
@@ -42,6 +41,7 @@ class VectorUnit:
         machines: Names of the processor architecture, as `platform.machine` returns them.
         rows: Rows of a tile with 1, 2 and 4 tokens, at most 4. Sums of a tile and tables of its
             rows stay in registers.
+        panel: Rows and vectors of a tile of a dense product. Its sums stay in registers.
         spread: Return the registers of a table, given its 2^bits entries as a float32 vector.
         look_up: Return the entries for codes, given the registers and an int32 vector. Only the
             low bits of a code count.
@@ -52,6 +52,7 @@ class VectorUnit:
     features: tuple[str, ...]
     machines: tuple[str, ...]
     rows: tuple[int, int, int]
+    panel: tuple[int, int]
     spread: Callable[[Any, Value], list[Value]]
     look_up: Callable[[Any, Sequence[Value], Value], Value]
 
@@ -144,6 +145,7 @@ UNITS = (
         features=("avx512f", "avx512bw", "avx512vl", "avx512dq", "f16c"),
         machines=("x86_64", "AMD64"),
         rows=(4, 4, 4),
+        panel=(6, 4),
         spread=_avx512_spread,
         look_up=_avx512_look_up,
     ),
@@ -153,6 +155,7 @@ UNITS = (
         features=("avx2", "fma", "f16c"),
         machines=("x86_64", "AMD64"),
         rows=(4, 2, 2),
+        panel=(6, 2),
         spread=_avx2_spread,
         look_up=_avx2_look_up,
     ),
@@ -162,7 +165,10 @@ UNITS = (
         features=("neon",),
         machines=("aarch64", "arm64"),
         rows=(4, 2, 2),
+        panel=(6, 4),
         spread=_neon_spread,
         look_up=_neon_look_up,
     ),
 )
+
+BY_NAME = {unit.name: unit for unit in UNITS}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import numba
 import torch
 from torch import Tensor
 
-from .tiles import add_rest, look_up_row, multiply_tile
+from .tiles import add_rest, look_up_rest, look_up_steps, multiply_tile
 from .vector_units import host_unit
 
 #: Kinds of table entries that a product converts to float32 in registers.
@@ -189,10 +188,19 @@ def _look_up(unit: str, bits: int, kind: str, hashed: int, parallel: bool) -> Ca
         codes: int, code_stride: int, table: int, groups: int, width: int, seed: int,
         first_row: int, rows: int, weight: int, weight_stride: int
     ) -> None:  # fmt: skip
-        for row in numba.prange(rows):
-            look_up_row(
-                codes, code_stride, table, groups, width, seed, first_row + row,
-                weight + row * weight_stride, unit, bits, kind, hashed
-            )  # fmt: skip
+        size = weight_stride // (groups * width)
+        for index in numba.prange(rows):
+            row = first_row + index
+            for group in range(groups):
+                target = weight + index * weight_stride + group * width * size
+                look_up_steps(
+                    codes, code_stride, table, groups, width, seed, row, group, 0, width // 16,
+                    target, unit, bits, kind, hashed
+                )  # fmt: skip
+                if width % 16:
+                    look_up_rest(
+                        codes, code_stride, table, groups, width, seed, row, group,
+                        target + width // 16 * 16 * size, unit, bits, kind, hashed
+                    )  # fmt: skip
 
     return look_up

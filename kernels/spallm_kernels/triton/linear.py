@@ -58,7 +58,7 @@ def can_decode(x: Tensor, table: Tensor) -> bool:
     )
 
 
-def decode_tokens(*, hashed: bool) -> int:
+def decode_tokens(x: Tensor, table: Tensor, *, hashed: bool) -> float:
     """Return the most tokens for which `decode` is the faster path."""
     return HASHED_DECODE_TOKENS if hashed else DECODE_TOKENS
 
