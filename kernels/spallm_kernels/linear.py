@@ -65,7 +65,9 @@ def _product(
 ) -> Tensor:
     if bias is not None:
         bias = bias.to(x.dtype)
-    y: Tensor = torch.ops.spallm.lut_linear(x, index_map, table, bias, hash_seed, backend, path)
+    # `.default` names the only overload. Without it, torch would look for one in each call.
+    product = torch.ops.spallm.lut_linear.default
+    y: Tensor = product(x, index_map, table, bias, hash_seed, backend, path)
     return y
 
 

@@ -19,12 +19,11 @@ import numba
 import numpy as np
 import numpy.typing as npt
 import torch
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .llvm import FLOAT, FLOAT_BYTES, element, load, number, store, vector
+from .llvm import FLOAT, FLOAT_BYTES, element, load, store, vector
 from .portable import array
 
 Singles = npt.NDArray[np.float32]

@@ -270,11 +270,11 @@ def _product(
 def _write(builder: Any, weights: list[Value], address: Value, kind: str) -> None:
     """Write the weights of a step as float32, or their low 16 bits."""
     for part, found in enumerate(weights):
-        lanes = found.type.count
+        lanes, value = found.type.count, found
         if kind == "raw16":
-            found = builder.bitcast(found, vector(INT32, lanes))
-            found = builder.trunc(found, vector(INT16, lanes))
-        store(builder, found, element(builder, address, number(part * lanes), ENTRY_BYTES[kind]))
+            bits = builder.bitcast(found, vector(INT32, lanes))
+            value = builder.trunc(bits, vector(INT16, lanes))
+        store(builder, value, element(builder, address, number(part * lanes), ENTRY_BYTES[kind]))
 
 
 def _variable(builder: Any, start: Value) -> Value:
