@@ -56,22 +56,27 @@ def first_passing(
 def check_device(
     device: torch.device, bits: int, candidates: tuple[str, ...], load: Load
 ) -> dict[str, str | None]:
-    """Run the check of every candidate again, whatever the cache says, and keep the verdicts.
+    """Run the check again, whatever the cache says, until a candidate passes; keep the verdicts.
 
     Args:
         device: The GPU.
         bits: Bits of a code.
-        candidates: Names of backends.
+        candidates: Names of backends, the fastest first.
         load: Function that returns the module of a backend.
 
     Returns:
-        By backend, what is wrong with it; None if nothing is.
+        By backend that was checked, what is wrong with it; None if nothing is.
 
     Raises:
         torch.OutOfMemoryError: If the device has no memory left.
     """
     _decide.cache_clear()
-    return {name: _check(device, bits, name, load) for name in candidates}
+    faults = {}
+    for name in candidates:
+        faults[name] = _check(device, bits, name, load)
+        if faults[name] is None:
+            break
+    return faults
 
 
 @functools.cache
