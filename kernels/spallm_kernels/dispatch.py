@@ -16,7 +16,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from .fallback import first_passing
+from .fallback import check_device, first_passing
 
 _MODULES = {
     "cpu": "spallm_kernels.cpu.linear",
@@ -99,7 +99,7 @@ def choose_backend(device: torch.device, bits: int = 4, backend: str | None = No
     if backend is None:
         if device.type == "cpu":
             return "cpu"
-        obstacle = _why_not_triton(device, bits, "portable")
+        obstacle = why_reference(device, bits)
         if obstacle is None:
             return first_passing(device, bits, gpu_backends(), load_decoder)
         _warn_once(f"sketched layers run on slow reference code: {obstacle}")
@@ -118,6 +118,16 @@ def choose_backend(device: torch.device, bits: int = 4, backend: str | None = No
 def gpu_backends() -> tuple[str, ...]:
     """Return the backends that this build of torch can run on a GPU, the fastest first."""
     return _GPU_BACKENDS if torch.version.hip is None else ("portable",)
+
+
+def why_reference(device: torch.device, bits: int) -> str | None:
+    """Return why a GPU gets the reference without any check; None if it can run Triton kernels."""
+    return _why_not_triton(device, bits, "portable")
+
+
+def check_gpu(device: torch.device, bits: int) -> dict[str, str | None]:
+    """Check the kernels of a GPU again (see `fallback.check_device`)."""
+    return check_device(device, bits, gpu_backends(), load_decoder)
 
 
 def choose_column_backend(device: torch.device, entries: int, backend: str | None = None) -> str:
