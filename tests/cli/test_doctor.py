@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from spallm_convert import __version__
+from spallm_convert.cli import main
 from spallm_convert.runtime import diagnosis
 from spallm_convert.runtime.throughput import Throughput
 
@@ -111,8 +112,6 @@ def test_a_failing_check(run, gpu, capsys):
         "command again\n"
     )
     with pytest.raises(SystemExit) as stopped:
-        from spallm_convert.cli import main
-
         main(["doctor", "--json"])
     assert stopped.value.code == 1
     found = json.loads(capsys.readouterr().out)

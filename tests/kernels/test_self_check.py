@@ -7,6 +7,8 @@ on a GPU if there is one.
 import json
 import os
 import stat
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -167,6 +169,79 @@ def test_a_wrong_entry_in_a_real_kernel_is_found(monkeypatch):
     )
     fault = find_fault(planted, device, 4, LAYERS[1:])
     assert fault.startswith("decode of 1 token, 4 bits, hashed, float16: relative error 0.")
+
+
+@needs_triton
+@pytest.mark.skipif(ON_GPU, reason="launches nothing, so it needs no GPU")
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_kernels_compiled_for_the_check_serve_real_layers(bits):
+    """Triton compiles once for constants and for what it specialises: dtypes, ones, multiples of
+    16. So most of the time of a check is not lost."""
+    from helpers.compiled import recorded
+    from spallm_kernels.triton import linear
+
+    def launches(rows, columns, groups):
+        index_map = torch.empty(rows, columns * bits // 8, dtype=torch.uint8)
+        table = torch.empty(rows, groups, 1 << bits, dtype=torch.bfloat16)
+        for tokens in (1, 17):
+            x = torch.empty(tokens, columns, dtype=torch.bfloat16)
+            linear.decode(x, index_map, table)
+        linear.dequantize(index_map, table, columns)
+        weight_grad = torch.empty(rows, columns, dtype=torch.bfloat16)
+        linear.table_grad(weight_grad, index_map, table)
+        made = [(l.arguments, l.options) for l in recording]
+        recording.clear()
+        return [([special(a) for a in arguments], options) for arguments, options in made]
+
+    def special(value):
+        if isinstance(value, int):
+            return value == 1, value % 16 == 0
+        return value if value is None else value.dtype
+
+    names = ("decode_kernel", "dequantize_units_kernel", "table_grad_kernel")
+    with recorded(linear, *names) as recording:
+        first = LAYERS[0]
+        ours = launches(first.rows, first.columns, first.groups)
+        assert len(ours) == 4
+        assert launches(4096, 4096, 4) == launches(14336, 4096, 4) == ours
+
+
+@needs_triton
+@pytest.mark.skipif(ON_GPU, reason="needs a machine without a GPU")
+def test_a_device_that_triton_cannot_use_gets_the_reference(tmp_path):
+    """The real kernels, compiled and not interpreted, with no driver to run them."""
+    script = """
+import torch
+from spallm_kernels import fallback
+from spallm_kernels.dispatch import load_decoder
+fallback.describe_device = lambda device: "no GPU"
+print(fallback.first_passing(torch.device("cpu"), 4, ("triton", "portable"), load_decoder))
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "XDG_CACHE_HOME": str(tmp_path)}
+    process = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert process.stdout == "reference\n"
+    assert "failed their check on no GPU: 'triton' failed in dequantize, 4 bits" in process.stderr
+    assert "'portable' failed in dequantize, 4 bits" in process.stderr
+    assert "0 active drivers" in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("hip", "words"),
+    [
+        (None, "Test GPU (capability 9.0), Triton 3.6.0, torch 2.11.0"),
+        ("6.4", "Test GPU (gfx942:sramecc+), Triton 3.6.0, torch 2.11.0"),
+    ],
+)
+def test_what_a_verdict_depends_on(monkeypatch, hip, words):
+    properties = SimpleNamespace(name="Test GPU", major=9, minor=0, gcnArchName="gfx942:sramecc+")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch, "__version__", "2.11.0")
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.6.0"))
+    assert verdicts.describe_device(torch.device("cuda", 0)) == words
+    assert verdicts.key_of(words, "triton", 4) != verdicts.key_of(words, "portable", 4)
 
 
 def test_the_fastest_backend_that_passes_is_chosen():
