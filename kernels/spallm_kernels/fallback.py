@@ -28,9 +28,7 @@ class _NotNowError(Exception):
     """Say that the check cannot run in this call. `functools.cache` does not keep exceptions."""
 
 
-def first_passing(
-    device: torch.device, bits: int, candidates: tuple[str, ...], load: Load
-) -> str:
+def first_passing(device: torch.device, bits: int, candidates: tuple[str, ...], load: Load) -> str:
     """Return the first backend whose kernels are right on a device, or `reference`.
 
     The check of a device and a width runs once per process. If a backend fails, a RuntimeWarning
@@ -88,10 +86,7 @@ def _decide(device: torch.device, bits: int, candidates: tuple[str, ...], load: 
     faults = {}
     for name in candidates:
         key = key_of(words, name, bits)
-        if key in kept:
-            fault = kept[key]
-        else:
-            fault = _check_now(device, bits, name, load)
+        fault = kept[key] if key in kept else _check_now(device, bits, name, load)
         if fault is None:
             break
         faults[name] = fault

@@ -15,7 +15,8 @@ from .ptx import UNIT_CODES
 DECODE_TOKENS = 64
 #: The same for hashed codes: they cost sixteen instructions per weight, better spent only once.
 HASHED_DECODE_TOKENS = 16
-#: The same without assembly, where a lookup costs two to four times as much. Not measured.
+#: The same without assembly, where a weight takes 1.5 to 4.5 times as many instructions. Not
+#: measured.
 PORTABLE_DECODE_TOKENS = 16
 #: For lookups in whole units, the columns of a group must be a multiple of this.
 ALIGNMENT = 32
@@ -92,7 +93,7 @@ _MEASURED = {
 _UNALIGNED = _Shape(8, 16, 256, 1, 128)
 #: Hashed codes need no loads that run ahead, so short steps cost nothing.
 _HASHED = {1: 16, 8: 16, 16: 32}  # rows by padded tokens
-#: Chosen from the compiled code: no register is spilled on the GPUs of tests/kernels/test_compiled.py.
+#: Chosen from the compiled code: no register is spilled on the GPUs of `test_portable.py`.
 _PORTABLE = _Shape(4, 16, 128, 1, 255)
 #: Shared memory that a program may use, in bytes. Every GPU since 8.0 has 99 KiB; some have more.
 _SHARED_BYTES = 96 << 10
