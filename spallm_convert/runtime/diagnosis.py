@@ -172,7 +172,7 @@ def _check(device: torch.device, checks: list[Check]) -> list[str]:
 
 
 def _slow(device: torch.device, obstacle: str) -> str:
-    remedy = "" if "pip install" in obstacle else "; use the CPU or another GPU"
+    remedy = "" if "is not installed" in obstacle else "; use the CPU or another GPU"
     return f"{device}: sketched layers run on slow reference code: {obstacle}{remedy}"
 
 
