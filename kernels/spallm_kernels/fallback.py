@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 import torch
 
-from .self_check import Kernels, describe, find_fault
-from .verdicts import describe_device, keep_verdict, key_of, read_verdicts
+from .self_check import Fault, Kernels, describe, find_fault
+from .verdicts import describe_device, forget_verdict, keep_verdict, key_of, read_verdicts
 
 #: Set to 0, it turns the check off.
 SWITCH = "SPALLM_GPU_CHECK"
@@ -107,34 +107,42 @@ def _check_now(device: torch.device, bits: int, name: str, load: Load) -> str | 
 
 
 def _check(device: torch.device, bits: int, name: str, load: Load) -> str | None:
-    """Return what is wrong with a backend, and keep it."""
+    """Return what is wrong with a backend, and keep it.
+
+    An exception may be due to a full disk or a missing compiler, so it is no verdict, and the next
+    process tries again. Except if it has brought the device down: then the next process must not.
+    """
+    words = describe_device(device)
     try:
         kernels = load(name)
     except Exception as error:
-        fault: str | None = describe(error)
+        fault: Fault | None = Fault(text=describe(error), raised=True)
     else:
         fault = find_fault(kernels, device, bits)
-    # The verdict is kept first: if the kernel has brought the device down, the next process must
-    # not try it again.
-    key = key_of(describe_device(device), name, bits)
-    if key is not None:
-        keep_verdict(key, fault)
-    if fault is not None:
-        _raise_if_lost(device, name, fault)
-    return fault
+    lost = fault is not None and fault.raised and _is_lost(device)
+    text = None if fault is None else fault.text
+    key = key_of(words, name, bits)
+    if key is not None and fault is not None and fault.raised and not lost:
+        forget_verdict(key)
+    elif key is not None:
+        keep_verdict(key, text)
+    if lost:
+        raise RuntimeError(
+            f"the GPU kernels of backend {name!r} failed their check ({text}), and this process "
+            f"cannot use {device} any more; start it again: another backend will be used"
+        )
+    return text
 
 
-def _raise_if_lost(device: torch.device, name: str, fault: str) -> None:
-    """Raise an error if a device accepts no more work from this process, as after a bad access."""
+def _is_lost(device: torch.device) -> bool:
+    """Return whether a device accepts no more work from this process, as after a bad access."""
     try:
         torch.ones(1, device=device).cpu()
     except torch.OutOfMemoryError:
-        return
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"the GPU kernels of backend {name!r} failed their check ({fault}), and this process "
-            f"cannot use {device} any more; start it again: another backend will be used"
-        ) from error
+        return False
+    except RuntimeError:
+        return True
+    return False
 
 
 def _is_interpreted(name: str, load: Load) -> bool:

@@ -42,6 +42,14 @@ class Kernels(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fault:
+    """Say which kernel is wrong and how, in one line, and whether it raised an exception."""
+
+    text: str
+    raised: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """Describe a random layer, and the numbers of tokens that it is multiplied with."""
 
@@ -71,7 +79,7 @@ LAYERS = (
 
 def find_fault(
     kernels: Kernels, device: torch.device, bits: int, layers: Iterable[Layer] = LAYERS
-) -> str | None:
+) -> Fault | None:
     """Run the kernels of a backend on random layers and compare the results with the reference.
 
     Args:
@@ -81,23 +89,24 @@ def find_fault(
         layers: Layers to compare on.
 
     Returns:
-        The first kernel that differs or raises an exception, and how, in one line; None if all are
-        right.
+        The first kernel that differs or raises an exception; None if all are right.
 
     Raises:
         torch.OutOfMemoryError: If the device has no memory left, which says nothing of a kernel.
     """
     for layer in layers:
         for name, run in _steps(kernels, device, bits, layer):
+            raised = False
             try:
-                fault = run()
+                found = run()
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                fault = describe(error)
-            if fault is not None:
+                found, raised = describe(error), True
+            if found is not None:
                 hashed = "hashed, " if layer.hash_seed is not None else ""
-                return f"{name}, {bits} bits, {hashed}{str(layer.dtype)[6:]}: {fault}"
+                text = f"{name}, {bits} bits, {hashed}{str(layer.dtype)[6:]}: {found}"
+                return Fault(text=text, raised=raised)
     return None
 
 

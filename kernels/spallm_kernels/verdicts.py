@@ -75,12 +75,23 @@ def keep_verdict(key: str, fault: str | None) -> None:
         key: Key of the verdict.
         fault: What is wrong with the kernels; None if they are right.
     """
+    verdicts = read_verdicts()
+    verdicts.pop(key, None)
+    _write(verdicts | {key: fault})
+
+
+def forget_verdict(key: str) -> None:
+    """Remove a verdict from the file, if it is there and the file can be written."""
+    verdicts = read_verdicts()
+    if key in verdicts:
+        del verdicts[key]
+        _write(verdicts)
+
+
+def _write(verdicts: dict[str, str | None]) -> None:
     path = cache_file()
     if path is None:
         return
-    verdicts = read_verdicts()
-    verdicts.pop(key, None)
-    verdicts[key] = fault
     newest = dict([*verdicts.items()][-_MOST_VERDICTS:])
     text = json.dumps({"format": _FORMAT, "verdicts": newest}, indent=1)
     with contextlib.suppress(OSError):

@@ -158,7 +158,8 @@ def _check(device: torch.device, checks: list[Check]) -> list[str]:
     problems: dict[str, None] = {}  # in order, each once
     for bits in _WIDTHS:
         if device.type == "cpu":
-            faults = {"cpu": find_fault(load_decoder("cpu"), device, bits)}
+            found = find_fault(load_decoder("cpu"), device, bits)
+            faults = {"cpu": None if found is None else found.text}
         elif (obstacle := why_reference(device, bits)) is not None:
             problems[_slow(device, obstacle)] = None
             continue
