@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .effort import EFFORTS, NORMAL
+from .effort import NORMAL, Effort
 from .errors import OptionError
 
 #: Steps of calibrated sketching that can be left out: targets that make up for layers before, codes
@@ -29,8 +29,8 @@ class CalibrationConfig:
             dense model predicts on a larger draw of the text. 0: no healing. None: 300 for the
             effort "best", 0 for the others.
         fallback: Sketch the weights alone, without calibration, if the model cannot be run block
-            by block. Not together with `heal` or `target_bits`, which need calibration. None: only
-            for the effort "normal".
+            by block. Not together with `target_bits`, nor with healing, that of the effort "best"
+            included: both need calibration. None: only for the effort "normal".
         target_bits: Bits per sketched weight, tables included. Each layer then gets the bits and
             groups for which the predicted loss is smallest, in place of `SketchConfig.bits`. For
             the efforts "high" and "best".
@@ -71,17 +71,16 @@ class CalibrationConfig:
         if target is not None:
             object.__setattr__(self, "target_bits", float(target))
 
-    def at(self, effort: str) -> CalibrationConfig:
+    def at(self, level: Effort) -> CalibrationConfig:
         """Return these options with those of an effort in place of None."""
-        level = EFFORTS[effort]
         return replace(
             self,
             samples=self.samples or level.samples,
             seqlen=self.seqlen or level.seqlen,
             heal=level.heal if self.heal is None else self.heal,
-            # With target_bits, fallback would be refused instead of the effort normal.
+            # With target_bits or heal, fallback would be refused instead of the effort normal.
             fallback=(
-                effort == NORMAL and self.target_bits is None
+                level.name == NORMAL and self.target_bits is None and not self.heal
                 if self.fallback is None
                 else self.fallback
             ),

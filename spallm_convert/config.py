@@ -34,6 +34,10 @@ class SketchConfig:
     parameter of the model, such as those of all experts of a block, are sketched together: a
     pattern of `include` or `ignore` that matches one of them counts for all.
 
+    Options hold what was given: None stays None, in `calibration` too. `level` and `text_options`
+    return what follows from it. So `dataclasses.replace(config, effort="high")` gives the same
+    config as giving the effort at first.
+
     Args:
         effort: "fast", "normal", "high" or "best": how much is done for the quality of the result,
             see `EFFORTS`. None: "normal" without `calibration` ("fast" for the mapping "hash"), and
@@ -100,29 +104,21 @@ class SketchConfig:
             parse_size(self.max_shard_size)
         except OptionError as error:
             problems.append(f"max_shard_size: {error}")
-        problems += self._set_effort()
-        if isinstance(self.calibration, CalibrationConfig):
-            problems += self._calibration_problems(self.calibration)
+        problems += self._effort_problems()
         if problems:
             raise OptionError("; ".join(problems))
 
-    def _set_effort(self) -> list[str]:
-        """Put the effort and its options in place of None; return what is wrong with them."""
+    def _effort_problems(self) -> list[str]:
+        """Return what is wrong with the effort and the options of its text."""
         found, effort = self.calibration, self.effort
         if found is not None and not isinstance(found, CalibrationConfig):
             return [f"calibration must be a CalibrationConfig, found {found!r}"]
-        if effort is None:
-            effort = FAST if self.mapping == "hash" else NORMAL
-            if found is not None:
-                effort = BEST if found.heal else HIGH
-        if not isinstance(effort, str) or effort not in EFFORTS:
+        if effort is not None and not (isinstance(effort, str) and effort in EFFORTS):
             return [f"effort must be one of {tuple(EFFORTS)}, found {effort!r}"]
-        object.__setattr__(self, "effort", effort)
-        if not EFFORTS[effort].reads_text:
-            wrong = "effort 'fast' reads no text: leave out calibration, or choose another effort"
-            return [wrong] if found is not None else []
-        object.__setattr__(self, "calibration", (found or CalibrationConfig()).at(effort))
-        return []
+        if (text := self.text_options) is not None:
+            return self._calibration_problems(text)
+        wrong = "effort 'fast' reads no text: leave out calibration, or choose another effort"
+        return [wrong] if found is not None else []
 
     def _choice_problems(self) -> list[str]:
         """Return what is wrong with the options that choose layers."""
@@ -142,15 +138,7 @@ class SketchConfig:
 
     def _calibration_problems(self, calibration: CalibrationConfig) -> list[str]:
         """Return what the options of calibration contradict here."""
-        problems = []
-        if self.effort == BEST and not calibration.heal:
-            problems.append("effort 'best' heals: choose 'high', or heal with at least 1 step")
-        if self.effort == NORMAL:
-            for name in ("without", "heal", "target_bits"):
-                if getattr(calibration, name):
-                    problems.append(f"{name} is for the efforts 'high' and 'best'")
-            if self.mapping == "hash":
-                problems.append("effort 'normal' is for the mapping 'cluster': choose another one")
+        problems = self._level_problems(calibration)
         computed = sorted({"compensation", "descent"} & set(calibration.without))
         if self.mapping == "hash" and computed:
             problems.append(
@@ -172,11 +160,42 @@ class SketchConfig:
             )
         return problems
 
+    def _level_problems(self, calibration: CalibrationConfig) -> list[str]:
+        """Return which options of calibration the effort contradicts."""
+        problems, effort = [], self.level.name
+        if effort == BEST and not calibration.heal:
+            problems.append("effort 'best' heals: choose 'high', or heal with at least 1 step")
+        if calibration.heal and calibration.fallback:
+            healing = "effort 'best' heals" if effort == BEST else f"heal {calibration.heal}"
+            problems.append(
+                f"{healing}: not with fallback, which may leave calibration out; leave fallback "
+                f"out, or choose effort 'high' without heal"
+            )
+        if effort == NORMAL:
+            for name in ("without", "heal", "target_bits"):
+                if getattr(calibration, name):
+                    problems.append(f"{name} is for the efforts 'high' and 'best'")
+            if self.mapping == "hash":
+                problems.append(
+                    "effort 'normal' is for the mapping 'cluster', found 'hash': choose effort "
+                    "'fast', 'high' or 'best'"
+                )
+        return problems
+
     @property
     def level(self) -> Effort:
-        """The effort, described."""
-        assert self.effort is not None  # set with the other options
-        return EFFORTS[self.effort]
+        """The effort, or the one that follows from the other options."""
+        if self.effort is not None:
+            return EFFORTS[self.effort]
+        if self.calibration is not None:
+            return EFFORTS[BEST if self.calibration.heal else HIGH]
+        return EFFORTS[FAST if self.mapping == "hash" else NORMAL]
+
+    @property
+    def text_options(self) -> CalibrationConfig | None:
+        """`calibration`, with the options of the effort in place of None; None without a text."""
+        level = self.level
+        return (self.calibration or CalibrationConfig()).at(level) if level.reads_text else None
 
     @property
     def target_bits(self) -> float | None:
@@ -210,13 +229,15 @@ class SketchConfig:
         `calibration` is the source of the text there, or None. `strict` is left out: it decides no
         byte of the result.
         """
+        text = self.text_options
         options = asdict(self) | {"include": list(self.include), "ignore": list(self.ignore)}
+        options["effort"] = self.level.name
         options["recipe"] = None if self.recipe is None else self.recipe.to_json()
         del options["strict"]
-        nested = asdict(self.calibration or CalibrationConfig())
-        text = nested.pop("text")
+        nested = asdict(text or CalibrationConfig())
+        source = nested.pop("text")
         nested["without"] = list(nested["without"])
-        return options | {"calibration": text if self.calibration else None} | nested
+        return options | {"calibration": None if text is None else source} | nested
 
 
 def parse_size(size: str | int) -> int:

@@ -26,6 +26,18 @@ _CGROUPS = tuple(
 )
 
 
+class TooLittleMemoryError(SpallmError):
+    """Report that memory does not suffice.
+
+    Attributes:
+        lasting: The message without what changes from run to run, such as the free memory.
+    """
+
+    def __init__(self, message: str, lasting: str) -> None:
+        super().__init__(message)
+        self.lasting = lasting
+
+
 def find_device(name: str) -> torch.device:
     """Return the device with this name: cpu, cuda, cuda:N, or auto for a GPU if there is one.
 
@@ -60,14 +72,17 @@ def device_name(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def clear_memory_errors(device: torch.device) -> Iterator[None]:
-    """Turn errors of torch and NumPy about too little memory into a SpallmError."""
+    """Turn errors of torch and NumPy about too little memory into a TooLittleMemoryError."""
     remedy = "" if device.type == CPU else "; --device cpu needs no GPU memory, and takes longer"
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise SpallmError(f"device {device}: {one_line(error)}{remedy}") from error
+        raise TooLittleMemoryError(
+            f"device {device}: {one_line(error)}{remedy}",
+            f"the memory of {device_name(device)} does not suffice",
+        ) from error
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -12,12 +12,14 @@ class Effort:
     """Describe a level.
 
     Attributes:
+        name: Its name.
         what: What it does, in a few words.
         samples: Samples of the text, unless the user chooses another number.
         seqlen: Tokens per sample, likewise.
         heal: Steps of healing, likewise.
     """
 
+    name: str
     what: str
     samples: int = 0
     seqlen: int = 0
@@ -31,10 +33,29 @@ class Effort:
 
 #: The levels by name, from the fastest to the best.
 EFFORTS = {
-    FAST: Effort("the weights alone"),
-    NORMAL: Effort("weights count as much as the inputs that they meet in a short text", 8, 256),
-    HIGH: Effort("layers are fitted to their inputs in a long text, one after the other", 128, 512),
-    BEST: Effort("as high, then the tables are tuned to predict as the dense model", 128, 512, 300),
+    level.name: level
+    for level in (
+        Effort(FAST, "the weights alone"),
+        Effort(
+            NORMAL,
+            "weights count as much as the inputs that they meet in a short text",
+            samples=8,
+            seqlen=256,
+        ),
+        Effort(
+            HIGH,
+            "layers are fitted to their inputs in a long text, one after the other",
+            samples=128,
+            seqlen=512,
+        ),
+        Effort(
+            BEST,
+            "as high, then the tables are tuned to predict as the dense model",
+            samples=128,
+            seqlen=512,
+            heal=300,
+        ),
+    )
 }
 
 

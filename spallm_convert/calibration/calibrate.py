@@ -53,7 +53,6 @@ def calibrate(
     Raises:
         CalibrationError: Activations are not finite, or a layer cannot be sketched.
     """
-    assert config.calibration is not None
     done = CalibratedModules(folder, check)
     found = [
         _Part(listed, number, listed.targets(number, plan.layers.values()))
@@ -105,10 +104,11 @@ def _sketch(
     part: _Part, plan: Plan, config: SketchConfig, streams: Streams, progress: Progress
 ) -> tuple[dict[str, CalibratedModule], SeenExperts]:
     """Sketch the layers of a block; return them by name in the checkpoint, and its experts."""
-    assert config.calibration is not None
+    text = config.text_options
+    assert text is not None
     found: dict[str, CalibratedModule] = {}
     seen, metadata = SeenExperts(), plan.metadata
-    without = config.calibration.without
+    without = text.without
     made = sketch_block(
         part.blocks, part.number, part.targets, streams, metadata, without, plan.limit, seen
     )

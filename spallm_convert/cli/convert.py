@@ -171,7 +171,7 @@ def command(
     target_bits = text["target_bits"]
     if target_bits is not None and _is_given("bits"):
         raise click.UsageError("--bits and --target-bits cannot be combined; choose one")
-    effort, calibration = read_effort(effort, **text)
+    effort, calibration = read_effort(effort, mapping, **text)
     config = SketchConfig(
         effort=effort,
         bits=int(bits),
@@ -238,7 +238,7 @@ def command(
         say(json.dumps(report.document | {"output": str(output)}, indent=2))
     elif not quiet:
         print_report(report)
-        more = "" if "not_calibrated" in report.document else _more(config.effort)
+        more = "" if "not_calibrated" in report.document else _more(config)
         say(f"written to {output} in {time.perf_counter() - begin:,.0f} s{more}")
     if push_to_hub:
         from spallm_convert.conversion.push import push_to_hub as push
@@ -251,9 +251,11 @@ def command(
         say(f"pushed to {url}", err=as_json)
 
 
-def _more(effort: str | None) -> str:
+def _more(config: SketchConfig) -> str:
     """Return what would give better quality, empty for levels that take long already."""
-    higher = {FAST: NORMAL, NORMAL: HIGH}.get(effort or "")
+    # Effort normal weights clusters, so it is not for hashed index maps.
+    after_fast = HIGH if config.mapping == "hash" else NORMAL
+    higher = {FAST: after_fast, NORMAL: HIGH}.get(config.level.name)
     return f"; --effort {higher} takes longer and keeps more of the quality" if higher else ""
 
 
@@ -264,10 +266,10 @@ def _advise(config: SketchConfig) -> None:
     hashed = config.mapping == "hash"
     rules = () if config.recipe is None else config.recipe.rules
     bits = min([config.bits, *(rule.bits for rule in rules if rule.bits is not None)])
-    if config.effort in (FAST, NORMAL) and (hashed or bits < _DEFAULTS.bits):
+    if config.level.name in (FAST, NORMAL) and (hashed or bits < _DEFAULTS.bits):
         what = "hashed index maps" if hashed else f"{bits} bits"
         stderr.print(
-            f"{what} lose much of the model's quality with effort {config.effort}: consider "
+            f"{what} lose much of the model's quality with effort {config.level.name}: consider "
             f"--effort {BEST}, and --calibration with a text of your own",
             soft_wrap=True,
         )

@@ -62,7 +62,8 @@ _OPTIONS = (
     click.option(
         "--fallback",
         is_flag=True,
-        help="If the model cannot be run block by block, do what fast does (normal always does).",
+        help="If the model cannot be run block by block, do what fast does (normal always does). "
+        "Not with --heal, best or --target-bits.",
     ),
 )
 
@@ -75,12 +76,18 @@ def effort_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def read_effort(
-    effort: str | None, *, calibration: str | None, without: tuple[str, ...], **others: Any
+    effort: str | None,
+    mapping: str,
+    *,
+    calibration: str | None,
+    without: tuple[str, ...],
+    **others: Any,
 ) -> tuple[str | None, CalibrationConfig | None]:
     """Return the effort and the options of the text as `SketchConfig` takes them.
 
     Args:
         effort: The effort, None if it is not given.
+        mapping: The mapping, which the effort depends on if it is not given.
         calibration: Source of the text, None if it is not given.
         without: Steps to leave out.
         others: The other options of `CalibrationConfig` by name, None or False if not given.
@@ -90,13 +97,19 @@ def read_effort(
     named = given | ({} if calibration is None else {"calibration": calibration})
     if not named:
         return effort, None
+    asks_for_more = any(name in named for name in _ASK_FOR_MORE)
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(named))
     if effort == FAST:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(named))
         raise click.UsageError(
             f"--effort fast reads no text, so {options} cannot be used: leave them out, or choose "
             f"another effort"
         )
-    if effort is None and not any(name in named for name in _ASK_FOR_MORE):
+    if effort is None and not asks_for_more:
+        if mapping == "hash":
+            raise click.UsageError(
+                f"--mapping hash means --effort fast, which reads no text, so {options} cannot be "
+                f"used: leave them out, or add --effort high or --effort best"
+            )
         effort = NORMAL
     if calibration is not None:
         given["text"] = calibration

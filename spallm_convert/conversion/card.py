@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+from spallm_convert.effort import FAST
 from spallm_convert.errors import one_line
 from spallm_formats import printable
 
@@ -35,7 +36,7 @@ def model_card(report: Report, config: dict[str, Any]) -> str:
         f"| `{_plain(module['name'])}` | {module['relative_error']:.4f} |" for module in worst
     )
     widths = _listed(report.widths)
-    rest = _recipe(report) + _calibration(report)
+    rest = _recipe(report) + _effort(report) + _calibration(report)
     share = "Some" if options.get("include") else "Most" if report.left_dense else "All"
     return f"""{_front_matter(report, is_decoder)}
 # {name}, sketched to {_joined(_sizes(report))} bits
@@ -114,6 +115,13 @@ def _was(report: Report) -> str:
     return f"{about['stored_bytes'] / 1e6:,.1f} MB quantized, dense {dense}"
 
 
+def _effort(report: Report) -> str:
+    """Return the row of the table about the effort: the one that was run, and the one asked for."""
+    asked = report.document["options"]["effort"]
+    done = f"{FAST} in place of {asked}" if "not_calibrated" in report.document else asked
+    return f"\n| effort | {done} |"
+
+
 def _calibration(report: Report) -> str:
     """Return the rows of the table about calibration, empty without it."""
     error, options = report.totals.get("relative_output_error"), report.document["options"]
@@ -123,7 +131,6 @@ def _calibration(report: Report) -> str:
         return ""
     when = ", before healing" if "healing" in report.document else ""
     return (
-        f"\n| effort | {options['effort']} |"
         f"\n| calibration | {_plain(options['calibration'])}, {options['samples']} samples of "
         f"{options['seqlen']} tokens |"
         f"\n| relative error of the layers' outputs on it{when} | {error:.4f} |{_healing(report)}"

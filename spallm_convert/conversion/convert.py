@@ -188,13 +188,13 @@ def plan_conversion(
 
 def _find_place(device: str, config: SketchConfig) -> torch.device:
     """Return the device to compute on. Raise OptionError if the conversion cannot use it."""
-    if config.calibration is not None:
+    if config.level.reads_text:
         return find_device(device)
     place = find_device(CPU if device == AUTO_DEVICE else device)
     if place.type != CPU:
         raise OptionError(
-            f"device {device}: effort {config.effort!r} is done on the CPU; leave out --device, or "
-            f"choose another effort"
+            f"device {device}: effort {config.level.name!r} is done on the CPU; leave out "
+            f"--device, or choose another effort"
         )
     return place
 

@@ -33,6 +33,7 @@ from spallm_convert.effort import EFFORTS, NORMAL
 from spallm_convert.sketch.plan import Plan
 from spallm_convert.sketch.rows import sketch_rows
 from spallm_convert.source.linears import is_in_block
+from spallm_convert.source.locate import find_here
 from spallm_formats import SketchedModule
 
 from .expected import expected_effort
@@ -46,6 +47,10 @@ _FAST_BYTES = 7 * 10**8
 _SQUARES = 6
 #: float32 tensors of a table's size while it is healed: table, gradient, two moments and the best.
 _TABLES = 5
+#: While transformers dequantizes a GGUF file, memory holds the model and 3.2 times its largest
+#: tensor in float32: 0.63 GB for SmolLM2-135M (Q4_1), 2.68 GB for Gemma 3 270M (Q4_K_M), whose
+#: embedding is six times as large.
+_COPIES_OF_GGUF = 3.2
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 #: Size of what is measured: weights that are sketched, tokens and weights of a product, columns of
 #: a fit. Rows of a fit: with fewer, starting threads takes most of the time; a GPU fits thousands
@@ -98,11 +103,11 @@ def estimate_conversion(
         threads: Number of CPU threads.
         device: The device that `convert` would get.
     """
-    place = find_device(CPU if config.calibration is None else device)
+    place = find_device(device if config.level.reads_text else CPU)
     effort, reason = expected_effort(
         model, plan, config, place, revision=revision, trust_remote_code=trust_remote_code
     )
-    text = config.calibration if EFFORTS[effort].reads_text else None
+    text = config.text_options if EFFORTS[effort].reads_text else None
     if text is None:
         place = torch.device(CPU)
     with cpu_threads(threads), full_float32(), torch.no_grad():
@@ -110,8 +115,10 @@ def estimate_conversion(
         seconds = sum(_measured(plan, work, place).values())
         found = numba.get_num_threads()
     memory = _memory(plan, effort, text)
-    assert config.effort is not None  # set with the other options
-    asked = config.effort
+    source = find_here(model, revision)
+    if source is not None and source.is_gguf:
+        memory = max(memory, _gguf_memory(plan))
+    asked = config.level.name
     return Estimate(asked, effort, reason, seconds, memory, found, device_name(place))
 
 
@@ -201,3 +208,11 @@ def _memory(plan: Plan, effort: str, text: CalibrationConfig | None) -> int:
         states = samples_for(text.heal, seqlen) * seqlen * hidden
         needed = max(needed, codes + 4 * (_TABLES * tables + kept) + 2 * states)
     return _FAST_BYTES + needed
+
+
+def _gguf_memory(plan: Plan) -> int:
+    """Return the peak memory in bytes while a GGUF file is dequantized, before the conversion."""
+    sizes = [layer.module.weights for layer in plan.layers.values()]
+    largest = max([*sizes, *(tensor.elements for tensor in plan.kept.values())])
+    dense: int = plan.totals()["source_bytes"]
+    return _FAST_BYTES + dense + int(_COPIES_OF_GGUF * 4 * largest)

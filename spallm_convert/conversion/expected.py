@@ -45,10 +45,10 @@ def expected_effort(
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Whether to run Python code that comes with the model.
     """
-    assert config.effort is not None  # set with the other options
-    text, is_normal = config.calibration, config.effort == NORMAL
+    asked, text = config.level.name, config.text_options
+    is_normal = asked == NORMAL
     if text is None:
-        return config.effort, None
+        return asked, None
     try:
         if is_normal and text.text == BUILTIN:
             _check_tokenizer(model, revision, trust_remote_code)
@@ -58,7 +58,7 @@ def expected_effort(
             check_memory(plan, device)
     except SpallmError as error:
         return FAST, str(error)
-    return config.effort, None
+    return asked, None
 
 
 def model_config(plan: Plan) -> tuple[Path, dict[str, Any]] | None:

@@ -20,7 +20,7 @@ from spallm_convert.calibration.importance import Importance, measure_importance
 from spallm_convert.calibration.notes import few_tokens_note, partly_calibrated
 from spallm_convert.calibration.store import CalibratedModules, calibrated_bytes, kept_bytes
 from spallm_convert.config import SketchConfig
-from spallm_convert.devices import clear_memory_errors, full_float32
+from spallm_convert.devices import TooLittleMemoryError, clear_memory_errors, full_float32
 from spallm_convert.effort import FAST, NORMAL
 from spallm_convert.errors import CalibrationError, SpallmError
 from spallm_convert.progress import Progress
@@ -73,13 +73,13 @@ class Job:
         Return None without calibration. With the effort "normal", `fallback` and the built-in text,
         also return None if there is no tokenizer, and the reason.
         """
-        calibration = self.config.calibration
+        calibration = self.config.text_options
         if calibration is None:
             return None, None
         try:
             drawn = draw_texts(self.source, self.config, trust_remote_code=self.trust_remote_code)
         except SpallmError as error:
-            may_fall_back = self.config.effort == NORMAL and calibration.fallback
+            may_fall_back = self.config.level.name == NORMAL and calibration.fallback
             if not (may_fall_back and calibration.text == BUILTIN):
                 raise
             # The report may be published, so it does not say where the model is on this machine.
@@ -132,7 +132,7 @@ def carry_out(
     notes: dict[str, Any] = {}
     if missing is not None:
         notes = _alone(job, missing)
-    elif texts is not None and job.config.effort == NORMAL:
+    elif texts is not None and job.config.level.name == NORMAL:
         importance, notes = _measured(job, staging, checkpoint, plan, texts)
     elif texts is not None:
         with clear_memory_errors(job.place), full_float32():
@@ -150,7 +150,8 @@ def _measured(
     Return it by name of the layer, and notes for the report.
     """
     folder = staging.scratch(_MEASURED, worth_keeping=True)
-    assert job.config.calibration is not None
+    text = job.config.text_options
+    assert text is not None
     try:
         check_memory(plan, job.place)
         with clear_memory_errors(job.place), full_float32():
@@ -160,18 +161,26 @@ def _measured(
                 blocks, plan, folder, job.progress, check=job.watch.check
             )
     except SpallmError as error:
-        if not job.config.calibration.fallback:
+        if not text.fallback:
             raise
-        return {}, _alone(job, str(error))
+        # The report is the same for the same conversion, and free memory never is.
+        lasting = error.lasting if isinstance(error, TooLittleMemoryError) else str(error)
+        return {}, _alone(job, lasting, said=str(error))
     if partly is None:
         return importance, {}
     job.progress.remark(partly)
     return importance, {"partly_calibrated": partly}
 
 
-def _alone(job: Job, reason: str) -> dict[str, Any]:
-    """Say that the weights are sketched alone, and return the note for the report."""
-    job.progress.remark(f"effort {FAST} in place of {job.config.effort}: {reason}")
+def _alone(job: Job, reason: str, said: str | None = None) -> dict[str, Any]:
+    """Say that the weights are sketched alone, and return the note for the report.
+
+    Args:
+        job: The conversion.
+        reason: Why, as the report has it.
+        said: Why, as the remark has it. None: the same.
+    """
+    job.progress.remark(f"effort {FAST} in place of {job.config.level.name}: {said or reason}")
     return {"not_calibrated": reason}
 
 
@@ -185,14 +194,15 @@ def _calibrated(
     """
     folder = staging.scratch(_CALIBRATED, worth_keeping=True)
     config, progress = job.config, job.progress
-    assert config.calibration is not None
+    text = config.text_options
+    assert text is not None
     try:
         blocks = job.blocks(checkpoint, plan, texts.calibration)
         if texts.healing is not None or config.target_bits is not None:
             blocks.check_predictions()
     except CalibrationError as error:
-        if not config.calibration.fallback:
-            if config.calibration.heal or config.target_bits is not None:
+        if not text.fallback:
+            if text.heal or config.target_bits is not None:
                 raise  # these options do not allow --fallback
             remedy = "--fallback sketches the weights without calibration"
             raise CalibrationError(f"{error}; {remedy}") from error

@@ -7,12 +7,12 @@ from collections import Counter
 
 import torch
 
-from spallm_convert.devices import free_memory
-from spallm_convert.errors import SpallmError
+from spallm_convert.devices import TooLittleMemoryError, device_name, free_memory
 from spallm_convert.sketch.plan import Plan
 
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 _FLOAT32 = 4
+_UNITS = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3))
 
 
 def block_bytes(plan: Plan) -> int:
@@ -37,12 +37,19 @@ def check_memory(plan: Plan, device: torch.device) -> None:
         device: Where the blocks are run.
 
     Raises:
-        SpallmError: If they do not.
+        TooLittleMemoryError: If they do not.
     """
     needed = block_bytes(plan) + other_bytes(plan)
     free = free_memory(device)
     if free is not None and free < needed:
-        raise SpallmError(
-            f"running the model block by block needs {needed / 1e9:.1f} GB of memory, found "
-            f"{free / 1e9:.1f} GB free on {device}"
+        found = f"running the model block by block needs {size_in_words(needed)} of memory"
+        raise TooLittleMemoryError(
+            f"{found}, found {size_in_words(free)} free on {device}",
+            f"{found}, more than was free on {device_name(device)}",
         )
+
+
+def size_in_words(count: int) -> str:
+    """Return a number of bytes in a fitting unit, such as "1.3 GB" (powers of 1000)."""
+    unit, size = next(((u, s) for u, s in _UNITS if count >= s), ("bytes", 1))
+    return f"{count / size:.{0 if size == 1 else 1}f} {unit}"

@@ -29,7 +29,7 @@ class Texts(NamedTuple):
 
 
 def draw_texts(source: Source, config: SketchConfig, *, trust_remote_code: bool) -> Texts:
-    """Tokenize the source of text in `config.calibration`, and draw samples of it.
+    """Tokenize the source of text in `config.text_options`, and draw samples of it.
 
     For healing, as many samples are drawn as its steps use, or fewer if the text is short. If there
     are many, their number is a multiple of the batch, because batches must divide it.
@@ -45,7 +45,7 @@ def draw_texts(source: Source, config: SketchConfig, *, trust_remote_code: bool)
     Raises:
         SourceError: If the text cannot be read or is too short, or there is no tokenizer.
     """
-    calibration = config.calibration
+    calibration = config.text_options
     assert calibration is not None
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     text = CalibrationText(tokenizer, calibration.text)

@@ -17,8 +17,9 @@ _DONE = "dequantized"
 def dequantized(path: Path, scratch: Path) -> Path:
     """Dequantize a GGUF file into a folder of bfloat16 safetensors, with its tokenizer.
 
-    This takes as much memory as the dense model. If the folder is complete already, it is used
-    again, for example by a resumed conversion.
+    This takes the memory of the dense model and of about three more copies of its largest tensor,
+    in float32. If the folder is complete already, it is used again, for example by a resumed
+    conversion.
 
     Args:
         path: The GGUF file.

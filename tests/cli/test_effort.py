@@ -42,7 +42,10 @@ def test_each_level_converts(run, source, text, tmp_path, effort, options, calib
     assert ("relative_output_error" in report["totals"]) == calibrated
     assert ("healing" in report) == (effort == "best")
     assert "not_calibrated" not in report
-    assert (f"| effort | {effort} |" in (out / "README.md").read_text()) == calibrated
+    card = (out / "README.md").read_text()
+    assert card.count("| effort |") == 1
+    assert f"| effort | {effort} |" in card
+    assert ("| calibration |" in card) == calibrated
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,7 @@ def test_each_level_converts(run, source, text, tmp_path, effort, options, calib
 def test_options_imply_a_level(run, configs, options, expected):
     run("model", "--dry-run", "-q", *options, code=130)
     (config,) = configs
-    assert config.effort == expected
+    assert config.level.name == expected
 
 
 def test_options_reach_the_config(run, configs):
@@ -74,7 +77,7 @@ def test_options_reach_the_config(run, configs):
     run("m", "--dry-run", "--calibration", "a.txt", "--heal", "3", *options, code=130)
     run("m", "--dry-run", "--effort", "normal", "--samples", "5", code=130)
     run("m", "--dry-run", "--effort", "high", "--fallback", code=130)
-    first, second, third = (config.calibration for config in configs)
+    first, second, third = (config.text_options for config in configs)
     assert (first.text, first.samples, first.seqlen, first.heal) == ("a.txt", 5, 7, 3)
     assert first.without == ("descent", "correction")
     assert first.fallback is False
@@ -100,6 +103,41 @@ def test_fast_refuses_options_of_a_text(run, configs, options, named):
     assert not configs
 
 
+@pytest.mark.parametrize("options", [["--samples", "4"], ["--seqlen", "16"], ["--fallback"]])
+def test_a_hashed_index_map_refuses_options_of_a_text_without_an_effort(run, configs, options):
+    error = " ".join(run("model", "--dry-run", "--mapping", "hash", *options, code=2).split())
+    assert (
+        f"--mapping hash means --effort fast, which reads no text, so {options[0]} cannot be used: "
+        f"leave them out, or add --effort high or --effort best"
+    ) in error
+    assert not configs
+    run("model", "--dry-run", "--mapping", "hash", "--effort", "high", *options, code=130)
+    assert configs[0].level.name == "high"
+
+
+@pytest.mark.parametrize(
+    ("effort", "options", "advice"),
+    [
+        ("fast", [], "; --effort high takes longer"),
+        ("high", SMALL, ""),
+        ("best", [*SMALL, "--heal", "2"], ""),
+    ],
+)
+def test_a_hashed_index_map_has_every_level_but_normal(
+    run, source, text, tmp_path, effort, options, advice
+):
+    words = ["--calibration", text] if options else []
+    chosen = ["--mapping", "hash", "--effort", effort, *options, *words]
+    said = run(source, "-o", tmp_path / "out", *chosen).splitlines()[-1]
+    assert "written to" in said
+    assert advice in said
+    assert ("--effort" in said) == bool(advice)
+    report = json.loads((tmp_path / "out/conversion.json").read_text())
+    assert (report["options"]["mapping"], report["options"]["effort"]) == ("hash", effort)
+    assert ("relative_output_error" in report["totals"]) == (effort != "fast")
+    assert ("healing" in report) == (effort == "best")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -107,6 +145,7 @@ def test_fast_refuses_options_of_a_text(run, configs, options, named):
         (["--effort", "normal", "--heal", "2"], "heal is for the efforts 'high' and 'best'"),
         (["--effort", "normal", "--target-bits", "3"], "target_bits is for the efforts 'high'"),
         (["--effort", "best", "--heal", "0"], "effort 'best' heals"),
+        (["--effort", "best", "--fallback"], "effort 'best' heals: not with fallback"),
         (["--effort", "normal", "--mapping", "hash"], "is for the mapping 'cluster'"),
     ],
 )

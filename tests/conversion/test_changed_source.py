@@ -56,7 +56,7 @@ def refused(source, output, config, progress):
             source,
             output,
             config,
-            device="cpu" if config.calibration else "auto",
+            device="cpu" if config.level.reads_text else "auto",
             progress=progress,
         )
     with pytest.raises(FormatError):

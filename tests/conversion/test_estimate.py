@@ -9,6 +9,7 @@ from dataclasses import astuple, replace
 
 import pytest
 
+from helpers.tiny_gguf import save_tiny_gguf
 from helpers.tiny_models import save_tiny_llama
 from spallm_convert import CalibrationConfig, SketchConfig, plan_conversion
 from spallm_convert.cli.main import main
@@ -38,7 +39,7 @@ def test_every_level_has_an_estimate(source):
 
 def test_more_effort_is_more_work(source):
     plan = plan_conversion(source)
-    texts = {level: SketchConfig(effort=level).calibration for level in LEVELS}
+    texts = {level: SketchConfig(effort=level).text_options for level in LEVELS}
     work = {level: count_work(plan, level, texts[level]) for level in LEVELS}
     assert work["fast"].clustered == work["normal"].clustered == plan.sketched_weights
     assert work["fast"].products == 0 < work["normal"].products < work["high"].products
@@ -50,7 +51,7 @@ def test_more_effort_is_more_work(source):
 def test_work_grows_with_the_text(source):
     plan = plan_conversion(source)
     few, many = (
-        count_work(plan, "high", CalibrationConfig(samples=samples).at("high"))
+        count_work(plan, "high", CalibrationConfig(samples=samples).at(EFFORTS["high"]))
         for samples in (8, 16)
     )
     assert many.products == 2 * few.products
@@ -86,6 +87,18 @@ def test_too_little_memory_means_fast(source, monkeypatch):
     assert estimate(source, effort="high").effort == "high"  # which does not look
 
 
+def test_a_gguf_file_takes_the_memory_of_the_dense_model(tmp_path, source):
+    """Efforts that take more memory afterwards count as for other sources."""
+    tiny = save_tiny_gguf(tmp_path / "tiny.gguf")
+    fast, best = (estimate(tiny, effort=effort).memory_bytes for effort in ("fast", "best"))
+    totals = plan_conversion(tiny, SketchConfig(effort="fast")).totals()
+    assert totals["source_bytes"] == 2 * (totals["sketched_weights"] + totals["kept_weights"])
+    largest = 64 * 32  # the embedding
+    expected = totals["source_bytes"] + int(3.2 * 4 * largest)
+    assert fast - estimate(source, effort="fast").memory_bytes == expected
+    assert best > fast
+
+
 @pytest.mark.parametrize("chosen", [1, 2, 4])
 def test_experts_that_a_token_uses(tmp_path, chosen):
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -95,7 +108,7 @@ def test_experts_that_a_token_uses(tmp_path, chosen):
     experts = {"num_local_experts": 4, "num_experts_per_tok": chosen}
     MixtralForCausalLM(MixtralConfig(**sizes, **heads, **experts)).save_pretrained(tmp_path)
     plan = plan_conversion(tmp_path, SketchConfig(ignore=("*self_attn*",)))
-    text = SketchConfig(effort="normal").calibration
+    text = SketchConfig(effort="normal").text_options
     tokens = text.samples * text.seqlen
     assert count_work(plan, "normal", text).products == tokens * plan.sketched_weights * chosen / 4
 

@@ -5,7 +5,9 @@ import os
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from helpers.calibrated_models import save_model
 from helpers.calibration import StopAt, calibrated, contents
@@ -28,18 +30,23 @@ def options(text="builtin", **changes):
     return calibrated(text, effort="normal", **given | changes)
 
 
-def assert_falls_back(source, folder, config, reason):
-    """Check the remark, the report, the card, and that the weights are those of fast."""
+def assert_falls_back(source, folder, config, reason, said=None):
+    """Check the remark, the report, the card, and that the weights are those of fast.
+
+    said: The reason in the remark, if it is not the one in the report.
+    """
     progress = StopAt()
     report = convert(source, folder / "out", config, device="cpu", progress=progress)
     assert reason in report.document["not_calibrated"]
     why = report.document["not_calibrated"]
-    assert progress.said[-1] == f"effort fast in place of normal: {why}"
+    assert progress.said[-1] == f"effort fast in place of normal: {said or why}"
     assert progress.weights == 0
     assert "relative_output_error" not in report.totals
     assert report.document["options"]["effort"] == "normal"
     assert json.loads((folder / "out/conversion.json").read_text())["not_calibrated"] == why
-    assert why in (folder / "out/README.md").read_text()
+    card = (folder / "out/README.md").read_text()
+    assert why in card
+    assert "| effort | fast in place of normal |" in card
     convert(source, folder / "fast", SketchConfig(effort="fast", bits=2, groups_per_row=1))
     found, expected = contents(folder / "out"), contents(folder / "fast")
     assert found.keys() == expected.keys()
@@ -98,9 +105,49 @@ def test_inputs_that_are_not_finite(source, text, tmp_path):
 
 
 def test_a_block_that_does_not_fit_into_memory(source, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
-    reason = "running the model block by block needs 0.0 GB of memory, found 0.0 GB free on cpu"
-    assert_falls_back(source, tmp_path, options(text), reason)
+    needs = "running the model block by block needs 47.1 KB of memory"
+    reports = []
+    for number, (free, shown) in enumerate([(1000, "1.0 KB"), (999, "999 bytes")]):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        (tmp_path / f"{number}").mkdir()
+        reason, said = f"{needs}, more than was free on cpu", f"{needs}, found {shown} free on cpu"
+        assert_falls_back(source, tmp_path / f"{number}", options(text), reason, said)
+        reports.append(contents(tmp_path / f"{number}/out"))
+    assert reports[0] == reports[1]  # down to the last byte, in spite of another free memory
+
+
+def test_memory_that_runs_out_later(source, text, tmp_path, monkeypatch):
+    reports = []
+    for number, size in enumerate([1 << 50, 1 << 51]):
+
+        def fail(*arguments, size=size, **how):
+            torch.empty(size)
+
+        monkeypatch.setattr(LlamaDecoderLayer, "forward", fail)
+        out, progress = tmp_path / f"{number}", StopAt()
+        convert(source, out, options(text), device="cpu", progress=progress)
+        assert progress.said[-1].startswith("effort fast in place of normal: device cpu: ")
+        assert str(4 * size) in progress.said[-1]  # what torch says
+        reports.append(contents(out))
+    assert reports[0] == reports[1]
+    reason = json.loads(reports[0]["conversion.json"])["not_calibrated"]
+    assert reason == "the memory of cpu does not suffice"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 KB"),
+        (47_104, "47.1 KB"),
+        (2_500_000, "2.5 MB"),
+        (61_000_000_000, "61.0 GB"),
+        (3 * 10**12, "3.0 TB"),
+    ],
+)
+def test_sizes_in_words(count, text):
+    assert memory.size_in_words(count) == text
 
 
 def test_memory_counts_the_largest_block_and_the_largest_other_weight(
@@ -149,7 +196,7 @@ def test_without_fallback_each_reason_is_an_error(source, tiny_llama, text, tmp_
     with pytest.raises(CalibrationError, match="ViTModel reads pixel_values"):
         convert(vit, tmp_path / "out", options(text, fallback=False))
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
-    with pytest.raises(SpallmError, match=r"needs 0\.0 GB of memory"):
+    with pytest.raises(SpallmError, match=r"needs 47\.1 KB of memory, found 1\.0 KB free"):
         convert(source, tmp_path / "out", options(text, fallback=False))
     assert not (tmp_path / "out/config.json").exists()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "kill_conversions.py"
-MODES = ["plain", "calibrated", "healed", "chosen", "replaced", "again"]
+MODES = ["plain", "normal", "calibrated", "healed", "chosen", "replaced", "again"]
 #: Kills of each kind in every mode; with 0, every change on disk is tried, which takes minutes.
 COUNT = 3
 

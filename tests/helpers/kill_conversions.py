@@ -33,6 +33,7 @@ from spallm_formats.work_folder import MARKER, PARTIAL_FOLDER
 SHORT = {"samples": 4, "seqlen": 16}
 MODES = {
     "plain": {},
+    "normal": SHORT | {"effort": "normal"},
     "calibrated": SHORT,
     "healed": SHORT | {"heal": 1},
     "chosen": SHORT | {"target_bits": 9},
@@ -85,6 +86,7 @@ def check_kills(source, config, root, numbers, older=None):
     """Kill at some of the changes of a conversion; `numbers` chooses them from their count."""
     run(source, root / "whole", config)()
     whole = contents(root / "whole")
+    assert b"not_calibrated" not in whole["conversion.json"]  # no fallback
     template = root / "template"
     if older is not None:
         complete(source, template, older)

@@ -229,8 +229,9 @@ def _try(
 
     For experts, it is the sum over all of them.
     """
-    assert config.calibration is not None
-    how = fit_options(config.calibration.without)
+    text = config.text_options
+    assert text is not None
+    how = fit_options(text.without)
     numerics = choose_numerics(hessian.device)
     damped = numerics.prepare_hessian(hessian, DAMPING)
     found = {}

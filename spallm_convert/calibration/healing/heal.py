@@ -101,7 +101,8 @@ def _tuned(
     say: Callable[[str], None],
 ) -> Distilled:
     """Reconstruct all blocks, then distill the whole model."""
-    assert config.calibration is not None
+    text = config.text_options
+    assert text is not None
     dtype: torch.dtype = getattr(torch, plan.metadata.table_dtype)
     seed = config.seed
 
@@ -130,7 +131,7 @@ def _tuned(
         tables,
         tokens,
         streams.dense,
-        steps=config.calibration.heal or 0,
+        steps=text.heal or 0,
         dtype=dtype,
         seed=seed,
         say=say,
