@@ -81,7 +81,10 @@ def host_unit() -> VectorUnit | None:
 
 def available_units() -> dict[str, VectorUnit]:
     """Return the units that this machine has, the fastest first, by name."""
-    features = llvm.get_host_cpu_features()
+    try:
+        features = llvm.get_host_cpu_features()
+    except RuntimeError:  # LLVM does not know this CPU
+        features = {}
     return {
         unit.name: unit
         for unit in UNITS
