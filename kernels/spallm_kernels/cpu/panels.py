@@ -3,7 +3,7 @@
 The gradients are two dense products, of which one factor or the result exists in small pieces only:
 
     x_grad = y_grad W              W is looked up for 64 rows and 64 columns at a time
-    weight_grad = y_grad^T x       is added up by codes (see `bins.py`) for each group of 16 rows
+    weight_grad = y_grad^T x       is added up by codes (see `bins.py`) for 24 rows at a time
 
 Both are sums of outer products, computed by one function: a tile of the result stays in registers
 while the rows of the second factor pass by. Matrices are stored as panels of 64 columns, one after

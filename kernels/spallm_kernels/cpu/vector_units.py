@@ -165,7 +165,7 @@ UNITS = (
     VectorUnit(
         name="neon",
         lanes=4,
-        features=("neon",),
+        features=(),  # every such processor has it, but LLVM does not always say so
         machines=("aarch64", "arm64"),
         rows=(4, 2, 2),
         panel=(6, 4),
