@@ -50,7 +50,7 @@ def sketch_bodies(unit: str, bits: int, kind: str, hashed: int) -> dict[str, Bod
 
     def tile(rows: int, tokens: int) -> Body:
         return 10, lambda builder, given: emit_tile(
-            builder, sketch(given), *given[7:], rows, tokens
+            builder, sketch(given), *given[7:], (rows, tokens)
         )
 
     name = f"{bits}_{kind}_{hashed}"
@@ -82,7 +82,7 @@ def outer_bodies(unit: str) -> dict[str, Body]:
         f"outer_{rows}": (
             6,
             lambda builder, given, rows=rows: emit_outer_products(
-                builder, described, *given, rows, vectors
+                builder, described, *given, (rows, vectors)
             ),
         )
         for rows in (tall, 1)
