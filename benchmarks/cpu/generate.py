@@ -107,9 +107,7 @@ def llama_cpp(cache: Path) -> dict[str, Callable[[int], float]]:
 
 def measure(runs: dict[str, Callable[[int], float]], tokens: int, turns: int) -> dict[str, Row]:
     """Return tokens per second by name, turn by turn, and what other processes took meanwhile."""
-    found: dict[str, Row] = {
-        name: {"tokens_per_second": [], "elsewhere": []} for name in runs
-    }
+    found: dict[str, Row] = {name: {"tokens_per_second": [], "elsewhere": []} for name in runs}
     for run in runs.values():
         run(_SHORT)
     for turn in range(turns):

@@ -47,18 +47,21 @@ class Parts:
 
         count = tokens + _FIRST
         prompt = torch.tensor([[min(_PROMPT, self._model.config.vocab_size - 1)]])
-        with self._patched(), mock.patch.object(self._model, "forward", one_step):
-            with torch.inference_mode():
-                start = time.perf_counter()
-                self._model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    pad_token_id=0,
-                    max_new_tokens=count,
-                    min_new_tokens=count,
-                    do_sample=False,
-                )
-                whole = (time.perf_counter() - start) / count
+        with (
+            self._patched(),
+            mock.patch.object(self._model, "forward", one_step),
+            torch.inference_mode(),
+        ):
+            start = time.perf_counter()
+            self._model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                pad_token_id=0,
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+            )
+            whole = (time.perf_counter() - start) / count
         kept = steps[_FIRST:]
         times = {name: 1000 * median(step[name] for step in kept) for name in self._seconds}
         return {

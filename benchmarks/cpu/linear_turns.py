@@ -130,14 +130,18 @@ def _cases(
     """Yield groups of contestants, with what they have in common."""
     for count in tokens:
         yield {"section": "products", "tokens": count}, _products(operands, count)
-    yield {"section": "widths", "tokens": 1}, {
-        f"{bits} bits, {_name(dtype)}": operands.sketched(dtype, 1, bits)
-        for dtype in DTYPES
-        for bits in widths
-    }
-    yield {"section": "dequantize"}, {
-        f"to {_name(dtype)}": _dequantize(operands, dtype) for dtype in DTYPES
-    }
+    yield (
+        {"section": "widths", "tokens": 1},
+        {
+            f"{bits} bits, {_name(dtype)}": operands.sketched(dtype, 1, bits)
+            for dtype in DTYPES
+            for bits in widths
+        },
+    )
+    yield (
+        {"section": "dequantize"},
+        {f"to {_name(dtype)}": _dequantize(operands, dtype) for dtype in DTYPES},
+    )
     for dtype in DTYPES:
         for count in many:
             about = {"section": "gradients", "inputs": _name(dtype), "tokens": count}
@@ -185,10 +189,8 @@ def _gradients(operands: Operands, dtype: torch.dtype, tokens: int) -> Contestan
         "sketch, inputs": lambda turn: of.input_grad(
             y_grad, *operands.sketch(4, turn), features, *chosen
         ),
-        "dense, weight": lambda turn: y_grad.T @ x,
-        "sketch, tables": lambda turn: of.table_grad(
-            y_grad, x, *operands.sketch(4, turn), *chosen
-        ),
+        "dense, weight": lambda _: y_grad.T @ x,
+        "sketch, tables": lambda turn: of.table_grad(y_grad, x, *operands.sketch(4, turn), *chosen),
     }
 
 

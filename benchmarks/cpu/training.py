@@ -1,10 +1,10 @@
 """Compare a training step of sketch tables on the CPU with a step of QLoRA and of LoRA.
 
 SmolLM2-135M, as in `benchmarks.finetune`: the tables of a sketch with 4 bits and 4 groups, and
-adapters with at most as many parameters on an NF4 model (bitsandbytes) and on the dense model. A step
-is a forward and a backward pass of 8 examples under bfloat16 autocast, and AdamW. Examples are
-random tokens of one length: 64, about as long as the padded questions of `benchmarks.finetune`, and
-512, its longest.
+adapters with at most as many parameters on an NF4 model (bitsandbytes) and on the dense model. A
+step is a forward and a backward pass of 8 examples under bfloat16 autocast, and AdamW. Examples are
+random tokens of one length: 64, about as long as the questions of `benchmarks.finetune`, and 512,
+its limit.
 
 Methods take turns in one process. Then each method does a few steps in a process of its own, so
 that the peak of its memory is known.

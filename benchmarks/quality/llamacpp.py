@@ -5,7 +5,7 @@ The environment variable LLAMA_CPP names the folder of llama.cpp's source, with 
 it:
 
     cmake -B build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF
-    cmake --build build --target llama-quantize --target llama-imatrix
+    cmake --build build --target llama-quantize --target llama-imatrix --target llama-bench
 
 `convert_hf_to_gguf.py` writes the dense model in float32. `llama-imatrix` measures the importance
 matrix, which is the mean square of every input of every layer. `llama-quantize` quantizes with it.
@@ -211,9 +211,7 @@ def _run(command: list[Any], *, separate: bool = False) -> str:
     separate: whether to leave out what the program writes to the standard error.
     """
     errors = subprocess.PIPE if separate else subprocess.STDOUT
-    process = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False
-    )
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
     if process.returncode:
         output = process.stdout + (process.stderr or "")
         raise RuntimeError(f"{command} ended with {process.returncode}: {output[-_TAIL:]}")

@@ -80,9 +80,7 @@ class Load:
         """
         if not _STAT.exists():
             return None
-        busy, own, wall = (
-            now - start for now, start in zip(self._now(), self._start, strict=True)
-        )
+        busy, own, wall = (now - start for now, start in zip(self._now(), self._start, strict=True))
         return max(0.0, (busy - own) / (wall * (os.cpu_count() or 1)))
 
     @staticmethod
