@@ -30,7 +30,7 @@ _PACKAGES = ("torch", "numba", "numpy", "spallm-convert")
 #: Numbers of tokens: of products, of gradients, and where the fastest path changes.
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 MANY = (128, 512)
-AROUND = (8, 16, 32, 48, 64, 96, 128, 256)
+AROUND = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 WIDTHS = (4, 3, 2)
 _FASTER = {1: {"float32": 4.0, "bfloat16": 2.0}, 8: {"float32": 2.0}, 32: {"float32": 1.2}}
 _NOT_MUCH_SLOWER = 1.15

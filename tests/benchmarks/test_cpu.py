@@ -1,4 +1,4 @@
-"""The benchmarks of the CPU backend: what is timed, what follows from it, and what the page shows."""
+"""The benchmarks of the CPU backend: what they time, what follows from it, what the page shows."""
 
 import json
 import stat
