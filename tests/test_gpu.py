@@ -17,7 +17,8 @@ from spallm_convert.calibration import backends
 from spallm_convert.devices import full_float32
 from spallm_convert.runtime.linear import SketchedLinear
 from spallm_formats import SketchedModule
-from spallm_kernels import batched, choose_backend, dispatch, lut_linear
+from spallm_kernels import batched, choose_backend, dispatch, fallback, lut_linear
+from spallm_kernels.self_check import find_fault
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,6 +48,30 @@ def float64(sketched, x, dtype):
 
 def test_the_kernels_serve_a_device_by_default():
     assert choose_backend(torch.device("cuda")) == "triton"
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_kernels_pass_their_check_on_the_device(bits):
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert dispatch.check_gpu(device, bits) == {"triton": None}
+    assert find_fault(dispatch.load_decoder("portable"), device, bits) is None
+
+
+def test_a_first_call_while_a_graph_is_captured(monkeypatch, tmp_path):
+    """No check runs there; the first call after it runs the check."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sketched, x = layer(4, 64, 512, 1), torch.ones(1, 512, dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        expected = sketched(x)  # compiled before
+        fallback._decide.cache_clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = sketched(x)
+        assert not list(tmp_path.iterdir())
+        graph.replay()
+        assert torch.equal(y, expected)
+        assert torch.equal(sketched(x), expected)
+    assert list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,8 +1,8 @@
 """Provide the numeric code of sketching: clustering, calibration, hashing and the sketched layer.
 
 `reference` states each operation plainly. `cpu` is the fast version in numba, `batched` computes
-many rows at once in torch, and `triton` runs on NVIDIA GPUs. The names exported here are the fast
-CPU versions, or functions that choose a backend by device. Importing this package imports neither
+many rows at once in torch, and `triton` runs on GPUs. The names exported here are the fast CPU
+versions, or functions that choose a backend by device. Importing this package imports neither
 numba, torch nor Triton.
 """
 

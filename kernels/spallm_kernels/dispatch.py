@@ -16,8 +16,11 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from .fallback import check_device, first_passing
+
 _MODULES = {
     "cpu": "spallm_kernels.cpu.linear",
+    "portable": "spallm_kernels.triton.portable",
     "reference": "spallm_kernels.reference.linear",
     "triton": "spallm_kernels.triton.linear",
 }
@@ -25,6 +28,8 @@ PATHS = ("decode", "dense")
 #: Backends that can process the columns of a layer in calibration.
 _COLUMN_BACKENDS = ("torch", "triton")
 
+#: The fastest first. `portable` has no assembly.
+_GPU_BACKENDS = ("triton", "portable")
 #: The widest codes, in bits, and the oldest compute capability that the Triton kernels support.
 _TRITON_BITS = 4
 _TRITON_CAPABILITY = (8, 0)
@@ -91,13 +96,15 @@ class Differentiator(Backend, Protocol):
 def choose_backend(device: torch.device, bits: int = 4, backend: str | None = None) -> str:
     """Return the name of the backend for tensors on a device.
 
-    If a CUDA device cannot run the Triton kernels, the reference is used. The first time, a
-    RuntimeWarning gives the reason.
+    On a GPU, `triton` is used, then `portable`, if their kernels pass a check on the device (see
+    `fallback.py`), else the reference. The first time, a RuntimeWarning gives the reason. A backend
+    that is asked for is not checked.
 
     Args:
         device: Device of the tensors.
         bits: Bits of a code.
-        backend: `cpu`, `reference` or `triton`; by default the fastest one for the device.
+        backend: `cpu`, `portable`, `reference` or `triton`; by default the fastest one for the
+            device.
 
     Returns:
         The name of the backend.
@@ -108,18 +115,35 @@ def choose_backend(device: torch.device, bits: int = 4, backend: str | None = No
     if backend is None:
         if device.type == "cpu":
             return "cpu"
-        obstacle = _why_not_triton(device, bits)
+        obstacle = why_reference(device, bits)
         if obstacle is None:
-            return "triton"
+            return first_passing(device, bits, gpu_backends(), load_decoder)
         _warn_once(f"sketched layers run on slow reference code: {obstacle}")
         return "reference"
     if backend not in _MODULES:
         raise ValueError(f"backend must be one of {sorted(_MODULES)}, found {backend!r}")
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs tensors on the CPU, found tensors on {device}")
-    if backend == "triton" and (obstacle := _why_not_triton(device, bits)) is not None:
-        raise ValueError(f"backend 'triton' cannot serve this call: {obstacle}")
+    if backend in _GPU_BACKENDS:
+        obstacle = _why_not_triton(device, bits, backend)
+        if obstacle is not None:
+            raise ValueError(f"backend {backend!r} cannot serve this call: {obstacle}")
     return backend
+
+
+def gpu_backends() -> tuple[str, ...]:
+    """Return the backends that this build of torch can run on a GPU, the fastest first."""
+    return _GPU_BACKENDS if torch.version.hip is None else ("portable",)
+
+
+def why_reference(device: torch.device, bits: int) -> str | None:
+    """Return why a GPU gets the reference without any check; None if it can run Triton kernels."""
+    return _why_not_triton(device, bits, "portable")
+
+
+def check_gpu(device: torch.device, bits: int) -> dict[str, str | None]:
+    """Check the kernels of a GPU again (see `fallback.check_device`)."""
+    return check_device(device, bits, gpu_backends(), load_decoder)
 
 
 def choose_column_backend(device: torch.device, entries: int, backend: str | None = None) -> str:
@@ -128,8 +152,8 @@ def choose_column_backend(device: torch.device, entries: int, backend: str | Non
     Args:
         device: Device of the tensors.
         entries: Entries of a table.
-        backend: `torch` or `triton`; by default Triton on a GPU that can run it, else torch. On the
-            CPU, `triton` needs Triton's interpreter.
+        backend: `torch` or `triton`; by default Triton on a GPU where the backend `triton` passes
+            its check, else torch. On the CPU, `triton` needs Triton's interpreter.
 
     Returns:
         `torch` or `triton`.
@@ -139,8 +163,9 @@ def choose_column_backend(device: torch.device, entries: int, backend: str | Non
     """
     bits = (entries - 1).bit_length()
     if backend is None:
-        gpu = device.type == "cuda" and _why_not_triton(device, bits) is None
-        return "triton" if gpu else "torch"
+        gpu = device.type == "cuda" and _why_not_triton(device, bits, "triton") is None
+        passes = gpu and first_passing(device, bits, gpu_backends(), load_decoder) == "triton"
+        return "triton" if passes else "torch"
     if backend not in _COLUMN_BACKENDS:
         raise ValueError(f"backend must be one of {list(_COLUMN_BACKENDS)}, found {backend!r}")
     return choose_backend(device, bits, backend) if backend == "triton" else backend
@@ -204,7 +229,7 @@ def load_backend(name: str) -> Backend:
     """Return the module of a backend, which is imported on the first call.
 
     Args:
-        name: `cpu`, `reference` or `triton`.
+        name: `cpu`, `portable`, `reference` or `triton`.
 
     Returns:
         The module.
@@ -217,7 +242,7 @@ def load_decoder(name: str) -> Decoder:
     """Return the module of a backend that has the decode path, which is imported on the first call.
 
     Args:
-        name: `cpu` or `triton`.
+        name: `cpu`, `portable` or `triton`.
 
     Returns:
         The module.
@@ -226,11 +251,11 @@ def load_decoder(name: str) -> Decoder:
 
 
 @functools.cache
-def _why_not_triton(device: torch.device, bits: int) -> str | None:
-    """Return why the Triton kernels cannot be used on a device, or None if they can."""
+def _why_not_triton(device: torch.device, bits: int, backend: str) -> str | None:
+    """Return why `triton` or `portable` cannot be used on a device, or None if it can."""
     if bits > _TRITON_BITS:
         return f"the Triton kernels support up to {_TRITON_BITS} bits, found {bits}"
-    if device.type != "cpu" and (obstacle := _why_not_gpu(device)) is not None:
+    if device.type != "cpu" and (obstacle := _why_not_gpu(device, backend)) is not None:
         return obstacle
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'spallm-convert[gpu]'"
@@ -239,11 +264,13 @@ def _why_not_triton(device: torch.device, bits: int) -> str | None:
     return None
 
 
-def _why_not_gpu(device: torch.device) -> str | None:
+def _why_not_gpu(device: torch.device, backend: str) -> str | None:
     """Return what a device lacks to run the Triton kernels, or None if it lacks nothing."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        kind = "an AMD GPU" if torch.version.hip is not None else f"{device.type!r}"
-        return f"the Triton kernels need an NVIDIA GPU, found {kind}"
+    if device.type != "cuda":  # torch for ROCm calls its devices so, too
+        return f"the Triton kernels need an NVIDIA or AMD GPU, found {device.type!r}"
+    if torch.version.hip is not None:
+        found = "the assembly needs an NVIDIA GPU, found an AMD GPU; use backend 'portable'"
+        return None if backend in gpu_backends() else found
     capability = torch.cuda.get_device_capability(device)
     if capability < _TRITON_CAPABILITY:
         least, found = (".".join(map(str, pair)) for pair in (_TRITON_CAPABILITY, capability))

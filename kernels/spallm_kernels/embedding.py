@@ -42,8 +42,9 @@ def lut_embedding(
         table: Tables, float [out_features, groups, 2^bits].
         in_features: Columns of the weight.
         hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
-        backend: `cpu`, `reference` or `triton`; by default the fastest one (see `dispatch.py`).
-            Codes of the `hash` mapping are looked up in the same way by all of them.
+        backend: `cpu`, `portable`, `reference` or `triton`; by default the fastest one (see
+            `dispatch.py`). Codes of the `hash` mapping are looked up in the same way by all of
+            them.
 
     Returns:
         The rows [..., in_features], in the dtype of the table.

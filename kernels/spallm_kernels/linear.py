@@ -30,7 +30,8 @@ def lut_linear(
         table: Tables, float [out_features, groups, 2^bits].
         bias: Float [out_features], or None.
         hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
-        backend: `cpu`, `reference` or `triton`; by default the fastest one (see `dispatch.py`).
+        backend: `cpu`, `portable`, `reference` or `triton`; by default the fastest one (see
+            `dispatch.py`).
         path: `decode` or `dense`; by default the faster one (see `dispatch.py`).
 
     Returns:
@@ -65,7 +66,9 @@ def _product(
 ) -> Tensor:
     if bias is not None:
         bias = bias.to(x.dtype)
-    y: Tensor = torch.ops.spallm.lut_linear(x, index_map, table, bias, hash_seed, backend, path)
+    # `.default` names the only overload. Without it, torch would look for one in each call.
+    product = torch.ops.spallm.lut_linear.default
+    y: Tensor = product(x, index_map, table, bias, hash_seed, backend, path)
     return y
 
 
@@ -85,7 +88,8 @@ def dequantize(
         table: Tables, float [out_features, groups, 2^bits].
         in_features: Columns of the weight.
         hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
-        backend: `cpu`, `reference` or `triton`; by default the fastest one (see `dispatch.py`).
+        backend: `cpu`, `portable`, `reference` or `triton`; by default the fastest one (see
+            `dispatch.py`).
 
     Returns:
         The weight [out_features, in_features], in the dtype of the table.

@@ -176,7 +176,7 @@ def shaped(result: Tensor, *shape: int) -> Tensor:
         result: The result of an operator.
         shape: Its new shape.
     """
-    reshaped: Tensor = torch.ops.aten._unsafe_view(result, shape)
+    reshaped: Tensor = torch.ops.aten._unsafe_view.default(result, shape)
     return reshaped
 
 

@@ -25,6 +25,7 @@ EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 _COMMANDS = {
     "convert": "Sketch a model (the default: `spallm-convert MODEL` does this).",
     "demo": "Convert a small real model and compare it with the original.",
+    "doctor": "Show what runs where on this machine, and check the kernels.",
     "eval": "Measure a model's perplexity on a text, or its accuracy on tasks.",
     "inspect": "Show what a sketched checkpoint holds.",
     "push": "Upload a sketched checkpoint to the Hub.",

@@ -185,7 +185,9 @@ def test_help_answers_at_once():
         assert not re.search(rf"\|\s+{slow}$", result.stderr, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["convert", "demo", "eval", "inspect", "push", "verify"])
+@pytest.mark.parametrize(
+    "command", ["convert", "demo", "doctor", "eval", "inspect", "push", "verify"]
+)
 def test_every_command_has_help(run, command):
     assert "Usage: spallm-convert" in run(command, "--help")
 

@@ -68,6 +68,13 @@ class Code:
         return min(loops, key=len)
 
 
+@dataclass(frozen=True)
+class AmdCode:
+    spilled: int  # vector registers, and bytes of a thread in memory of its own
+    shared_bytes: int  # of a program
+    matrix_instructions: int
+
+
 def count(instructions: list[str], operation: str) -> int:
     return sum(bool(re.match(rf"(@!?U?P\w+ )?{operation}\b", text)) for text in instructions)
 
@@ -98,7 +105,28 @@ def recorded(module, *names):
 
 
 def compile_launch(launch: Launch, capability: int) -> Code:
-    """Compile a launch with the specialisations that it would get on a device."""
+    """Compile a launch for an NVIDIA GPU with the specialisations that it would get there."""
+    compiled = _compile(launch, GPUTarget("cuda", capability, 32), [["tt.divisibility", 16]])
+    return _read(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def compile_for_amd(launch: Launch, chip: str, threads_of_a_warp: int) -> AmdCode:
+    """Compile a launch for an AMD GPU with the specialisations that it would get there."""
+    attributes = [["tt.divisibility", 16], ["tt.pointer_range", 32]]
+    compiled = _compile(launch, GPUTarget("hip", chip, threads_of_a_warp), attributes)
+    text = compiled.asm["amdgcn"]
+    # Scalar registers are spilled to vector registers, which costs little.
+    fields = r"\.(?:vgpr_spill_count|private_segment_fixed_size): +(\d+)"
+    spilled = [int(number) for number in re.findall(fields, text)]
+    assert len(spilled) == 2
+    return AmdCode(
+        spilled=sum(spilled),
+        shared_bytes=compiled.metadata.shared,
+        matrix_instructions=len(re.findall(r"\bv_s?w?mf?ma", text)),
+    )
+
+
+def _compile(launch: Launch, target: GPUTarget, of_pointers: list):
     kernel = launch.kernel
     values = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.options
     signature, constants, attributes = {}, {}, {}
@@ -116,11 +144,12 @@ def compile_launch(launch: Launch, capability: int) -> Code:
             _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else _integer(value)
         )
         if specialised and (isinstance(value, torch.Tensor) or value % 16 == 0):
-            attributes[(position,)] = [["tt.divisibility", 16]]
+            tensor = isinstance(value, torch.Tensor)
+            attributes[(position,)] = of_pointers if tensor else [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {name: value for name, value in launch.options.items() if name in _OPTIONS}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return _read(compiled.asm["cubin"], compiled.metadata.shared)
+    known = _OPTIONS - ({"maxnreg"} if target.backend == "hip" else set())  # see `linear.py`
+    options = {name: value for name, value in launch.options.items() if name in known}
+    return triton.compile(source, target=target, options=options)
 
 
 def _is_one(value) -> bool:

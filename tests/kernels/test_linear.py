@@ -127,7 +127,7 @@ def test_backend_by_device():
 
 def test_without_the_gpu_kernels_the_reference_serves_and_one_warning_says_why(monkeypatch):
     dispatch._warn_once.cache_clear()
-    monkeypatch.setattr(dispatch, "_why_not_triton", lambda device, bits: "Triton is not there")
+    monkeypatch.setattr(dispatch, "_why_not_triton", lambda *call: "Triton is not there")
     with pytest.warns(RuntimeWarning, match="slow reference code: Triton is not there"):
         assert choose_backend(torch.device("cuda")) == "reference"
     with warnings.catch_warnings():
@@ -141,23 +141,24 @@ def test_without_the_gpu_kernels_the_reference_serves_and_one_warning_says_why(m
     ("device", "bits", "message"),
     [
         ("cuda", 8, "up to 4 bits, found 8"),
-        ("mps", 4, "need an NVIDIA GPU, found 'mps'"),
+        ("mps", 4, "need an NVIDIA or AMD GPU, found 'mps'"),
     ],
 )
 def test_what_the_gpu_kernels_do_not_take(device, bits, message):
-    assert message in dispatch._why_not_triton(torch.device(device), bits)
+    for backend in ("triton", "portable"):
+        assert message in dispatch._why_not_triton(torch.device(device), bits, backend)
 
 
 def test_missing_triton_is_named_with_the_extra_that_brings_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
-    reason = dispatch._why_not_triton(torch.device("cuda", 7), 4)
+    reason = dispatch._why_not_triton(torch.device("cuda", 7), 4, "portable")
     assert reason == "Triton is not installed: pip install 'spallm-convert[gpu]'"
 
 
 def test_old_gpus_are_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    reason = dispatch._why_not_triton(torch.device("cuda", 6), 4)
+    reason = dispatch._why_not_triton(torch.device("cuda", 6), 4, "portable")
     assert reason == "the Triton kernels need compute capability 8.0, found 7.5"
 
 

@@ -1,7 +1,7 @@
 """Compute the sketched linear layer on the CPU: in vector registers, or else in portable loops.
 
-`vectorized.py` serves 2, 3 and 4 bits on processors with AVX2, AVX-512 or NEON. `portable.py` serves
-everything else.
+`vectorized.py` serves 2, 3 and 4 bits on processors with AVX2, AVX-512 or NEON. `portable.py`
+serves everything else.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def decode(
         y = portable.decode(x, index_map, table, hash_seed)
     if bias is not None:
         y += bias
-    return y.to(dtype)
+    return y if dtype == torch.float32 else y.to(dtype)
 
 
 def dequantize(

@@ -2,7 +2,8 @@
 
 The functions have the signatures and meanings of those in `reference/linear.py`. Tensors on the CPU
 are accepted under Triton's interpreter. The interpreter has no byte permutes and no bfloat16
-arithmetic, so there tables are looked up by `tl.gather` in float32.
+arithmetic, so there tables are looked up by `tl.gather` in float32. `portable` calls use no byte
+permutes either (see `portable.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .tiles import (
     BlockTile,
     DecodeTile,
     decode_tile,
+    portable_decode_tile,
     table_span,
 )
 
@@ -71,6 +73,7 @@ def decode(
     *,
     hash_seed: int | None = None,
     tile: DecodeTile | None = None,
+    portable: bool = False,
 ) -> Tensor:
     """Compute y = x W^T + bias without a dense weight.
 
@@ -81,6 +84,7 @@ def decode(
         bias: Float [out_features], or None.
         hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
         tile: Share of one program; by default the measured one.
+        portable: Whether to look weights up by `tl.gather`, without assembly.
 
     Returns:
         y [tokens, out_features], in the dtype of x.
@@ -91,9 +95,11 @@ def decode(
     hashed = hash_seed is not None
     words, row_words = _words(index_map)
     aligned = row_words % 4 == 0
-    tile = tile or _tile(
-        bits, tokens, columns, width, _generation(x.device), hashed=hashed, aligned=aligned
-    )
+    if tile is None and portable:
+        tile = _portable_tile(tokens, columns, width)
+    elif tile is None:
+        generation = _generation(x.device)
+        tile = _tile(bits, tokens, columns, width, generation, hashed=hashed, aligned=aligned)
     quad = 4 if tile.quads else 1
     codes = quad * UNIT_CODES[bits]
     # The interpreter truncates to bfloat16 instead of rounding, so torch rounds the table first.
@@ -122,7 +128,7 @@ def decode(
             HAS_BIAS=bias is not None,
             EVEN=span % tile.columns == 0,
             WORD_ALIGN=4 if aligned and span * bits % 128 == 0 else 1,
-            ASM=not INTERPRETED,
+            ASM=not (INTERPRETED or portable),
             DTYPE=tl.float32 if INTERPRETED else _HALVES[x.dtype],
             K_PER_LANE=_K_PER_LANE,
             SLOTS=tile.slots,
@@ -132,7 +138,7 @@ def decode(
             ONE=tokens == 1,
             STAGES=tile.stages,
             num_warps=tile.slots,
-            maxnreg=tile.registers,
+            **_register_limit(tile.registers),
             **_OPTIONS,
         )
     return y.to(x.dtype) if INTERPRETED else y
@@ -146,6 +152,7 @@ def dequantize(
     hash_seed: int | None = None,
     first_row: int = 0,
     tile: BlockTile | None = None,
+    portable: bool = False,
 ) -> Tensor:
     """Return the dense weight of a sketch.
 
@@ -156,6 +163,7 @@ def dequantize(
         hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
         first_row: Number of the first row in the module, for the hash.
         tile: Share of one program; by default the measured one.
+        portable: Whether to read every weight from the table in memory, without assembly.
 
     Returns:
         The weight [out_features, in_features], in the dtype of the table.
@@ -166,8 +174,9 @@ def dequantize(
     words, row_words = _words(index_map)
     sizes = (rows, in_features, row_words, width, first_row, hash_seed or 0)
     hashed = hash_seed is not None
+    in_units = bits in UNIT_CODES and table.dtype in _HALVES and width % ALIGNMENT == 0
     with on(table.device):
-        if bits in UNIT_CODES and table.dtype in _HALVES and width % ALIGNMENT == 0:
+        if in_units and not portable:
             tile = tile or DEQUANTIZE_UNITS
             dequantize_units_kernel[(triton.cdiv(rows, tile.rows), groups)](
                 words,
@@ -267,8 +276,14 @@ def _words(index_map: Tensor) -> tuple[Tensor, int]:
     return words, words.shape[1]
 
 
+def _register_limit(registers: int) -> dict[str, int]:
+    """Return the option that limits registers, which Triton's compiler for AMD GPUs refuses."""
+    return {"maxnreg": registers} if torch.version.hip is None else {}
+
+
 #: Tiles depend on a few numbers per layer, and computing one takes half as long as a launch.
 _tile = functools.lru_cache(maxsize=1024)(decode_tile)
+_portable_tile = functools.lru_cache(maxsize=1024)(portable_decode_tile)
 
 
 @functools.cache

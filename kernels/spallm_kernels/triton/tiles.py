@@ -15,6 +15,9 @@ from .ptx import UNIT_CODES
 DECODE_TOKENS = 64
 #: The same for hashed codes: they cost sixteen instructions per weight, better spent only once.
 HASHED_DECODE_TOKENS = 16
+#: The same without assembly, where a weight takes 1.5 to 4.5 times as many instructions. Not
+#: measured.
+PORTABLE_DECODE_TOKENS = 16
 #: For lookups in whole units, the columns of a group must be a multiple of this.
 ALIGNMENT = 32
 
@@ -90,6 +93,8 @@ _MEASURED = {
 _UNALIGNED = _Shape(8, 16, 256, 1, 128)
 #: Hashed codes need no loads that run ahead, so short steps cost nothing.
 _HASHED = {1: 16, 8: 16, 16: 32}  # rows by padded tokens
+#: Chosen from the compiled code: no register is spilled on the GPUs of `test_portable.py`.
+_PORTABLE = _Shape(4, 16, 128, 1, 255)
 #: Shared memory that a program may use, in bytes. Every GPU since 8.0 has 99 KiB; some have more.
 _SHARED_BYTES = 96 << 10
 _MORE_SHARED_BYTES = {9: 224 << 10, 10: 224 << 10}  # by the major compute capability
@@ -135,6 +140,29 @@ def decode_tile(
     ):
         slots //= 2
     return DecodeTile(**shape._replace(slots=slots)._asdict(), tokens=max(8, padded))
+
+
+def portable_decode_tile(tokens: int, columns: int, width: int) -> DecodeTile:
+    """Return the tile of the decode kernel without assembly, for any GPU.
+
+    It needs at most 16 KiB of shared memory for 16 tokens. `tl.gather` aborts the compiler if a
+    warp's tables have fewer entries than the warp has threads, 64 on some AMD GPUs: 16 rows of 2
+    bits have just as many. The matrix instructions of AMD GPUs take 16 tokens or more.
+
+    Args:
+        tokens: Number of inputs.
+        columns: Columns of the layer.
+        width: Columns of a group.
+
+    Returns:
+        The tile.
+    """
+    shape = _PORTABLE
+    slots = shape.slots
+    while slots > 1 and not _shares_tables(columns, width, slots):
+        slots //= 2
+    padded = max(PORTABLE_DECODE_TOKENS, 1 << (tokens - 1).bit_length())
+    return DecodeTile(**shape._replace(slots=slots)._asdict(), tokens=padded)
 
 
 def table_span(columns: int, width: int, slots: int) -> int:
