@@ -19,9 +19,6 @@ _BITS = (2, 3, 4)
 _ROWS = 16
 #: Multiplications below which a second thread costs more time than it saves.
 _SERIAL = 1 << 20
-#: What loops over tasks, by whether they run in parallel. It is a variable of the functions below,
-#: because numba tells compiled functions on disk apart by their variables, not by `parallel`.
-_TASKS = {False: range, True: numba.prange}
 
 
 def supports(table: Tensor, in_features: int, hash_seed: int | None) -> bool:
@@ -129,14 +126,13 @@ def _product(
 ) -> Callable[..., None]:
     """Return the compiled product for a kind of sketch. Numba keeps it on disk."""
     high, middle, low = rows_of
-    tasks = _TASKS[parallel]
 
     def multiply(
         codes: int, code_stride: int, table: int, groups: int, width: int, seed: int, rows: int,
         x: int, y: int, tokens: int
     ) -> None:  # fmt: skip
         x_stride, y_stride = 4 * groups * width, 4 * rows
-        for task in tasks((rows + _ROWS - 1) // _ROWS):
+        for task in numba.prange((rows + _ROWS - 1) // _ROWS):
             first, end = task * _ROWS, min(rows, (task + 1) * _ROWS)
             whole = end - (end - first) % 4
             token = 0
@@ -185,14 +181,13 @@ def _product(
 @functools.cache
 def _look_up(unit: str, bits: int, kind: str, hashed: int, parallel: bool) -> Callable[..., None]:
     """Return the compiled lookup for a kind of sketch. Numba keeps it on disk."""
-    tasks = _TASKS[parallel]
 
     def look_up(
         codes: int, code_stride: int, table: int, groups: int, width: int, seed: int,
         first_row: int, rows: int, weight: int, weight_stride: int
     ) -> None:  # fmt: skip
         size = weight_stride // (groups * width)
-        for index in tasks(rows):
+        for index in numba.prange(rows):
             row = first_row + index
             for group in range(groups):
                 target = weight + index * weight_stride + group * width * size
