@@ -18,10 +18,10 @@ def judged(name: str, sign: str, limit: float, figure: float) -> Row:
     return {"bar": name, "limit": f"{sign} {limit:g}", "figure": figure, "met": met}
 
 
-def bars_table(bars: list[Row]) -> str:
-    """Return bars as a Markdown table."""
+def bars_table(what: str, bars: list[Row]) -> str:
+    """Return bars as a Markdown table. what: what they judge."""
     body = [
         (bar["bar"], bar["limit"], f"{bar['figure']:.2f}", "met" if bar["met"] else "not met")
         for bar in bars
     ]
-    return markdown(("target", "limit", "figure", ""), body)
+    return markdown((f"{what}, target", "limit", "figure", ""), body)

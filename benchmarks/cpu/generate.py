@@ -195,7 +195,7 @@ def main(tokens: int, turns: int, model: Path | None, cache: Path, output: Path)
     write_results(output, document)
     for name, found in parts.items():
         click.echo(f"{name}: " + ", ".join(f"{part} {ms:.2f} ms" for part, ms in found.items()))
-    click.echo(f"{bars_table(bars)}\nwritten to {output}")
+    click.echo(f"{bars_table('generating', bars)}\nwritten to {output}")
 
 
 if __name__ == "__main__":

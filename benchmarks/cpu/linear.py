@@ -141,7 +141,7 @@ def main(
         "bars": bars,
     }
     write_results(output, document)
-    click.echo(f"{bars_table(bars)}\nwritten to {output}")
+    click.echo(f"{bars_table('the layer', bars)}\nwritten to {output}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A test compares the page with these tables, so the page holds no figure that was not measured.
 
     python -m benchmarks.cpu.tables [linear] [generate] [training]
+    python -m benchmarks.cpu.tables --write        replaces the tables on the page
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import click
 
+from benchmarks.shared.drawing import DOCS
 from benchmarks.shared.machine import RESULTS
 from benchmarks.shared.markdown import markdown
 
@@ -20,6 +22,7 @@ from .bars import bars_table
 from .turns import Row, ratio
 
 Document = dict[str, Any]
+PAGE = DOCS / "performance.md"
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -32,7 +35,7 @@ def linear_tables(document: Document) -> list[str]:
         _widths(fastest),
         _gradients(fastest),
         _paths(document["units"]),
-        bars_table(document["bars"]),
+        bars_table("the layer", document["bars"]),
     ]
 
 
@@ -48,8 +51,12 @@ def generate_tables(document: Document) -> list[str]:
     parts = document["step_milliseconds"]
     names = list(next(iter(parts.values())))
     split = [(model, *(f"{found[name]:.2f}" for name in names)) for model, found in parts.items()]
-    head = ("model", "tokens/s", "turns", "compared with dense float32")
-    return [markdown(head, body), markdown(("ms", *names), split), bars_table(document["bars"])]
+    head = ("generating", "tokens/s", "turns", "compared with dense float32")
+    return [
+        markdown(head, body),
+        markdown(("a step, ms", *names), split),
+        bars_table("generating", document["bars"]),
+    ]
 
 
 def training_tables(document: Document) -> list[str]:
@@ -68,10 +75,10 @@ def training_tables(document: Document) -> list[str]:
         for name, found in row["methods"].items()
     ]
     head = (
-        *("method", "tokens per example", "trained", "s per step", "speed, QLoRA's = 1"),
+        *("training", "tokens per example", "trained", "s per step", "speed, QLoRA's = 1"),
         *("peak, GB", "above the idle model, GB"),
     )
-    return [markdown(head, body), bars_table(document["bars"])]
+    return [markdown(head, body), bars_table("training", document["bars"])]
 
 
 #: Tables by benchmark, with the results file that they show.
@@ -91,7 +98,7 @@ def _products(unit: Row) -> str:
             cells += [_ms(row, dense), _ms(row, ours), f"{ratio(row, dense, ours):.2f} x"]
         cells.append(f"{ratio(row, 'dense float32', 'sketch bfloat16'):.2f} x")
         body.append(tuple(cells))
-    head = ["tokens"]
+    head = ["products, tokens"]
     for dtype in _DTYPES:
         head += [f"dense {dtype}, ms", "sketch, ms", "faster"]
     return markdown([*head, "sketch bfloat16, dense float32"], body)
@@ -105,7 +112,7 @@ def _units(units: list[Row]) -> str:
     for dtype in _DTYPES:
         found = (_rows(unit, "dequantize")[0] for unit in units)
         body.append((f"dequantize to {dtype}", *(_ms(row, f"to {dtype}") for row in found)))
-    return markdown(("ms, float32", *(unit["unit"] for unit in units)), body)
+    return markdown(("float32, ms", *(unit["unit"] for unit in units)), body)
 
 
 def _widths(unit: Row) -> str:
@@ -149,14 +156,34 @@ def _ms(row: Row, name: str) -> str:
     return f"{row['milliseconds'][name]['p50']:.2f}"
 
 
+def replaced(page: str, table: str) -> str:
+    """Return the page with a table in the place of the one with the same first column.
+
+    Raises:
+        ValueError: If the page does not have exactly one such table.
+    """
+    first_cell = table[: table.index("|", 1) + 1]
+    blocks = page.split("\n\n")
+    found = [number for number, block in enumerate(blocks) if block.startswith(first_cell)]
+    if len(found) != 1:
+        raise ValueError(f"the page has {len(found)} tables that begin with {first_cell!r}")
+    blocks[found[0]] = table
+    return "\n\n".join(blocks)
+
+
 @click.command()
 @click.argument("names", nargs=-1, type=click.Choice(list(TABLES)))
-def main(names: tuple[str, ...]) -> None:
-    """Print the tables of docs/performance.md."""
+@click.option("--write", is_flag=True, help="Replace the tables on the page.")
+def main(names: tuple[str, ...], write: bool) -> None:
+    """Print the tables of docs/performance.md, or replace them."""
+    page = PAGE.read_text()
     for name in names or TABLES:
         file, tables = TABLES[name]
-        document = json.loads((RESULTS / file).read_text())
-        click.echo("\n\n".join(tables(document)) + "\n")
+        for table in tables(json.loads((RESULTS / file).read_text())):
+            click.echo(table + "\n")
+            page = replaced(page, table) if write else page
+    if write:
+        PAGE.write_text(page)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def main(
         "bars": bars,
     }
     write_results(output, document)
-    click.echo(f"{bars_table(bars)}\nwritten to {output}")
+    click.echo(f"{bars_table('training', bars)}\nwritten to {output}")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from benchmarks.cpu import generate, linear, linear_turns, training, turns
 from benchmarks.cpu.bars import judged
 from benchmarks.cpu.generate_parts import Parts
-from benchmarks.cpu.tables import TABLES
+from benchmarks.cpu.tables import PAGE, TABLES, replaced
 from benchmarks.quality import llamacpp
-from benchmarks.shared.machine import RESULTS, ROOT, Load
+from benchmarks.shared.machine import RESULTS, Load
 from helpers.calibration import save_source
 from spallm_kernels import lut_linear
 from spallm_kernels.cpu.vector_units import PORTABLE, host_unit
@@ -30,9 +30,17 @@ JUDGES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_the_page_shows_the_tables_of_the_results(name):
     file, tables = TABLES[name]
-    page = (ROOT / "docs/performance.md").read_text()
+    page = PAGE.read_text()
     for table in tables(json.loads((RESULTS / file).read_text())):
         assert table in page
+        assert replaced(page, table) == page
+
+
+def test_a_table_is_replaced_by_its_first_column():
+    page = "Text.\n\n| a | b |\n| --- | ---: |\n| 1 | 2 |\n\n| ab | c |\n"
+    assert replaced(page, "| a | c |\n| 3 |") == "Text.\n\n| a | c |\n| 3 |\n\n| ab | c |\n"
+    with pytest.raises(ValueError, match=r"0 tables that begin with '\| b \|'"):
+        replaced(page, "| b | c |")
 
 
 @pytest.mark.parametrize("name", TABLES)
