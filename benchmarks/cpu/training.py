@@ -166,30 +166,27 @@ def main(
         seed=0,
         device="cpu",
     )
-    results = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for count in tokens:
-            click.echo(f"{count} tokens per example")
-            results.append(measure(replace(job, tokens=count), Path(scratch)))
     unit = host_unit()
-    bars = judge(results)
-    settings: dict[str, Any] = {
-        "model": model_name(model),
-        "model_digest": identity,
-        "batch_size": batch_size,
-        "turns": turns,
-        "unit": PORTABLE if unit is None else unit.name,
-    }
-    document = {
+    document: dict[str, Any] = {
         "benchmark": "training_cpu",
         "machine": machine(),
         "versions": versions(*_PACKAGES),
-        "settings": settings,
-        "results": results,
-        "bars": bars,
+        "settings": {
+            "model": model_name(model),
+            "model_digest": identity,
+            "batch_size": batch_size,
+            "turns": turns,
+            "unit": PORTABLE if unit is None else unit.name,
+        },
+        "results": [],
     }
-    write_results(output, document)
-    click.echo(f"{bars_table('training', bars)}\nwritten to {output}")
+    with tempfile.TemporaryDirectory() as scratch:
+        for count in tokens:
+            click.echo(f"{count} tokens per example")
+            document["results"].append(measure(replace(job, tokens=count), Path(scratch)))
+            document["bars"] = judge(document["results"])
+            write_results(output, document)
+    click.echo(f"{bars_table('training', document['bars'])}\nwritten to {output}")
 
 
 if __name__ == "__main__":
