@@ -45,6 +45,7 @@ bench: .venv/.installed
 	.venv/bin/python -m benchmarks.cpu.calibrated
 	.venv/bin/python -m benchmarks.cpu.calibrated_model
 	.venv/bin/python -m benchmarks.cpu.linear
+	.venv/bin/python -m benchmarks.cpu.generate
 	.venv/bin/python -m benchmarks.cpu.memory
 	.venv/bin/python -m benchmarks.reach
 
@@ -53,6 +54,7 @@ bench-finetune: .venv-peers/.installed
 	.venv-peers/bin/python -m benchmarks.finetune --data $(DATA)
 	.venv-peers/bin/python -m benchmarks.finetune --data $(DATA) --speed 10
 	.venv-peers/bin/python -m benchmarks.finetune.plot
+	.venv-peers/bin/python -m benchmarks.cpu.training
 
 # TEXT: a text file. llm-compressor takes no newer transformers, so constraints.txt does not hold here.
 bench-quality: .venv-quality/.installed .llama-cpp/.installed
@@ -118,7 +120,7 @@ gpu:
 	.venv-quality/bin/cmake -S .llama-cpp -B .llama-cpp/build -DCMAKE_BUILD_TYPE=Release \
 		-DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_COMMIT=llama-cpp-python-$(LLAMA_CPP_PYTHON)
 	.venv-quality/bin/cmake --build .llama-cpp/build --parallel 2 \
-		--target llama-quantize --target llama-imatrix
+		--target llama-quantize --target llama-imatrix --target llama-bench
 	touch $@
 
 clean:

@@ -1,83 +1,147 @@
-"""Compare the sketched linear layer on the CPU, for each backend and path, with the dense layer.
+"""Compare the sketched linear layer on the CPU with the dense layer, for each vector unit.
 
-One layer of Llama-3-8B (4096 x 4096, 4 bits, 4 groups) in float32: looking up the dense weight, the
-gradient of the table, and the product for several numbers of tokens. All calls run in turn, several
-times.
+One layer of Llama-3-8B (4096 x 4096, 4 groups, bfloat16 tables). Timed are the product for several
+numbers of tokens and widths, dequantizing, the gradients, and both paths of a product where one
+becomes faster than the other. The dense layer takes turns with ours in the same process, in float32
+and in bfloat16. The unit of this machine comes first, then the others that it has, and the loops
+that need none: each in a process of its own (`SPALLM_CPU`).
 
-    python -m benchmarks.cpu.linear [--output FILE]
+    python -m benchmarks.cpu.linear            writes benchmarks/results/linear.json
+    python -m benchmarks.cpu.tables            prints the tables of docs/performance.md
 """
 
 from __future__ import annotations
 
-import argparse
-import time
-from collections.abc import Callable
-from functools import partial
+import tempfile
 from pathlib import Path
+from typing import Any
 
-import torch
+import click
 
-from benchmarks.shared.machine import RESULTS, machine, quantiles, versions, write_results
-from spallm_formats import row_bytes
-from spallm_kernels import lut_linear
-from spallm_kernels.dispatch import PATHS, load_backend
+from benchmarks.shared.machine import RESULTS, machine, versions, write_results
+from benchmarks.shared.processes import run_in_process
+from spallm_kernels.cpu.vector_units import CHOICE, PORTABLE, available_units
 
-FEATURES, BITS, GROUPS = 4096, 4, 4
-ROUNDS = 12
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
-BACKENDS = ("cpu", "reference")
+from .bars import bars_table, judged
+from .turns import Row, ratio
+
+_RUN = "benchmarks.cpu.linear_turns"
+_PACKAGES = ("torch", "numba", "numpy", "spallm-convert")
+#: Numbers of tokens: of products, of gradients, and where the fastest path changes.
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+MANY = (128, 512)
+AROUND = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+WIDTHS = (4, 3, 2)
+_FASTER = {1: {"float32": 4.0, "bfloat16": 2.0}, 8: {"float32": 2.0}, 32: {"float32": 1.2}}
+_NOT_MUCH_SLOWER = 1.15
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=RESULTS / "linear.json")
-    output = parser.parse_args().output
-    calls = cases()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            samples[name].append(1000 * (time.perf_counter() - start))
-    milliseconds = {name: quantiles(times[2:]) for name, times in samples.items()}
-    for name, levels in milliseconds.items():
-        rate = FEATURES * FEATURES / levels["p50"] / 1000
-        print(f"{name:32} {levels['p50']:8.1f} ms  {rate:8.0f} M weights/s")
-    write_results(
-        output,
-        {
-            "benchmark": "linear",
-            "machine": machine(),
-            "versions": versions("torch", "numba", "numpy", "spallm-convert"),
-            "settings": {"features": FEATURES, "bits": BITS, "groups_per_row": GROUPS},
-            "milliseconds": milliseconds,
-        },
+def units() -> list[str]:
+    """Return the vector units of this machine, the fastest first, and the portable loops."""
+    return [*available_units(), PORTABLE]
+
+
+def product(unit: Row, tokens: int) -> Row:
+    """Return the row of a number of tokens."""
+    (found,) = (
+        row for row in unit["rows"] if row["section"] == "products" and row["tokens"] == tokens
     )
+    return dict(found)
 
 
-def cases() -> dict[str, Callable[[], object]]:
-    """Return what is timed, by name."""
-    index_map = torch.randint(0, 256, (FEATURES, row_bytes(FEATURES, BITS)), dtype=torch.uint8)
-    table = torch.randn(FEATURES, GROUPS, 1 << BITS)
-    gradient = torch.randn(FEATURES, FEATURES)
-    dense = torch.randn(FEATURES, FEATURES)
-    calls: dict[str, Callable[[], object]] = {}
-    for name in BACKENDS:
-        backend = load_backend(name)
-        calls[f"{name}: dequantize"] = partial(backend.dequantize, index_map, table, FEATURES)
-        calls[f"{name}: table gradient"] = partial(backend.table_grad, gradient, index_map, table)
-    for tokens in TOKENS:
-        x = torch.randn(tokens, FEATURES)
-        calls[f"dense layer, tokens: {tokens}"] = partial(torch.nn.functional.linear, x, dense)
-        for path in PATHS:
-            calls[f"cpu: {path} path, tokens: {tokens}"] = partial(
-                lut_linear, x, index_map, table, backend="cpu", path=path
-            )
-    token = torch.randn(1, FEATURES)
-    calls["reference: tokens: 1"] = partial(
-        lut_linear, token, index_map, table, backend="reference"
-    )
-    return calls
+def judge(unit: Row) -> list[Row]:
+    """Return the bars of the fastest unit."""
+    bars = []
+    for tokens, limits in _FASTER.items():
+        for dtype, limit in limits.items():
+            figure = ratio(product(unit, tokens), f"dense {dtype}", f"sketch {dtype}")
+            name = f"{tokens} token{'s' * (tokens > 1)}, dense {dtype}'s time over ours"
+            bars.append(judged(name, ">=", limit, figure))
+    for tokens in MANY:
+        for dtype in ("float32", "bfloat16"):
+            figure = ratio(product(unit, tokens), f"sketch {dtype}", f"dense {dtype}")
+            name = f"{tokens} tokens, our time over dense {dtype}'s"
+            bars.append(judged(name, "<=", _NOT_MUCH_SLOWER, figure))
+    (widths,) = (row for row in unit["rows"] if row["section"] == "widths")
+    for bits in WIDTHS[1:]:
+        figure = ratio(widths, f"{bits} bits, float32", f"{WIDTHS[0]} bits, float32")
+        name = f"{bits} bits, 1 token, time over that of {WIDTHS[0]} bits"
+        bars.append(judged(name, "<=", 1.0, figure))
+    return bars
+
+
+def most_decoded(unit: Row) -> list[Row]:
+    """Return up to how many tokens the decode path is the faster one, by inputs and codes.
+
+    tokens: None if the dense path is the faster one already for the fewest tokens measured.
+    """
+    found: dict[tuple[str, bool], list[Row]] = {}
+    for row in unit["rows"]:
+        if row["section"] == "paths":
+            found.setdefault((row["inputs"], row["hashed"]), []).append(row)
+    result = []
+    for (inputs, hashed), rows in found.items():
+        most = None
+        for row in sorted(rows, key=lambda row: row["tokens"]):
+            if ratio(row, "decode", "dense") > 1:
+                break
+            most = row["tokens"]
+        result.append({"inputs": inputs, "hashed": hashed, "tokens": most})
+    return result
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--features", type=click.IntRange(min=16), default=4096, help="Rows and columns.")
+@click.option("--groups-per-row", type=click.IntRange(min=1), default=4, help="Tables per row.")
+@click.option("--turns", type=click.IntRange(min=1), default=15, help="Timed turns.")
+@click.option(
+    "--unit",
+    "chosen",
+    type=click.Choice(units()),
+    multiple=True,
+    default=units(),
+    show_default="all",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=RESULTS / "linear.json",
+    show_default="benchmarks/results/linear.json",
+)
+def main(
+    features: int, groups_per_row: int, turns: int, chosen: tuple[str, ...], output: Path
+) -> None:
+    """Compare the sketched linear layer with the dense layer."""
+    job: dict[str, Any] = {
+        "features": features,
+        "groups": groups_per_row,
+        "turns": turns,
+        "tokens": TOKENS,
+        "widths": WIDTHS,
+        "many": MANY,
+        "around": AROUND,
+    }
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in chosen:
+            unit = run_in_process(_RUN, job, Path(scratch), {CHOICE: name})
+            if unit is None:
+                raise click.ClickException(f"measuring {name} failed")
+            for row in most_decoded(unit):
+                codes = "hashed" if row["hashed"] else "stored"
+                click.echo(f"  decode up to {row['tokens']} tokens: {row['inputs']}, {codes} codes")
+            found.append(unit)
+    bars = judge(found[0])
+    document = {
+        "benchmark": "linear",
+        "machine": machine(),
+        "versions": versions(*_PACKAGES),
+        "settings": {"features": features, "groups_per_row": groups_per_row, "turns": turns},
+        "units": found,
+        "bars": bars,
+    }
+    write_results(output, document)
+    click.echo(f"{bars_table('the layer', bars)}\nwritten to {output}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.shared.drawing import PlotError
 from benchmarks.shared.machine import RESULTS
+from benchmarks.shared.markdown import markdown
 
 from .roofline import read
 
@@ -53,13 +54,13 @@ def _products(rows: list[Row]) -> str:
         (str(count), *(_pair(times[layer, count], "ours", "cublas") for layer in layers))
         for count in counts
     ]
-    return _table(("tokens", *layers), body)
+    return markdown(("tokens", *layers), body)
 
 
 def _widths(rows: list[Row]) -> str:
     names = list(rows[0]["us"])
     body = [(row["layer"], *(f"{row['us'][name]['p50']:.1f}" for name in names)) for row in rows]
-    return _table(("layer", *names), body)
+    return markdown(("layer", *names), body)
 
 
 def _training(rows: list[Row], memory: list[Row]) -> str:
@@ -76,7 +77,7 @@ def _training(rows: list[Row], memory: list[Row]) -> str:
         for row in rows
     ]
     head = ("layer", "ours, us", "dense, us", "ratio", "ratio without a graph", "peak memory")
-    return _table(head, body)
+    return markdown(head, body)
 
 
 def _rivals(published: list[Row], nf4: list[Row]) -> str:
@@ -91,7 +92,7 @@ def _rivals(published: list[Row], nf4: list[Row]) -> str:
                 body.append(
                     (row["layer"], what, name, f"{ours:.1f}", f"{theirs:.1f}", f"{speedup:.2f} x")
                 )
-    return _table(("layer", "what", "other runtime", "ours, us", "theirs, us", "ours is"), body)
+    return markdown(("layer", "what", "other runtime", "ours, us", "theirs, us", "ours is"), body)
 
 
 def _model(model: Row, block: Row) -> str:
@@ -103,7 +104,7 @@ def _model(model: Row, block: Row) -> str:
         ("tokens/s, no graph", f"{eager['ours']:.1f}", f"{eager['dense']:.1f}"),
         ("parameters, GB", f"{size['ours'] / 1e9:.2f}", f"{size['dense'] / 1e9:.2f}"),
     ]
-    return _table(("Llama-3-8B, 4 bits, one sequence", "sketched", "dense bf16"), body)
+    return markdown(("Llama-3-8B, 4 bits, one sequence", "sketched", "dense bf16"), body)
 
 
 def _sketching(rows: list[Row]) -> str:
@@ -111,7 +112,7 @@ def _sketching(rows: list[Row]) -> str:
     for row in rows:
         times = [sum(row["seconds"][name].values()) for name in ("device", "numba")]
         body.append((row["layer"], *(f"{time:.2f}" for time in times), f"{row['speedup']:.1f} x"))
-    return _table(("layer", "GPU, s", "numba on 16 cores, s", "the GPU is"), body)
+    return markdown(("layer", "GPU, s", "numba on 16 cores, s", "the GPU is"), body)
 
 
 def _bars(bars: list[Row]) -> str:
@@ -119,7 +120,7 @@ def _bars(bars: list[Row]) -> str:
     body = [
         (bar["bar"], bar["limit"], f"{bar['figure']:.4g}", verdicts[bar["met"]]) for bar in bars
     ]
-    return _table(("target, worst layer", "target", "figure", ""), body)
+    return markdown(("target, worst layer", "target", "figure", ""), body)
 
 
 def _pair(us: dict[str, dict[str, float]], ours: str, theirs: str) -> str:
@@ -130,11 +131,6 @@ def _pair(us: dict[str, dict[str, float]], ours: str, theirs: str) -> str:
 
 def _both(us: dict[str, dict[str, float]], ours: str, theirs: str, form: str) -> tuple[str, str]:
     return format(us[ours]["p50"], form), format(us[theirs]["p50"], form)
-
-
-def _table(head: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
-    rows = [head, ("---", *["---:"] * (len(head) - 1)), *body]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 if __name__ == "__main__":

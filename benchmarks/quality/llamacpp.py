@@ -5,7 +5,7 @@ The environment variable LLAMA_CPP names the folder of llama.cpp's source, with 
 it:
 
     cmake -B build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF
-    cmake --build build --target llama-quantize --target llama-imatrix
+    cmake --build build --target llama-quantize --target llama-imatrix --target llama-bench
 
 `convert_hf_to_gguf.py` writes the dense model in float32. `llama-imatrix` measures the importance
 matrix, which is the mean square of every input of every layer. `llama-quantize` quantizes with it.
@@ -19,6 +19,7 @@ meet, it may find a token more or less, and then the windows behind it are shift
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +38,7 @@ FOLDER = "LLAMA_CPP"
 _CONVERT = "convert_hf_to_gguf.py"
 _IMATRIX = "build/bin/llama-imatrix"
 _QUANTIZE = "build/bin/llama-quantize"
+_BENCH = "build/bin/llama-bench"
 #: Characters of a program's output that are shown if it fails.
 _TAIL = 2000
 
@@ -65,18 +67,23 @@ class Stored:
         return found if self.heads is None else undo_permutation(found, self.heads)
 
 
-def missing_programs() -> list[str]:
-    """Return the programs of llama.cpp that are missing, or the variable that names its folder."""
+def missing_programs(*, speed: bool = False) -> list[str]:
+    """Return the programs of llama.cpp that are missing, or the variable that names its folder.
+
+    speed: whether `tokens_per_second` will be called, and not `quantize`.
+    """
     folder = os.environ.get(FOLDER)
     if not folder:
         return [f"llama.cpp (the environment variable {FOLDER} is not set)"]
-    paths = (Path(folder, name) for name in (_CONVERT, _IMATRIX, _QUANTIZE))
+    needed = (_BENCH, _QUANTIZE) if speed else (_CONVERT, _IMATRIX, _QUANTIZE)
+    paths = (Path(folder, name) for name in needed)
     return [str(path) for path in paths if not path.exists()]
 
 
 def version() -> str:
     """Return the version that llama.cpp's programs tell."""
-    told = _run([_program(_IMATRIX), "--version"])
+    program = next(path for path in map(_program, (_IMATRIX, _BENCH)) if path.exists())
+    told = _run([program, "--version"])
     return next(line for line in told.splitlines() if line.startswith("version: "))[9:]
 
 
@@ -108,6 +115,26 @@ def quantize(dense: Path, text: str, shape: tuple[int, int], kind: str, scratch:
     found = scratch / "quantized.gguf"
     _run([_program(_QUANTIZE), "--imatrix", matrix, full, found, kind, threads])
     return found
+
+
+def quantize_again(source: Path, kind: str, folder: Path) -> Path:
+    """Quantize a GGUF file without an importance matrix; return the file, kept in `folder`.
+
+    It is for speed, not quality: the weights may be quantized already.
+    """
+    found, unfinished = folder / f"{kind}.gguf", folder / f"{kind}.unfinished"
+    if not found.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _run([_program(_QUANTIZE), "--allow-requantize", source, unfinished, kind])
+        unfinished.rename(found)
+    return found
+
+
+def tokens_per_second(path: Path, tokens: int, threads: int) -> float:
+    """Return the speed at which llama-bench generates tokens, without a prompt."""
+    options = ("-p", "0", "-n", str(tokens), "-t", str(threads), "-r", "1", "-o", "json")
+    (found,) = json.loads(_run([_program(_BENCH), "-m", path, *options], separate=True))
+    return float(found["avg_ts"])
 
 
 def read(path: Path, layers: Iterable[str]) -> dict[str, Stored]:
@@ -178,11 +205,14 @@ def _program(name: str) -> Path:
     return Path(os.environ[FOLDER], name)
 
 
-def _run(command: list[Any]) -> str:
-    """Run a program and return its output. Raise RuntimeError, which shows its end, if it fails."""
-    process = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
+def _run(command: list[Any], *, separate: bool = False) -> str:
+    """Run a program and return its output. Raise RuntimeError, which shows its end, if it fails.
+
+    separate: whether to leave out what the program writes to the standard error.
+    """
+    errors = subprocess.PIPE if separate else subprocess.STDOUT
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
     if process.returncode:
-        raise RuntimeError(f"{command} ended with {process.returncode}: {process.stdout[-_TAIL:]}")
+        output = process.stdout + (process.stderr or "")
+        raise RuntimeError(f"{command} ended with {process.returncode}: {output[-_TAIL:]}")
     return process.stdout

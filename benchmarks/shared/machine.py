@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from spallm_formats import to_json
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 _STATUS = Path("/proc/self/status")
+_STAT = Path("/proc/stat")
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -63,6 +65,33 @@ def cpu_seconds() -> float:
     """Return the CPU time of this process and of its ended children."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
+
+
+class Load:
+    """Measure how busy other processes have kept the cores since this object was made."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def elsewhere(self) -> float | None:
+        """Return the share of all cores that other processes took; None outside Linux.
+
+        Programs that this process has started count as others until they end.
+        """
+        if not _STAT.exists():
+            return None
+        busy, own, wall = (now - start for now, start in zip(self._now(), self._start, strict=True))
+        return max(0.0, (busy - own) / (wall * (os.cpu_count() or 1)))
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Return seconds: of all processes on all cores, of this process, and of the clock."""
+        busy = 0.0
+        if _STAT.exists():
+            ticks = [int(word) for word in _STAT.read_text().splitlines()[0].split()[1:9]]
+            idle, waiting = ticks[3:5]
+            busy = (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK")
+        return busy, cpu_seconds(), time.perf_counter()
 
 
 def quantiles(samples: Sequence[float]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,20 @@ from .machine import module_environment, write_results
 Row = dict[str, Any]
 
 
-def run_in_process(module: str, job: Row, scratch: Path) -> Row | None:
+def run_in_process(
+    module: str, job: Row, scratch: Path, environment: Mapping[str, str] | None = None
+) -> Row | None:
     """Run a module on a job in a new process, and return its result; None if it failed.
 
     The module is started with two files: one to read the job from, one to write the result to.
+    environment: variables to set in the process, in addition to those of this one.
     """
     described, result = scratch / "job.json", scratch / "result.json"
     write_results(described, job)
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", module, described, result]
-    process = subprocess.run(command, env=module_environment(), check=False)
+    variables = module_environment() | dict(environment or {})
+    process = subprocess.run(command, env=variables, check=False)
     if process.returncode:
         click.echo(f"    ended with code {process.returncode}", err=True)
         return None
