@@ -30,9 +30,9 @@ from .dispatch import (
 #: Elements of the dense weight's gradient that exist at once in the backward pass: 64 MiB of
 #: 16-bit floats. On an H100, products over fewer rows (1024 of 14336 columns) take 10 % longer.
 GRAD_ELEMENTS = 1 << 25
-#: Elements of the dense weight, and of its gradient, that exist at once on the CPU: 2 MiB of 32-bit
-#: floats, the second-level caches of two cores.
-CPU_ELEMENTS = 1 << 19
+#: Elements of the dense weight, and of its gradient, that exist at once on the CPU: 4 MiB of 32-bit
+#: floats, which stay in the cache. Smaller blocks take longer (`benchmarks/cpu/linear.py`).
+CPU_ELEMENTS = 1 << 20
 _ALIGNMENT = 128  # rows; blocks are then whole tiles of the library's matrix product
 
 

@@ -1,5 +1,6 @@
 """The sketched product on CPU backends, its operators, and the choice of backend and path."""
 
+import math
 import subprocess
 import sys
 import warnings
@@ -11,6 +12,8 @@ import torch
 from helpers.sketches import TOLERANCE, passes, random, random_sketch, relative_error
 from spallm_formats import pack
 from spallm_kernels import choose_backend, dequantize, dispatch, lut_linear, operators
+from spallm_kernels.cpu import linear as cpu_linear
+from spallm_kernels.cpu.vector_units import available_units
 
 BACKENDS = ["reference", "cpu"]
 BITS = [1, 2, 3, 4, 5, 8]
@@ -170,9 +173,10 @@ def test_path_by_shape_and_dtype():
             backend, torch.ones(tokens, 48, dtype=dtype), sketch.table, **options
         )
 
-    assert path(1) == "decode"
-    assert path(64) == "decode"
-    assert path(65) == "dense"
+    # Tables in float64 are not for vector registers.
+    for dtype, most in zip((torch.float32, torch.bfloat16), cpu_linear.PORTABLE_TOKENS, strict=True):
+        assert path(1, dtype) == path(most, dtype) == "decode"
+        assert path(most + 1, dtype) == "dense"
     assert path(0) == "dense"
     assert path(65, path="decode") == "decode"
     assert path(1, path="dense") == "dense"
@@ -182,6 +186,22 @@ def test_path_by_shape_and_dtype():
         path(1, torch.float64, path="decode")
     with pytest.raises(ValueError, match=r"one of \['decode', 'dense'\], found 'quick'"):
         path(1, path="quick")
+
+
+@pytest.mark.skipif(not available_units(), reason="this processor has no such registers")
+def test_path_in_vector_registers():
+    table = random_sketch(4, 1).table.float()
+
+    def path(tokens, dtype, hashed):
+        x = torch.ones(1, 48, dtype=dtype).expand(tokens, 48)
+        return dispatch.choose_path("cpu", x, table, hashed=hashed)
+
+    assert path(100_000, torch.float32, False) == "decode"
+    for hashed, limits in ((False, cpu_linear.STORED_TOKENS), (True, cpu_linear.HASHED_TOKENS)):
+        for dtype, most in zip((torch.float32, torch.bfloat16), limits, strict=True):
+            if most < math.inf:
+                assert path(most, dtype, hashed) == "decode"
+                assert path(most + 1, dtype, hashed) == "dense"
 
 
 @pytest.mark.parametrize("hash_seed", [None, 5])

@@ -14,9 +14,12 @@ from torch import Tensor
 from . import bins, panels, portable, vectorized
 from .vector_units import PORTABLE, host_unit
 
-#: The most tokens to decode for, by `benchmarks/cpu/linear.py`: in portable loops, with hashed
-#: codes, with 16-bit inputs.
-PORTABLE_TOKENS, HASHED_TOKENS, HALF_TOKENS = 64, 64, 16
+#: The most tokens to decode for, for float32 inputs and for 16-bit ones, by
+#: `benchmarks/cpu/linear.py`: in portable loops, with hashed codes, and with stored codes in vector
+#: registers.
+PORTABLE_TOKENS = (32, 8)
+HASHED_TOKENS = (48, 16)
+STORED_TOKENS = (math.inf, 16)
 _SINGLE_OR_LESS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -31,11 +34,10 @@ def decode_tokens(x: Tensor, table: Tensor, *, hashed: bool) -> float:
     In vector registers, float32 products are as fast as those of a library with a dense weight,
     whatever their number. Products of 16-bit inputs are faster in the library.
     """
+    single, half = HASHED_TOKENS if hashed else STORED_TOKENS
     if path_name(table, x.shape[1], 0 if hashed else None) == PORTABLE:
-        return PORTABLE_TOKENS
-    if hashed:
-        return HASHED_TOKENS
-    return math.inf if x.dtype == torch.float32 else HALF_TOKENS
+        single, half = PORTABLE_TOKENS
+    return single if x.dtype == torch.float32 else half
 
 
 def path_name(table: Tensor, in_features: int, hash_seed: int | None = None) -> str:

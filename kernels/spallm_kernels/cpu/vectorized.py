@@ -18,7 +18,7 @@ _BITS = (2, 3, 4)
 #: Rows of a task for one thread: enough for the largest tiles.
 _ROWS = 16
 #: Multiplications below which a second thread costs more time than it saves.
-_SERIAL = 1 << 20
+_SERIAL = 1 << 18
 
 
 def supports(table: Tensor, in_features: int, hash_seed: int | None) -> bool:
