@@ -13,7 +13,8 @@ from helpers.sketches import TOLERANCE, passes, random, random_sketch, relative_
 from spallm_formats import pack
 from spallm_kernels import choose_backend, dequantize, dispatch, lut_linear, operators
 from spallm_kernels.cpu import linear as cpu_linear
-from spallm_kernels.cpu.vector_units import available_units
+from spallm_kernels.cpu import vectorized
+from spallm_kernels.cpu.vector_units import UNITS
 
 BACKENDS = ["reference", "cpu"]
 BITS = [1, 2, 3, 4, 5, 8]
@@ -174,7 +175,8 @@ def test_path_by_shape_and_dtype():
         )
 
     # Tables in float64 are not for vector registers.
-    for dtype, most in zip((torch.float32, torch.bfloat16), cpu_linear.PORTABLE_TOKENS, strict=True):
+    limits = cpu_linear.PORTABLE_TOKENS
+    for dtype, most in zip((torch.float32, torch.bfloat16), limits, strict=True):
         assert path(1, dtype) == path(most, dtype) == "decode"
         assert path(most + 1, dtype) == "dense"
     assert path(0) == "dense"
@@ -188,8 +190,9 @@ def test_path_by_shape_and_dtype():
         path(1, path="quick")
 
 
-@pytest.mark.skipif(not available_units(), reason="this processor has no such registers")
-def test_path_in_vector_registers():
+def test_path_in_vector_registers(monkeypatch):
+    for module in (cpu_linear, vectorized):
+        monkeypatch.setattr(module, "host_unit", lambda: UNITS[0])
     table = random_sketch(4, 1).table.float()
 
     def path(tokens, dtype, hashed):
