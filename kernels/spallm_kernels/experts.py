@@ -41,7 +41,8 @@ def lut_experts(
     Args:
         x: Inputs, float [tokens, in_features], sorted by expert.
         offsets: Tokens offsets[e] to offsets[e + 1] belong to expert e. int64 or int32
-            [experts + 1] on the device of x, ascending from 0 to the number of tokens.
+            [experts + 1] on the device of x, ascending from 0 to at most the number of tokens.
+            Tokens behind the last offset belong to no expert: their products are zero.
         index_map: Packed codes, uint8 [experts, out_features, row_bytes]; [experts, out_features,
             0] with `hash_seed`.
         table: Tables, float [experts, out_features, groups, 2^bits].
@@ -56,7 +57,7 @@ def lut_experts(
     Raises:
         TypeError: If x is not floating point, or the offsets are not integers of 32 or 64 bits.
         ValueError: If the shapes cannot match, the backend cannot be used, or, on the CPU, the
-            offsets do not ascend from 0 to the number of tokens.
+            offsets do not ascend from 0 to at most the number of tokens.
     """
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, found {x.dtype}")
@@ -120,7 +121,7 @@ def _lut_experts(
     if x.shape[0] and decoder.can_decode(x, table, hashed=hash_seed is not None):
         return decoder.decode(x, offsets, index_map, table, hash_seed=hash_seed)
     rows = table.shape[1]
-    y = x.new_empty(x.shape[0], rows)
+    y = x.new_zeros(x.shape[0], rows)
     for expert, tokens in _used(offsets):
         sketch = index_map[expert], table[expert]
         y[tokens] = product(x[tokens], *sketch, None, hash_seed, name, None, expert * rows)
@@ -137,7 +138,7 @@ def _experts_input_grad(
     backend: str | None,
 ) -> Tensor:
     name = choose_backend(y_grad.device, _bits(table), backend)
-    x_grad = y_grad.new_empty(y_grad.shape[0], in_features)
+    x_grad = y_grad.new_zeros(y_grad.shape[0], in_features)
     for expert, tokens in _used(offsets):
         sketch = index_map[expert], table[expert], in_features
         first_row = expert * table.shape[1]
@@ -166,10 +167,9 @@ def _experts_table_grad(
 def _check_offsets(offsets: Tensor, tokens: int) -> None:
     """Raise ValueError for offsets with which a backend would read beyond the tokens."""
     ascending = bool((offsets[1:] >= offsets[:-1]).all())
-    ends = int(offsets[0]), int(offsets[-1])
-    if not ascending or ends != (0, tokens):
+    if not ascending or offsets[0] != 0 or offsets[-1] > tokens:
         raise ValueError(
-            f"offsets must ascend from 0 to the {tokens} tokens, found {offsets.tolist()}"
+            f"offsets must ascend from 0 to at most {tokens} tokens, found {offsets.tolist()}"
         )
 
 

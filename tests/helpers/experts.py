@@ -27,7 +27,7 @@ class Experts:
         weights = self._by_expert(self.sketch.dense(table.flatten(0, 1)))
         spans = itertools.pairwise(self.offsets.tolist())
         parts = [x[s:e] @ weight.T for (s, e), weight in zip(spans, weights, strict=True)]
-        return torch.cat(parts)
+        return torch.cat([*parts, x.new_zeros(len(x) - self.offsets[-1], weights.shape[1])])
 
     def _by_expert(self, tensor):
         return tensor.unflatten(0, (len(self.offsets) - 1, -1))

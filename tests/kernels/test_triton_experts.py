@@ -69,6 +69,15 @@ def test_decoding(monkeypatch, bits, hash_seed, counts):
     assert len(decoded) == 4
 
 
+@pytest.mark.parametrize("experts", [3, 40])
+def test_tokens_of_no_expert(experts):
+    sketch = random_experts(2, 1, [2, 3] + [0] * (experts - 2), 19, 64, dtype=torch.float16)
+    x = random(9, 64, dtype=torch.float16)
+    y = products(sketch, x, torch.float16, backend="triton")
+    assert relative_error(y, sketch.products(x, sketch.table)) < TOLERANCE[torch.float16]
+    assert not y[5:].any()
+
+
 @pytest.mark.parametrize("hash_seed", [None, 7])
 def test_without_assembly(hash_seed):
     sketch = random_experts(3, 2, [3, 0, 1], 19, 64, dtype=torch.float16, hash_seed=hash_seed)
@@ -113,10 +122,10 @@ def test_operators_keep_torchs_rules(hash_seed):
 
 @triton.jit
 def _blocks_kernel(
-    offsets, found, EXPERTS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr
+    offsets, tokens, found, EXPERTS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr
 ):
     block = tl.program_id(0)
-    expert, first, count = find_block(offsets, block, EXPERTS, PADDED, SIZE)
+    expert, first, count = find_block(offsets, tokens, block, EXPERTS, PADDED, SIZE)
     tl.store(found + 3 * block, expert)
     tl.store(found + 3 * block + 1, first)
     tl.store(found + 3 * block + 2, count)
@@ -130,13 +139,15 @@ def test_blocks_hold_every_token_once_with_its_expert(experts, size):
         counts = [draw.choice([0, draw.randint(0, most)]) for _ in range(experts)]
         counts[draw.randrange(experts)] += 1
         offsets = torch.tensor([0, *counts]).cumsum(0)
+        counts.append(draw.choice([0, draw.randint(0, most)]))  # of no expert
         blocks = most_blocks(sum(counts), experts, size)
         found = torch.full((blocks, 3), -1, dtype=torch.int32, device=DEVICE)
         _blocks_kernel[(blocks,)](
             offsets.to(DEVICE),
+            sum(counts),
             found,
             EXPERTS=experts,
-            PADDED=triton.next_power_of_2(experts),
+            PADDED=triton.next_power_of_2(experts + 1),
             SIZE=size,
         )
         tokens = [
@@ -153,7 +164,7 @@ def test_most_blocks_are_reached():
     """One expert with all spare tokens, in full blocks behind its first token."""
     assert most_blocks(1, 8, 8) == 1
     assert most_blocks(8, 8, 8) == 8
-    assert most_blocks(3 + 16, 3, 8) == 5  # 17, 1, 1
+    assert most_blocks(4 + 16, 3, 8) == 6  # 17, 1, 1, and 1 of no expert
     assert most_blocks(5, 8, 1) == 5
 
 

@@ -46,7 +46,7 @@ def decode(
     Args:
         x: Float [tokens, in_features], sorted by expert, for which `can_decode` returned True.
         offsets: Where the tokens of each expert start and end, int64 or int32 [experts + 1],
-            ascending from 0 to the number of tokens.
+            ascending from 0 to at most the number of tokens.
         index_map: Packed codes, uint8 [experts, out_features, row_bytes]; ignored with `hash_seed`.
         table: Tables, any float [experts, out_features, groups, 2^bits], rounded to the dtype of x.
         hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
@@ -61,6 +61,7 @@ def decode(
         table, x = _rounded(table, dtype, bounds), x.float()
     x, table, index_map = x.contiguous(), table.contiguous(), index_map.contiguous()
     y = torch.empty(tokens, rows)
+    y[bounds[-1] :] = 0
     unit = host_unit()
     assert unit is not None
     parallel = rows * columns * tokens > SERIAL

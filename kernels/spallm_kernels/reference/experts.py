@@ -26,7 +26,7 @@ def decode(
     Args:
         x: Float [tokens, in_features], sorted by expert.
         offsets: Where the tokens of each expert start and end, int64 or int32 [experts + 1],
-            ascending from 0 to the number of tokens.
+            ascending from 0 to at most the number of tokens.
         index_map: Packed codes, uint8 [experts, out_features, row_bytes]; ignored with `hash_seed`.
         table: Tables, float [experts, out_features, groups, 2^bits], rounded to the dtype of x.
         hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
@@ -35,7 +35,7 @@ def decode(
     Returns:
         y [tokens, out_features], in the dtype of x.
     """
-    y = x.new_empty(x.shape[0], table.shape[1])
+    y = x.new_zeros(x.shape[0], table.shape[1])
     bounds = offsets.tolist()
     for expert, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if start < end:

@@ -44,7 +44,7 @@ def decode_kernel(
     HASHED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EXPERTS: tl.constexpr,  # 0 if there is one weight for all tokens
-    PADDED: tl.constexpr,  # a power of two of at least EXPERTS
+    PADDED: tl.constexpr,  # a power of two above EXPERTS
     EVEN: tl.constexpr,  # span is a whole number of steps
     WORD_ALIGN: tl.constexpr,  # divides the first word of every warp in a row
     ASM: tl.constexpr,
@@ -61,7 +61,8 @@ def decode_kernel(
     first_row = 0
     if EXPERTS:
         SIZE: tl.constexpr = 1 if ONE else TOKENS
-        expert, first, tokens = find_block(offsets, tl.program_id(1), EXPERTS, PADDED, SIZE)
+        block = tl.program_id(1)
+        expert, first, tokens = find_block(offsets, tokens, block, EXPERTS, PADDED, SIZE)
         if tokens <= 0:
             return
         # All rows of all experts may have more than 2^31 entries.
@@ -70,6 +71,12 @@ def decode_kernel(
         table += first_row * (columns // width) * 2**BITS
         x += first.to(tl.int64) * columns
         y += first.to(tl.int64) * rows
+        if expert == EXPERTS:
+            row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
+            token = tl.arange(0, TOKENS)[:, None]
+            nothing = tl.zeros((TOKENS, ROWS), y.dtype.element_ty)
+            tl.store(y + token * rows + row, nothing, mask=(token < tokens) & (row < rows))
+            return
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     # Beyond the end, the last row is read again and not stored.
     safe_row = tl.minimum(row, rows - 1)

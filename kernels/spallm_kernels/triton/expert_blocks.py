@@ -4,6 +4,8 @@ The tokens of each expert are split into blocks of at most SIZE tokens, and bloc
 through all experts. Where they begin depends on data, but how many there are at most follows from
 shapes: the first block of an expert takes at least one token, and all others before the last are
 full. So no host needs to know the offsets, and a CUDA graph can be captured.
+
+Tokens behind the last offset, which belong to no expert, are treated as those of one more.
 """
 
 from __future__ import annotations
@@ -14,22 +16,24 @@ import triton.language as tl
 
 def most_blocks(tokens: int, experts: int, size: int) -> int:
     """Return the most blocks of at most `size` tokens that the tokens of experts can make."""
-    used = min(tokens, experts)
+    used = min(tokens, experts + 1)
     return used + (tokens - used) // size
 
 
 @triton.jit
-def find_block(offsets, block, EXPERTS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr):
+def find_block(
+    offsets, tokens, block, EXPERTS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr
+):
     """Return the expert of a block, its first token, and its number of tokens.
 
-    A block that does not exist has no tokens.
+    The expert of tokens that belong to none is EXPERTS. A block that does not exist has no tokens.
 
-    offsets: pointer to EXPERTS + 1 integers, ascending from 0 to the number of tokens. PADDED: a
-    power of two of at least EXPERTS.
+    offsets: pointer to EXPERTS + 1 integers, ascending from 0 to at most the number of tokens.
+    PADDED: a power of two above EXPERTS.
     """
     number = tl.arange(0, PADDED)
-    start = tl.load(offsets + tl.minimum(number, EXPERTS)).to(tl.int32)
-    end = tl.load(offsets + tl.minimum(number + 1, EXPERTS)).to(tl.int32)
+    start = tl.load(offsets + number, mask=number <= EXPERTS, other=tokens).to(tl.int32)
+    end = tl.load(offsets + number + 1, mask=number < EXPERTS, other=tokens).to(tl.int32)
     blocks = (end - start + SIZE - 1) // SIZE
     behind = tl.cumsum(blocks, 0)  # number of the block behind the expert's last one
     expert = tl.sum((behind <= block).to(tl.int32), 0)

@@ -53,7 +53,7 @@ def decode(
     Args:
         x: float16 or bfloat16 [tokens, in_features], sorted by expert.
         offsets: Where the tokens of each expert start and end, int64 or int32 [experts + 1],
-            ascending from 0 to the number of tokens. They are not checked.
+            ascending from 0 to at most the number of tokens. They are not checked.
         index_map: Packed codes, uint8 [experts, out_features, row_bytes]; ignored with `hash_seed`.
         table: Tables, any float [experts, out_features, groups, 2^bits], rounded to the dtype of x.
         hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.

@@ -188,7 +188,7 @@ def launch_decode(
             HASHED=hash_seed is not None,
             HAS_BIAS=bias is not None,
             EXPERTS=experts,
-            PADDED=triton.next_power_of_2(experts),
+            PADDED=triton.next_power_of_2(experts + 1),
             EVEN=span % tile.columns == 0,
             WORD_ALIGN=4 if row_words % 4 == 0 and span * bits % 128 == 0 else 1,
             ASM=not (INTERPRETED or portable),
