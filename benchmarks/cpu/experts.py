@@ -73,9 +73,7 @@ def cases() -> dict[str, Callable[[], object]]:
         chosen = torch.rand(tokens, EXPERTS).topk(CHOSEN).indices.flatten().sort().values
         offsets = torch.searchsorted(chosen, torch.arange(EXPERTS + 1))
         x = torch.randn(tokens * CHOSEN, COLUMNS)
-        calls[f"lut_experts, tokens: {tokens}"] = partial(
-            lut_experts, x, offsets, index_map, table
-        )
+        calls[f"lut_experts, tokens: {tokens}"] = partial(lut_experts, x, offsets, index_map, table)
         calls[f"a loop over experts, tokens: {tokens}"] = partial(
             by_expert, lambda x, e: lut_linear(x, index_map[e], table[e]), x, offsets
         )
@@ -88,7 +86,9 @@ def cases() -> dict[str, Callable[[], object]]:
 def by_expert(product: Callable[[Tensor, int], Tensor], x: Tensor, offsets: Tensor) -> Tensor:
     """Return the products of each expert that has tokens, one after another."""
     spans = enumerate(itertools.pairwise(offsets.tolist()))
-    return torch.cat([product(x[start:end], expert) for expert, (start, end) in spans if end > start])
+    return torch.cat(
+        [product(x[start:end], expert) for expert, (start, end) in spans if end > start]
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Compute all experts of a block at once, where the model's own code is known to allow it.
 
 Most classes of experts in transformers have the same code, which loops over experts: gate and up in
-one product, an activation, the product down, and a sum weighted by the router. For this code, tokens
-are sorted by expert instead, and each of both products is one call for all experts. Whether a class
-has the code is not told by its name: the instructions that Python runs are compared.
+one product, an activation, the product down, and a sum weighted by the router. For this code,
+tokens are sorted by expert instead, and each of both products is one call for all experts. Names of
+classes do not count: the instructions that Python runs are compared.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def run_grouped(
     place[order] = torch.arange(tokens * chosen, device=order.device)
     # The loop adds the experts of a token one by one, in the dtype of the hidden states. Here they
     # are added in float32, and in one order on every device.
-    return y[place].view(tokens, chosen, -1).sum(dim=1).to(hidden_states.dtype)
+    return y[place].view(tokens, chosen, y.shape[1]).sum(dim=1).to(hidden_states.dtype)
 
 
 def _product(module: Any, path: str, x: Tensor, offsets: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ It is not optimised, because every other backend is compared with it.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,7 @@ def decode(
         y [tokens, out_features], in the dtype of x.
     """
     y = x.new_zeros(x.shape[0], table.shape[1])
-    bounds = offsets.tolist()
-    for expert, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
         if start < end:
             weight = dequantize(
                 index_map[expert],

@@ -9,8 +9,8 @@ columns K_PER_LANE t, K_PER_LANE t + 1, ... of every 4 K_PER_LANE columns. The t
 that these columns are the codes of one unit, and the weights that a thread looks up stay in its
 registers.
 
-The same kernel serves the experts of a mixture: a program then takes a block of tokens of one expert
-(see `expert_blocks.py`).
+The same kernel serves the experts of a mixture. A program then takes a block of tokens of one
+expert (see `expert_blocks.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .codes import hashed_unit, row_keys, stored_unit
-from .expert_blocks import find_block
+from .expert_blocks import to_expert
 from .lookup import look_up, prepare, stack
 
 
@@ -60,22 +60,11 @@ def decode_kernel(
     STEP: tl.constexpr = UNITS * CODES
     first_row = 0
     if EXPERTS:
-        SIZE: tl.constexpr = 1 if ONE else TOKENS
-        block = tl.program_id(1)
-        expert, first, tokens = find_block(offsets, tokens, block, EXPERTS, PADDED, SIZE)
+        x, words, table, y, first_row, tokens = to_expert(
+            x, words, table, y, offsets, tokens, rows, columns, row_words, columns // width,
+            EXPERTS, PADDED, 1 if ONE else TOKENS, TOKENS, ROWS, 2**BITS, WORD_ALIGN
+        )  # fmt: skip
         if tokens <= 0:
-            return
-        # All rows of all experts may have more than 2^31 entries.
-        first_row = expert.to(tl.int64) * rows
-        words += tl.multiple_of(first_row * row_words, WORD_ALIGN)
-        table += first_row * (columns // width) * 2**BITS
-        x += first.to(tl.int64) * columns
-        y += first.to(tl.int64) * rows
-        if expert == EXPERTS:
-            row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
-            token = tl.arange(0, TOKENS)[:, None]
-            nothing = tl.zeros((TOKENS, ROWS), y.dtype.element_ty)
-            tl.store(y + token * rows + row, nothing, mask=(token < tokens) & (row < rows))
             return
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     # Beyond the end, the last row is read again and not stored.

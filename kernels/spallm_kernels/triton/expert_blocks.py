@@ -41,3 +41,48 @@ def find_block(
     before = tl.sum(tl.where(here, behind - blocks, 0), 0)
     first = tl.sum(tl.where(here, start, 0), 0) + (block - before) * SIZE
     return expert, first, tl.minimum(tl.sum(tl.where(here, end, 0), 0) - first, SIZE)
+
+
+@triton.jit
+def to_expert(
+    x,
+    words,
+    table,
+    y,
+    offsets,
+    tokens,
+    rows,
+    columns,
+    row_words,
+    groups,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    WORD_ALIGN: tl.constexpr,
+):
+    """Move pointers to the expert and to the first token of the block that a program processes.
+
+    Return them, the number of the expert's first row, and the number of tokens to process. For
+    tokens of no expert zeros are written, and the number is zero.
+
+    The first four arguments point to the operands of all experts. TOKENS: a power of two of at
+    least SIZE. See `decode_kernel` and `find_block` for the others.
+    """
+    block = tl.program_id(1)
+    expert, first, tokens = find_block(offsets, tokens, block, EXPERTS, PADDED, SIZE)
+    # All rows of all experts may have more than 2^31 entries.
+    first_row = expert.to(tl.int64) * rows
+    words += tl.multiple_of(first_row * row_words, WORD_ALIGN)
+    table += first_row * groups * ENTRIES
+    x += first.to(tl.int64) * columns
+    y += first.to(tl.int64) * rows
+    if expert == EXPERTS:
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
+        token = tl.arange(0, TOKENS)[:, None]
+        nothing = tl.zeros((TOKENS, ROWS), y.dtype.element_ty)
+        tl.store(y + token * rows + row, nothing, mask=(token < tokens) & (row < rows))
+        tokens = 0
+    return x, words, table, y, first_row, tokens
