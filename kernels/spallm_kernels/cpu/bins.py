@@ -20,10 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
-from .llvm import FLOAT, FLOAT_BYTES, element, load, store, vector
+from .llvm import FLOAT, FLOAT_BYTES, element, load, native, store, vector
 from .portable import array
 
 Singles = npt.NDArray[np.float32]
@@ -63,7 +62,7 @@ def table_grad(weight_grad: Tensor, index_map: Tensor, table: Tensor) -> Tensor:
     return sums
 
 
-@intrinsic(prefer_literal=True)
+@native
 def _add(context, bins, index, values, count):  # type: ignore[no-untyped-def]
     """Add `count` float32 numbers at the address `values` to those of a bin, as one vector."""
     lanes = count.literal_value

@@ -5,10 +5,12 @@ Addresses are int64 numbers, as `Tensor.data_ptr` returns them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from llvmlite import ir
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
@@ -16,6 +18,14 @@ HALF, FLOAT = ir.HalfType(), ir.FloatType()
 FLOAT_BYTES = 4
 
 Value = Any  # llvmlite's values have no types
+
+
+def native(function: Callable[..., Any]) -> Any:
+    """Return a function that numba compiles to the instructions which `function` appends.
+
+    Arguments that are constants in the calling function are types with a `literal_value`.
+    """
+    return intrinsic(prefer_literal=True)(function)
 
 
 def vector(element: Any, count: int) -> Any:
@@ -68,6 +78,11 @@ def shuffle(builder: Any, value: Value, indices: Iterable[int], other: Value = N
     if other is None:
         other = ir.Constant(value.type, ir.Undefined)
     return builder.shuffle_vector(value, other, constants(INT32, indices))
+
+
+def variable(builder: Any, kind: Any) -> Value:
+    """Return the pointer to a new variable of a function. LLVM keeps variables in registers."""
+    return cgutils.alloca_once(builder, kind)  # type: ignore[no-untyped-call]
 
 
 def splat(builder: Any, value: Value, count: int) -> Value:

@@ -3,7 +3,7 @@
 The gradients are two dense products, of which one factor or the result exists in small pieces only:
 
     x_grad = y_grad W              W is looked up for 64 rows and 64 columns at a time
-    weight_grad = y_grad^T x       is added up by codes (see `bins.py`) for each group of 16 rows
+    weight_grad = y_grad^T x       is added up by codes (see `bins.py`) for 24 rows at a time
 
 Both are sums of outer products, computed by one function: a tile of the result stays in registers
 while the rows of the second factor pass by. Matrices are stored as panels of 64 columns, one after
@@ -24,12 +24,24 @@ import numpy as np
 import torch
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from torch import Tensor
 
 from . import vectorized
 from .bins import PIECE, bin_group
-from .llvm import FLOAT, FLOAT_BYTES, Value, call, element, load, number, splat, store, vector
+from .llvm import (
+    FLOAT,
+    FLOAT_BYTES,
+    Value,
+    call,
+    element,
+    load,
+    native,
+    number,
+    splat,
+    store,
+    variable,
+    vector,
+)
 from .portable import array
 from .tiles import look_up_steps
 from .vector_units import BY_NAME, VectorUnit, host_unit
@@ -111,7 +123,7 @@ def table_grad(y_grad: Tensor, x: Tensor, index_map: Tensor, table: Tensor) -> T
     return sums
 
 
-@intrinsic(prefer_literal=True)
+@native
 def _add_outer_products(  # type: ignore[no-untyped-def]
     context, factors, factor_stride, step_stride, panel, total, steps, unit, rows, vectors
 ):
@@ -129,11 +141,14 @@ def _add_outer_products(  # type: ignore[no-untyped-def]
         rows: Rows of the tile, a constant.
         vectors: Vectors of columns of the tile, a constant.
     """
-    shape = rows.literal_value, vectors.literal_value
     described = BY_NAME[unit.literal_value]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        emit_outer_products(builder, described, *arguments[:6], *shape)
+        shape = rows.literal_value, vectors.literal_value
+        factors, factor_stride, step_stride, panel, total, steps = arguments[:6]
+        emit_outer_products(
+            builder, described, factors, factor_stride, step_stride, panel, total, steps, shape
+        )
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6, unit, rows, vectors), generate
@@ -148,10 +163,10 @@ def emit_outer_products(
     panel: Value,
     total: Value,
     steps: Value,
-    rows: int,
-    vectors: int,
+    shape: tuple[int, int],
 ) -> None:
-    """Append the instructions of `_add_outer_products`."""
+    """Append the instructions of `_add_outer_products`. `shape` has its rows and vectors."""
+    rows, vectors = shape
     floats = vector(FLOAT, unit.lanes)
     line_bytes, part_bytes = FLOAT_BYTES * PANEL, FLOAT_BYTES * unit.lanes
     parts = [
@@ -163,7 +178,7 @@ def emit_outer_products(
         ]
         for row in range(rows)
     ]
-    sums = [[cgutils.alloca_once(builder, floats) for _ in line] for line in parts]
+    sums = [[variable(builder, floats) for _ in line] for line in parts]
     for row in range(rows):
         for part in range(vectors):
             builder.store(load(builder, parts[row][part], floats), sums[row][part])
@@ -177,10 +192,10 @@ def emit_outer_products(
         for row in range(rows):
             factor = load(builder, element(builder, first, number(row), factor_stride), FLOAT)
             spread = splat(builder, factor, unit.lanes)
-            for column, variable in zip(columns, sums[row], strict=True):
-                arguments = [spread, column, builder.load(variable)]
+            for column, total_of in zip(columns, sums[row], strict=True):
+                arguments = [spread, column, builder.load(total_of)]
                 added = call(builder, f"llvm.fma.v{unit.lanes}f32", floats, arguments)
-                builder.store(added, variable)
+                builder.store(added, total_of)
     for row in range(rows):
         for part in range(vectors):
             store(builder, builder.load(sums[row][part]), parts[row][part])

@@ -39,6 +39,7 @@ from .llvm import (
     shuffle,
     splat,
     store,
+    variable,
     vector,
 )
 from .vector_units import VectorUnit
@@ -164,7 +165,7 @@ def copied(builder: Any, source: Value, count: Value, kind: Any, most: int) -> V
         most: Elements of the copy.
     """
     array = ir.ArrayType(kind, most)
-    place = cgutils.alloca_once(builder, array)
+    place = variable(builder, array)
     builder.store(array(None), place)
     target = builder.ptrtoint(place, INT64)
     move(builder, source, target, count, kind)
@@ -200,8 +201,8 @@ def _shifted(builder: Any, lanes: int, bits: int, words: list[Value]) -> list[Va
             spread = splat(builder, words[places[0][0]], lanes)
         else:
             low, high = (splat(builder, word, lanes) for word in words)
-            lanes = [lane + lanes * word for lane, (word, _) in enumerate(places)]
-            spread = shuffle(builder, low, lanes, high)
+            sources = [lane + lanes * word for lane, (word, _) in enumerate(places)]
+            spread = shuffle(builder, low, sources, high)
         found.append(builder.lshr(spread, constants(INT32, [shift for _, shift in places])))
     return found
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from .llvm import (
     FLOAT,
@@ -23,15 +22,17 @@ from .llvm import (
     call,
     element,
     load,
+    native,
     number,
     store,
+    variable,
     vector,
 )
 from .steps import ENTRY_BYTES, STEP, Codes, copied, entries_of, move, row_key
 from .vector_units import BY_NAME, VectorUnit
 
 
-@intrinsic(prefer_literal=True)
+@native
 def multiply_tile(  # type: ignore[no-untyped-def]
     context, codes, code_stride, table, groups, width, seed, row, x, y, y_stride, unit, bits, kind,
     hashed, rows, tokens
@@ -60,18 +61,17 @@ def multiply_tile(  # type: ignore[no-untyped-def]
         rows: Rows of the tile, a constant.
         tokens: Tokens of the tile, a constant.
     """
-    name, *how = (each.literal_value for each in (unit, bits, kind, hashed))
-    shape = rows.literal_value, tokens.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sketch = Sketch(*arguments[:7], BY_NAME[name], *how)
-        emit_tile(builder, sketch, *arguments[7:10], *shape)
+        sketch, (x, y, y_stride) = _sketch(arguments, unit, bits, kind, hashed), arguments[7:10]
+        shape = rows.literal_value, tokens.literal_value
+        emit_tile(builder, sketch, x, y, y_stride, shape)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 10, unit, bits, kind, hashed, rows, tokens), generate
 
 
-@intrinsic(prefer_literal=True)
+@native
 def add_rest(  # type: ignore[no-untyped-def]
     context, codes, code_stride, table, groups, width, seed, row, x, y, unit, bits, kind, hashed
 ):
@@ -79,16 +79,15 @@ def add_rest(  # type: ignore[no-untyped-def]
 
     Its arguments have the same meaning.
     """
-    name, *how = (each.literal_value for each in (unit, bits, kind, hashed))
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        emit_rest(builder, Sketch(*arguments[:7], BY_NAME[name], *how), *arguments[7:9])
+        emit_rest(builder, _sketch(arguments, unit, bits, kind, hashed), *arguments[7:9])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 9, unit, bits, kind, hashed), generate
 
 
-@intrinsic(prefer_literal=True)
+@native
 def look_up_steps(  # type: ignore[no-untyped-def]
     context, codes, code_stride, table, groups, width, seed, row, group, step, steps, target, unit,
     bits, kind, hashed
@@ -104,25 +103,23 @@ def look_up_steps(  # type: ignore[no-untyped-def]
         target: Address where to write, int64.
         kind: `float32`, or `raw16` for any dtype of 16 bits.
     """
-    name, *how = (each.literal_value for each in (unit, bits, kind, hashed))
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        emit_steps(builder, Sketch(*arguments[:7], BY_NAME[name], *how), *arguments[7:11])
+        emit_steps(builder, _sketch(arguments, unit, bits, kind, hashed), *arguments[7:11])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 11, unit, bits, kind, hashed), generate
 
 
-@intrinsic(prefer_literal=True)
+@native
 def look_up_rest(  # type: ignore[no-untyped-def]
     context, codes, code_stride, table, groups, width, seed, row, group, target, unit, bits, kind,
     hashed
 ):  # fmt: skip
     """Write the weights of a group behind its whole steps. See `look_up_steps` for arguments."""
-    name, *how = (each.literal_value for each in (unit, bits, kind, hashed))
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sketch = Sketch(*arguments[:7], BY_NAME[name], *how)
+        sketch = _sketch(arguments, unit, bits, kind, hashed)
         emit_last_step(builder, sketch, *arguments[7:9])
         return context.get_dummy_value()
 
@@ -179,11 +176,15 @@ class Sketch:
 
 
 def emit_tile(
-    builder: Any, sketch: Sketch, x: Value, y: Value, y_stride: Value, rows: int, tokens: int
+    builder: Any, sketch: Sketch, x: Value, y: Value, y_stride: Value, shape: tuple[int, int]
 ) -> None:
-    """Append the instructions of `multiply_tile`. Sums and tables stay in registers."""
+    """Append the instructions of `multiply_tile`. Sums and tables stay in registers.
+
+    `shape` has the rows and tokens of the tile.
+    """
+    rows, tokens = shape
     floats = vector(FLOAT, sketch.unit.lanes)
-    sums = [[_variable(builder, floats(None)) for _ in range(tokens)] for _ in range(rows)]
+    sums = [[_zero(builder, floats) for _ in range(tokens)] for _ in range(rows)]
     x_stride = builder.mul(builder.mul(sketch.groups, sketch.width), number(FLOAT_BYTES))
     with cgutils.for_range(builder, sketch.groups) as group:
         codes = [sketch.group(builder, row, group.index) for row in range(rows)]
@@ -205,7 +206,7 @@ def emit_rest(builder: Any, sketch: Sketch, x: Value, y: Value) -> None:
     steps, rest = sketch.steps(builder), sketch.rest(builder)
     address = element(builder, y, sketch.row, FLOAT_BYTES)
     floats = vector(FLOAT, sketch.unit.lanes)
-    total = _variable(builder, floats(None))
+    total = _zero(builder, floats)
     with cgutils.for_range(builder, sketch.groups) as group:
         codes = sketch.group(builder, 0, group.index)
         column = builder.add(codes.first, builder.mul(steps, number(STEP)))
@@ -277,8 +278,26 @@ def _write(builder: Any, weights: list[Value], address: Value, kind: str) -> Non
         store(builder, value, element(builder, address, number(part * lanes), ENTRY_BYTES[kind]))
 
 
-def _variable(builder: Any, start: Value) -> Value:
-    """Return a variable with a first value. LLVM keeps it in a register."""
-    variable = cgutils.alloca_once(builder, start.type)
-    builder.store(start, variable)
-    return variable
+def _sketch(arguments: Any, unit: Any, bits: Any, kind: Any, hashed: Any) -> Sketch:
+    """Return the sketch that the first seven arguments and the constants of a function describe."""
+    codes, code_stride, table, groups, width, seed, row = arguments[:7]
+    return Sketch(
+        codes=codes,
+        code_stride=code_stride,
+        table=table,
+        groups=groups,
+        width=width,
+        seed=seed,
+        row=row,
+        unit=BY_NAME[unit.literal_value],
+        bits=bits.literal_value,
+        kind=kind.literal_value,
+        hashed=hashed.literal_value,
+    )
+
+
+def _zero(builder: Any, kind: Any) -> Value:
+    """Return a variable that holds zeros."""
+    made = variable(builder, kind)
+    builder.store(kind(None), made)
+    return made

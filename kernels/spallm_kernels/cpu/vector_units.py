@@ -4,7 +4,7 @@ A table of up to 16 entries fits in the registers of each unit:
 
 * AVX-512: `vpermps` reads 16 entries, one register.
 * AVX2: `vpermps` reads 8 entries. For 16, two results are blended by bit 3 of the code.
-* NEON: `tbl` reads bytes from up to four registers of 16 bytes, so a code becomes four byte indices.
+* NEON: `tbl` reads bytes from up to four registers of 16 bytes. A code becomes four indices.
 
 All of them look entries up exactly, whatever their bits mean. `emit` functions append LLVM
 instructions. Registers and codes are vectors of `lanes` elements.
@@ -165,7 +165,7 @@ UNITS = (
     VectorUnit(
         name="neon",
         lanes=4,
-        features=("neon",),
+        features=(),  # every such processor has it, but LLVM does not always say so
         machines=("aarch64", "arm64"),
         rows=(4, 2, 2),
         panel=(6, 4),

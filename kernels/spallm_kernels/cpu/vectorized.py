@@ -186,7 +186,6 @@ def _product(
     """Return the compiled product for a kind of sketch. Numba keeps it on disk."""
     high, middle, low = rows_of
 
-    @numba.njit(cache=True, parallel=parallel, nogil=True)
     def multiply(
         codes: int, code_stride: int, table: int, groups: int, width: int, seed: int, rows: int,
         x: int, y: int, tokens: int
@@ -198,14 +197,13 @@ def _product(
                 unit, high, middle, low, bits, kind, hashed
             )  # fmt: skip
 
-    return multiply
+    return _compiled(multiply, parallel)
 
 
 @functools.cache
 def _look_up(unit: str, bits: int, kind: str, hashed: int, parallel: bool) -> Callable[..., None]:
     """Return the compiled lookup for a kind of sketch. Numba keeps it on disk."""
 
-    @numba.njit(cache=True, parallel=parallel, nogil=True)
     def look_up(
         codes: int, code_stride: int, table: int, groups: int, width: int, seed: int,
         first_row: int, rows: int, weight: int, weight_stride: int
@@ -225,4 +223,14 @@ def _look_up(unit: str, bits: int, kind: str, hashed: int, parallel: bool) -> Ca
                         target + width // 16 * 16 * size, unit, bits, kind, hashed
                     )  # fmt: skip
 
-    return look_up
+    return _compiled(look_up, parallel)
+
+
+def _compiled(function: Callable[..., None], parallel: bool) -> Callable[..., None]:
+    """Return a compiled function, with a name of its own for parallel code.
+
+    Numba's cache on disk knows a function by its name and code, not by its options: it would load
+    parallel code for small products, or code for one thread for large ones.
+    """
+    function.__qualname__ += "_parallel" if parallel else "_serial"
+    return numba.njit(cache=True, parallel=parallel, nogil=True)(function)
