@@ -56,7 +56,7 @@ def has_known_code(forward: Any) -> bool:
     return isinstance(forward, FunctionType) and _instructions(forward) == _instructions(_loop)
 
 
-def _instructions(function: FunctionType) -> tuple[Any, ...]:
+def _instructions(function: Any) -> tuple[Any, ...]:
     code = function.__code__
     return code.co_code, code.co_names, code.co_varnames, code.co_consts
 

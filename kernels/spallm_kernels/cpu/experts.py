@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import linear, vectorized
 from .vector_units import host_unit
-from .vectorized import KINDS, ROWS, SERIAL, multiply_rows
+from .vectorized import KINDS, ROWS, SERIAL, compiled, multiply_rows
 
 
 def can_decode(x: Tensor, table: Tensor, *, hashed: bool) -> bool:
@@ -106,7 +106,6 @@ def _product(
     """Return the compiled products for a kind of sketch. Numba keeps them on disk."""
     high, middle, low = rows_of
 
-    @numba.njit(cache=True, parallel=parallel, nogil=True)
     def multiply(  # type: ignore[no-untyped-def]
         bounds, codes, code_stride, table, groups, width, seed, rows, x, y, shares
     ):  # fmt: skip
@@ -128,4 +127,4 @@ def _product(
                     unit, high, middle, low, bits, kind, hashed
                 )  # fmt: skip
 
-    return multiply
+    return compiled(multiply, parallel)

@@ -197,7 +197,7 @@ def _product(
                 unit, high, middle, low, bits, kind, hashed
             )  # fmt: skip
 
-    return _compiled(multiply, parallel)
+    return compiled(multiply, parallel)
 
 
 @functools.cache
@@ -223,10 +223,10 @@ def _look_up(unit: str, bits: int, kind: str, hashed: int, parallel: bool) -> Ca
                         target + width // 16 * 16 * size, unit, bits, kind, hashed
                     )  # fmt: skip
 
-    return _compiled(look_up, parallel)
+    return compiled(look_up, parallel)
 
 
-def _compiled(function: Callable[..., None], parallel: bool) -> Callable[..., None]:
+def compiled(function: Callable[..., None], parallel: bool) -> Callable[..., None]:
     """Return a compiled function, with a name of its own for parallel code.
 
     Numba's cache on disk knows a function by its name and code, not by its options: it would load

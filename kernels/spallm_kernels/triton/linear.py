@@ -93,8 +93,8 @@ def decode(
     if tile is None:
         sizes = entries.bit_length() - 1, tokens, columns, columns // groups
         tile = choose_tile(*sizes, index_map, hashed=hash_seed is not None, portable=portable)
-    how = {"one": tokens == 1, "portable": portable}
-    return launch_decode(x, index_map, table, bias, rows, hash_seed, tile, **how)
+    operands = x, index_map, table, bias, rows
+    return launch_decode(*operands, hash_seed, tile, one=tokens == 1, portable=portable)
 
 
 def choose_tile(
