@@ -24,7 +24,7 @@ from spallm_kernels import lut_experts, lut_linear
 
 EXPERTS, COLUMNS, ROWS, CHOSEN = 64, 2048, 1408, 8
 BITS, GROUPS = 4, 4
-ROUNDS = 40
+ROUNDS = 12
 TOKENS = (1, 32)
 
 
