@@ -46,6 +46,7 @@ bench: .venv/.installed
 	.venv/bin/python -m benchmarks.cpu.calibrated_model
 	.venv/bin/python -m benchmarks.cpu.linear
 	.venv/bin/python -m benchmarks.cpu.generate
+	.venv/bin/python -m benchmarks.cpu.experts
 	.venv/bin/python -m benchmarks.cpu.memory
 	.venv/bin/python -m benchmarks.reach
 

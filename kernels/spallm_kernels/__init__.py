@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .cpu.quadratic import look_up, quadratic_loss
     from .dispatch import choose_backend
     from .embedding import lut_embedding
+    from .experts import lut_experts
     from .linear import dequantize, lut_linear
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "least_squares",
     "look_up",
     "lut_embedding",
+    "lut_experts",
     "lut_linear",
     "prepare_hessian",
     "quadratic_loss",
@@ -63,6 +65,7 @@ _HOMES = {
     "least_squares": "cpu.least_squares",
     "look_up": "cpu.quadratic",
     "lut_embedding": "embedding",
+    "lut_experts": "experts",
     "lut_linear": "linear",
     "prepare_hessian": "cpu.hessian",
     "quadratic_loss": "cpu.quadratic",

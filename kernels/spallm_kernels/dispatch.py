@@ -24,6 +24,12 @@ _MODULES = {
     "reference": "spallm_kernels.reference.linear",
     "triton": "spallm_kernels.triton.linear",
 }
+_EXPERTS = {
+    "cpu": "spallm_kernels.cpu.experts",
+    "portable": "spallm_kernels.triton.portable_experts",
+    "reference": "spallm_kernels.reference.experts",
+    "triton": "spallm_kernels.triton.experts",
+}
 PATHS = ("decode", "dense")
 #: Backends that can process the columns of a layer in calibration.
 _COLUMN_BACKENDS = ("torch", "triton")
@@ -90,6 +96,22 @@ class Differentiator(Backend, Protocol):
 
     def product_table_grad(
         self, y_grad: Tensor, x: Tensor, index_map: Tensor, table: Tensor
+    ) -> Tensor: ...
+
+
+class ExpertsDecoder(Protocol):
+    """Describe a module that multiplies tokens with their experts, all experts in one call."""
+
+    def can_decode(self, x: Tensor, table: Tensor, *, hashed: bool) -> bool: ...
+
+    def decode(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        index_map: Tensor,
+        table: Tensor,
+        *,
+        hash_seed: int | None = None,
     ) -> Tensor: ...
 
 
@@ -248,6 +270,19 @@ def load_decoder(name: str) -> Decoder:
         The module.
     """
     return cast(Decoder, importlib.import_module(_MODULES[name]))
+
+
+@functools.cache
+def load_experts(name: str) -> ExpertsDecoder:
+    """Return the module of a backend for experts, which is imported on the first call.
+
+    Args:
+        name: `cpu`, `portable`, `reference` or `triton`.
+
+    Returns:
+        The module.
+    """
+    return cast(ExpertsDecoder, importlib.import_module(_EXPERTS[name]))
 
 
 @functools.cache

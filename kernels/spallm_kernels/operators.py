@@ -36,7 +36,7 @@ CPU_ELEMENTS = 1 << 20
 _ALIGNMENT = 128  # rows; blocks are then whole tiles of the library's matrix product
 
 
-def _lut_linear(
+def product(
     x: Tensor,
     index_map: Tensor,
     table: Tensor,
@@ -44,17 +44,27 @@ def _lut_linear(
     hash_seed: int | None,
     backend: str | None,
     path: str | None,
+    first_row: int = 0,
 ) -> Tensor:
+    """Return the product with a sketched weight.
+
+    `linear.lut_linear` explains the other arguments.
+
+    Args:
+        first_row: Number of the first row in the module, for the hash.
+    """
     name = choose_backend(x.device, _bits(table), backend)
     tokens = x.reshape(-1, x.shape[-1])
     hashed = hash_seed is not None
-    if choose_path(name, tokens, table, hashed=hashed, path=path) == "decode":
+    # No backend decodes hashed rows that are not numbered from zero.
+    chosen = "dense" if hashed and first_row else path
+    if choose_path(name, tokens, table, hashed=hashed, path=chosen) == "decode":
         y = load_decoder(name).decode(tokens, index_map, table, bias, hash_seed=hash_seed)
     else:
         y = x.new_empty(tokens.shape[0], table.shape[0])
         block = _elements(x.device, sys.maxsize)
         for rows, weight in _weights(
-            name, x.dtype, index_map, table, x.shape[-1], hash_seed, block
+            name, x.dtype, index_map, table, x.shape[-1], hash_seed, block, first_row
         ):
             if bias is None:
                 torch.mm(tokens, weight.T, out=y[:, rows])
@@ -70,14 +80,16 @@ def _dequantize(
     return chosen.dequantize(index_map, table, in_features, hash_seed=hash_seed)
 
 
-def _input_grad(
+def input_grad(
     y_grad: Tensor,
     index_map: Tensor,
     table: Tensor,
     in_features: int,
     hash_seed: int | None,
     backend: str | None,
+    first_row: int = 0,
 ) -> Tensor:
+    """Return the gradient of a product's inputs. See `product` for the arguments."""
     name = choose_backend(y_grad.device, _bits(table), backend)
     y_rows = y_grad.reshape(-1, y_grad.shape[-1])
     fused = choose_differentiator(name, y_rows, table, in_features, hash_seed)
@@ -88,20 +100,22 @@ def _input_grad(
     block = _elements(y_grad.device, sys.maxsize) if y_grad.element_size() > 2 else sys.maxsize
     x_grad = y_grad.new_zeros(y_rows.shape[0], in_features)
     for rows, weight in _weights(
-        name, y_grad.dtype, index_map, table, in_features, hash_seed, block
+        name, y_grad.dtype, index_map, table, in_features, hash_seed, block, first_row
     ):
         x_grad = x_grad.addmm_(y_rows[:, rows], weight, beta=float(rows.start > 0))
     return shaped(x_grad, *y_grad.shape[:-1], in_features)
 
 
-def _table_grad(
+def table_grad(
     y_grad: Tensor,
     x: Tensor,
     index_map: Tensor,
     table: Tensor,
     hash_seed: int | None,
     backend: str | None,
+    first_row: int = 0,
 ) -> Tensor:
+    """Return the gradient of a product's tables. See `product` for the arguments."""
     name = choose_backend(x.device, _bits(table), backend)
     y_rows, x_rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (y_grad, x))
     fused = choose_differentiator(name, y_rows, table, x.shape[-1], hash_seed)
@@ -115,7 +129,7 @@ def _table_grad(
             index_map[rows],
             table[rows],
             hash_seed=hash_seed,
-            first_row=rows.start,
+            first_row=first_row + rows.start,
         )
         for rows in _blocks(table.shape[0], x.shape[-1], block)
     ]
@@ -188,6 +202,7 @@ def _weights(
     in_features: int,
     hash_seed: int | None,
     elements: int,
+    first_row: int,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks of rows of the dense weight, with at most about this number of elements."""
     # Cast the table and not the weight: 2^bits values per group instead of one per column.
@@ -200,7 +215,7 @@ def _weights(
                 table[rows],
                 in_features,
                 hash_seed=hash_seed,
-                first_row=rows.start,
+                first_row=first_row + rows.start,
             ),
         )
 
@@ -257,7 +272,7 @@ def register(
 register(
     "lut_linear(Tensor x, Tensor index_map, Tensor table, Tensor? bias, int? hash_seed, "
     "str? backend, str? path) -> Tensor",
-    _lut_linear,
+    product,
     _lut_linear_shape,
     _lut_linear_backward,
     _save_inputs,
@@ -272,14 +287,14 @@ register(
 register(
     "input_grad(Tensor y_grad, Tensor index_map, Tensor table, int in_features, int? hash_seed, "
     "str? backend) -> Tensor",
-    _input_grad,
+    input_grad,
     _input_grad_shape,
     no_second_derivative,
 )
 register(
     "table_grad(Tensor y_grad, Tensor x, Tensor index_map, Tensor table, int? hash_seed, "
     "str? backend) -> Tensor",
-    _table_grad,
+    table_grad,
     _table_grad_shape,
     no_second_derivative,
 )

@@ -3,6 +3,9 @@
 Each class of experts gets a subclass, in which an index map and tables stand in place of a weight.
 When it is called, the model's code finds stand-ins that look products up. So routing, activations,
 and biases are the model's own, and only the weights of experts that have tokens are looked up.
+
+The code of most classes is a loop that is known. It is replaced by calls for all experts at once
+(see `grouped_experts.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from spallm_convert.source.expert_weights import ExpertWeights, call_with
 from spallm_formats import row_bytes
 
+from .grouped_experts import can_group, has_known_code, run_grouped
 from .sketch import Sketch, Sketched, table_path
 
 
@@ -80,9 +84,12 @@ def sketched_class(dense_class: Any) -> type[SketchedExperts]:
     dense_forward = dense_class.forward
     # transformers wraps the code of a model to choose other implementations, which need weights.
     plain = getattr(dense_forward, "__wrapped__", dense_forward)
+    is_known = has_known_code(plain)
 
     @functools.wraps(plain)
     def forward(self: SketchedExperts, *args: Any, **kwargs: Any) -> Any:
+        if is_known and can_group(self):
+            return run_grouped(self, *args, **kwargs)
         return _run(self, *args, **kwargs)
 
     return type(

@@ -56,18 +56,23 @@ class Sketch:
         spans: The stored rows, in order. Empty: the layer was made by hand, so it is stored under
             its path in the model.
         hash_seed: Seed of the mapping `hash`, whose codes are computed. None: codes are stored.
+        numbers_rows_through: Whether the rows of all experts can be numbered from zero: codes are
+            stored, or hashed by these numbers.
     """
 
     shape: SketchedModule
     spans: tuple[Span, ...] = ()
     hash_seed: int | None = None
     _is_numbered_from_zero: bool = field(init=False)  # rows have their numbers in a stored module
+    numbers_rows_through: bool = field(init=False)
 
     def __post_init__(self) -> None:
         first = self.spans[0].first if self.spans else 0
         single = len(self.spans) <= 1 and self.shape.experts in (None, 1)
         # Not a property: torch.compile does not know how to evaluate it.
         object.__setattr__(self, "_is_numbered_from_zero", single and first == 0)
+        through = self.hash_seed is None or (len(self.spans) == 1 and first == 0)
+        object.__setattr__(self, "numbers_rows_through", through)
 
     def product(
         self,

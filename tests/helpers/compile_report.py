@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers.compiled import compile_launch, count, recorded
 from spallm_kernels.batched.compensate import BLOCK
-from spallm_kernels.triton import compensate, descend, linear
+from spallm_kernels.triton import compensate, descend, experts, linear
 
 KERNELS = (
     (
@@ -33,6 +33,9 @@ KERNELS = (
     (descend, "descend_kernel"),
 )
 ROWS, COLUMNS, GROUPS = 4096, 4096, 4
+EXPERTS = 64
+#: Tokens of all experts, by tokens of a program.
+EXPERTS_TOKENS = {1: 8, 8: 4 * EXPERTS, 64: 32 * EXPERTS}
 
 
 def main() -> None:
@@ -64,6 +67,11 @@ def cases():
         found[f"decode, {bits} bits, float16 and float32 tables"] = decode(
             bits, 1, dtype=torch.float16, table_dtype=torch.float32
         )
+        for size, tokens in EXPERTS_TOKENS.items():
+            found[f"experts, {bits} bits, {size} tokens"] = decode_experts(bits, tokens)
+        found[f"experts, {bits} bits, 1 tokens, hashed"] = decode_experts(
+            bits, EXPERTS_TOKENS[1], hash_seed=7
+        )
         found[f"dequantize, {bits} bits"] = dequantize(bits, torch.bfloat16)
         found[f"dequantize, {bits} bits, hashed"] = dequantize(bits, torch.bfloat16, hash_seed=7)
         found[f"dequantize, {bits} bits, float32"] = dequantize(bits, torch.float32)
@@ -85,6 +93,14 @@ def decode(
     x = torch.empty(tokens, columns, dtype=dtype)
     index_map, table = sketch(bits, columns, groups, table_dtype or dtype)
     return lambda: linear.decode(x, index_map, table, hash_seed=hash_seed)
+
+
+def decode_experts(bits, tokens, *, hash_seed=None):
+    index_map, table = sketch(bits, COLUMNS, GROUPS, torch.bfloat16)
+    shape, offsets = (EXPERTS, ROWS // EXPERTS), torch.empty(EXPERTS + 1, dtype=torch.int32)
+    x = torch.empty(tokens, COLUMNS, dtype=torch.bfloat16)
+    stacked = index_map.unflatten(0, shape), table.unflatten(0, shape)
+    return lambda: experts.decode(x, offsets, *stacked, hash_seed=hash_seed)
 
 
 def dequantize(bits, dtype, *, hash_seed=None):

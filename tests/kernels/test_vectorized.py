@@ -70,7 +70,7 @@ def test_products_have_the_same_bits_on_any_number_of_threads(unit, monkeypatch)
     sketch, x = random_sketch(4, 2, 133, 544), inputs(7, 544)
     expected = decode(sketch, x)
     assert torch.equal(decode(sketch, x), expected)
-    monkeypatch.setattr(vectorized, "_SERIAL", 0)
+    monkeypatch.setattr(vectorized, "SERIAL", 0)
     before = numba.get_num_threads()
     try:
         for threads in range(1, numba.config.NUMBA_NUM_THREADS + 1):

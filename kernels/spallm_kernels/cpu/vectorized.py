@@ -13,12 +13,12 @@ from .tiles import add_rest, look_up_rest, look_up_steps, multiply_tile
 from .vector_units import host_unit
 
 #: Kinds of table entries that a product converts to float32 in registers.
-_KINDS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+KINDS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _BITS = (2, 3, 4)
 #: Rows of a task for one thread: enough for the largest tiles.
-_ROWS = 16
+ROWS = 16
 #: Multiplications below which a second thread costs more time than it saves.
-_SERIAL = 1 << 18
+SERIAL = 1 << 18
 
 
 def supports(table: Tensor, in_features: int, hash_seed: int | None) -> bool:
@@ -31,7 +31,7 @@ def supports(table: Tensor, in_features: int, hash_seed: int | None) -> bool:
     """
     _, groups, entries = table.shape
     bits = entries.bit_length() - 1
-    if host_unit() is None or bits not in _BITS or table.dtype not in _KINDS:
+    if host_unit() is None or bits not in _BITS or table.dtype not in KINDS:
         return False
     return groups == 1 or hash_seed is not None or in_features // groups * bits % 8 == 0
 
@@ -57,9 +57,9 @@ def decode(x: Tensor, index_map: Tensor, table: Tensor, hash_seed: int | None) -
         unit.name,
         unit.rows,
         entries.bit_length() - 1,
-        _KINDS[table.dtype],
+        KINDS[table.dtype],
         int(hash_seed is not None),
-        rows * columns * tokens > _SERIAL,
+        rows * columns * tokens > SERIAL,
     )
     kernel(
         index_map.data_ptr(),
@@ -101,7 +101,7 @@ def dequantize(
         entries.bit_length() - 1,
         "float32" if table.element_size() == 4 else "raw16",
         int(hash_seed is not None),
-        rows * in_features > _SERIAL,
+        rows * in_features > SERIAL,
     )
     # Row 0 of the module may lie before the first byte of the tensors. It is not read.
     row_bytes, table_bytes = index_map.shape[1], groups * entries * table.element_size()
@@ -120,6 +120,65 @@ def dequantize(
     return weight
 
 
+# Numba copies the code to where it is called, so that constants stay constants.
+@numba.njit(inline="always")
+def multiply_rows(  # type: ignore[no-untyped-def]
+    codes, code_stride, table, groups, width, seed, first, end, x, y, y_stride, tokens,
+    unit, high, middle, low, bits, kind, hashed
+):  # fmt: skip
+    """Multiply tokens with the rows from `first` to `end` of a sketched weight.
+
+    The other arguments have the meaning of those of `multiply_tile`.
+
+    Args:
+        tokens: Number of tokens, int64.
+        high: Rows of a tile with 1 token, a constant.
+        middle: Rows of a tile with 2 tokens, a constant.
+        low: Rows of a tile with 4 tokens, a constant.
+    """
+    x_stride = 4 * groups * width
+    whole = end - (end - first) % 4
+    token = 0
+    while token + 4 <= tokens:
+        for row in range(first, whole, low):
+            multiply_tile(
+                codes, code_stride, table, groups, width, seed, row,
+                x + token * x_stride, y + token * y_stride, y_stride,
+                unit, bits, kind, hashed, low, 4
+            )  # fmt: skip
+        token += 4
+    while token + 2 <= tokens:
+        for row in range(first, whole, middle):
+            multiply_tile(
+                codes, code_stride, table, groups, width, seed, row,
+                x + token * x_stride, y + token * y_stride, y_stride,
+                unit, bits, kind, hashed, middle, 2
+            )  # fmt: skip
+        token += 2
+    if token < tokens:
+        for row in range(first, whole, high):
+            multiply_tile(
+                codes, code_stride, table, groups, width, seed, row,
+                x + token * x_stride, y + token * y_stride, y_stride,
+                unit, bits, kind, hashed, high, 1
+            )  # fmt: skip
+    for row in range(whole, end):
+        for token in range(tokens):
+            multiply_tile(
+                codes, code_stride, table, groups, width, seed, row,
+                x + token * x_stride, y + token * y_stride, y_stride,
+                unit, bits, kind, hashed, 1, 1
+            )  # fmt: skip
+    if width % 16:
+        for row in range(first, end):
+            for token in range(tokens):
+                add_rest(
+                    codes, code_stride, table, groups, width, seed, row,
+                    x + token * x_stride, y + token * y_stride,
+                    unit, bits, kind, hashed
+                )  # fmt: skip
+
+
 @functools.cache
 def _product(
     unit: str, rows_of: tuple[int, int, int], bits: int, kind: str, hashed: int, parallel: bool
@@ -131,51 +190,14 @@ def _product(
         codes: int, code_stride: int, table: int, groups: int, width: int, seed: int, rows: int,
         x: int, y: int, tokens: int
     ) -> None:  # fmt: skip
-        x_stride, y_stride = 4 * groups * width, 4 * rows
-        for task in numba.prange((rows + _ROWS - 1) // _ROWS):
-            first, end = task * _ROWS, min(rows, (task + 1) * _ROWS)
-            whole = end - (end - first) % 4
-            token = 0
-            while token + 4 <= tokens:
-                for row in range(first, whole, low):
-                    multiply_tile(
-                        codes, code_stride, table, groups, width, seed, row,
-                        x + token * x_stride, y + token * y_stride, y_stride,
-                        unit, bits, kind, hashed, low, 4
-                    )  # fmt: skip
-                token += 4
-            while token + 2 <= tokens:
-                for row in range(first, whole, middle):
-                    multiply_tile(
-                        codes, code_stride, table, groups, width, seed, row,
-                        x + token * x_stride, y + token * y_stride, y_stride,
-                        unit, bits, kind, hashed, middle, 2
-                    )  # fmt: skip
-                token += 2
-            if token < tokens:
-                for row in range(first, whole, high):
-                    multiply_tile(
-                        codes, code_stride, table, groups, width, seed, row,
-                        x + token * x_stride, y + token * y_stride, y_stride,
-                        unit, bits, kind, hashed, high, 1
-                    )  # fmt: skip
-            for row in range(whole, end):
-                for token in range(tokens):
-                    multiply_tile(
-                        codes, code_stride, table, groups, width, seed, row,
-                        x + token * x_stride, y + token * y_stride, y_stride,
-                        unit, bits, kind, hashed, 1, 1
-                    )  # fmt: skip
-            if width % 16:
-                for row in range(first, end):
-                    for token in range(tokens):
-                        add_rest(
-                            codes, code_stride, table, groups, width, seed, row,
-                            x + token * x_stride, y + token * y_stride,
-                            unit, bits, kind, hashed
-                        )  # fmt: skip
+        for task in numba.prange((rows + ROWS - 1) // ROWS):
+            multiply_rows(
+                codes, code_stride, table, groups, width, seed,
+                task * ROWS, min(rows, (task + 1) * ROWS), x, y, 4 * rows, tokens,
+                unit, high, middle, low, bits, kind, hashed
+            )  # fmt: skip
 
-    return _compiled(multiply, parallel)
+    return compiled(multiply, parallel)
 
 
 @functools.cache
@@ -201,10 +223,10 @@ def _look_up(unit: str, bits: int, kind: str, hashed: int, parallel: bool) -> Ca
                         target + width // 16 * 16 * size, unit, bits, kind, hashed
                     )  # fmt: skip
 
-    return _compiled(look_up, parallel)
+    return compiled(look_up, parallel)
 
 
-def _compiled(function: Callable[..., None], parallel: bool) -> Callable[..., None]:
+def compiled(function: Callable[..., None], parallel: bool) -> Callable[..., None]:
     """Return a compiled function, with a name of its own for parallel code.
 
     Numba's cache on disk knows a function by its name and code, not by its options: it would load

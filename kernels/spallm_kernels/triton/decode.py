@@ -8,6 +8,9 @@ Columns enter the dot product in an order that we choose. An `mma` gives thread 
 columns K_PER_LANE t, K_PER_LANE t + 1, ... of every 4 K_PER_LANE columns. The tiles are permuted so
 that these columns are the codes of one unit, and the weights that a thread looks up stay in its
 registers.
+
+The same kernel serves the experts of a mixture. A program then takes a block of tokens of one
+expert (see `expert_blocks.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .codes import hashed_unit, row_keys, stored_unit
+from .expert_blocks import to_expert
 from .lookup import look_up, prepare, stack
 
 
@@ -26,8 +30,9 @@ def decode_kernel(
     table,
     bias,
     y,
+    offsets,
     tokens,
-    rows,
+    rows,  # of an expert, if there are experts
     columns,
     row_words,
     width,  # columns of a group
@@ -38,6 +43,8 @@ def decode_kernel(
     WORDS: tl.constexpr,  # of a unit
     HASHED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EXPERTS: tl.constexpr,  # 0 if there is one weight for all tokens
+    PADDED: tl.constexpr,  # a power of two above EXPERTS
     EVEN: tl.constexpr,  # span is a whole number of steps
     WORD_ALIGN: tl.constexpr,  # divides the first word of every warp in a row
     ASM: tl.constexpr,
@@ -51,6 +58,14 @@ def decode_kernel(
     STAGES: tl.constexpr,
 ):
     STEP: tl.constexpr = UNITS * CODES
+    first_row = 0
+    if EXPERTS:
+        x, words, table, y, first_row, tokens = to_expert(
+            x, words, table, y, offsets, tokens, rows, columns, row_words, columns // width,
+            EXPERTS, PADDED, 1 if ONE else TOKENS, TOKENS, ROWS, 2**BITS, WORD_ALIGN
+        )  # fmt: skip
+        if tokens <= 0:
+            return
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     # Beyond the end, the last row is read again and not stored.
     safe_row = tl.minimum(row, rows - 1)
@@ -76,7 +91,7 @@ def decode_kernel(
         prepared = prepare(entries.to(DTYPE), BITS, ASM)
         start = start[:, None, None]
         row_word = tl.multiple_of(safe_row * row_words, WORD_ALIGN)[None, :, None]
-        keys = row_keys(safe_row, 0, seed)[None, :, None]
+        keys = row_keys(safe_row, first_row, seed)[None, :, None]
         for step in tl.range(tl.cdiv(span, STEP), num_stages=STAGES):
             # Addresses are computed again in every step: advancing tiles of pointers, or keeping
             # tiles of offsets, takes twice the registers.

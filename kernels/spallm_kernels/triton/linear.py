@@ -89,17 +89,77 @@ def decode(
     Returns:
         y [tokens, out_features], in the dtype of x.
     """
-    tokens, columns = x.shape
-    rows, groups, entries = table.shape
+    (tokens, columns), (rows, groups, entries) = x.shape, table.shape
+    if tile is None:
+        sizes = entries.bit_length() - 1, tokens, columns, columns // groups
+        tile = choose_tile(*sizes, index_map, hashed=hash_seed is not None, portable=portable)
+    operands = x, index_map, table, bias, rows
+    return launch_decode(*operands, hash_seed, tile, one=tokens == 1, portable=portable)
+
+
+def choose_tile(
+    bits: int,
+    tokens: int,
+    columns: int,
+    width: int,
+    index_map: Tensor,
+    *,
+    hashed: bool,
+    portable: bool,
+) -> DecodeTile:
+    """Return the tile of the decode kernel on the device of an index map.
+
+    Args:
+        bits: Bits of a code, 2 to 4.
+        tokens: Number of inputs.
+        columns: Columns of the layer.
+        width: Columns of a group.
+        index_map: Packed codes, uint8 [..., row_bytes].
+        hashed: Whether codes are computed, not stored.
+        portable: Whether weights are looked up without assembly.
+    """
+    if portable:
+        return _portable_tile(tokens, columns, width)
+    generation, aligned = _generation(index_map.device), _row_words(index_map) % 4 == 0
+    return _tile(bits, tokens, columns, width, generation, hashed=hashed, aligned=aligned)
+
+
+def launch_decode(
+    x: Tensor,
+    index_map: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    hash_seed: int | None,
+    tile: DecodeTile,
+    *,
+    one: bool,
+    portable: bool,
+    offsets: Tensor | None = None,
+    blocks: int = 1,
+) -> Tensor:
+    """Launch the decode kernel for one weight, or for the weights of experts.
+
+    Args:
+        x: float16 or bfloat16 [tokens, in_features].
+        index_map: Packed codes, uint8 [all rows, row_bytes]; ignored with `hash_seed`.
+        table: Tables, any float [all rows, groups, 2^bits], rounded to the dtype of x.
+        bias: Float [rows], or None.
+        rows: Rows of a weight.
+        hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
+        tile: Share of one program.
+        one: Whether a program has one token, not `tile.tokens`.
+        portable: Whether to look weights up by `tl.gather`, without assembly.
+        offsets: Tokens of each expert (see `expert_blocks.py`); None if there is one weight.
+        blocks: Blocks of tokens, each of one expert.
+
+    Returns:
+        y [tokens, rows], in the dtype of x.
+    """
+    (tokens, columns), (all_rows, groups, entries) = x.shape, table.shape
     bits, width = entries.bit_length() - 1, columns // groups
-    hashed = hash_seed is not None
-    words, row_words = _words(index_map)
-    aligned = row_words % 4 == 0
-    if tile is None and portable:
-        tile = _portable_tile(tokens, columns, width)
-    elif tile is None:
-        generation = _generation(x.device)
-        tile = _tile(bits, tokens, columns, width, generation, hashed=hashed, aligned=aligned)
+    experts = 0 if offsets is None else all_rows // rows
+    words, row_words = _words(index_map), _row_words(index_map)
     quad = 4 if tile.quads else 1
     codes = quad * UNIT_CODES[bits]
     # The interpreter truncates to bfloat16 instead of rounding, so torch rounds the table first.
@@ -108,12 +168,13 @@ def decode(
     y = torch.empty(tokens, rows, dtype=exact, device=x.device)
     span = table_span(columns, width, tile.slots)
     with on(x.device):
-        decode_kernel[(triton.cdiv(rows, tile.rows),)](
+        decode_kernel[(triton.cdiv(rows, tile.rows), blocks)](
             x.contiguous(),
             words,
             table.contiguous(),
             None if bias is None else bias.contiguous(),
             y,
+            offsets,
             tokens,
             rows,
             columns,
@@ -124,10 +185,12 @@ def decode(
             BITS=bits,
             CODES=codes,
             WORDS=quad * UNIT_WORDS[bits],
-            HASHED=hashed,
+            HASHED=hash_seed is not None,
             HAS_BIAS=bias is not None,
+            EXPERTS=experts,
+            PADDED=triton.next_power_of_2(experts + 1),
             EVEN=span % tile.columns == 0,
-            WORD_ALIGN=4 if aligned and span * bits % 128 == 0 else 1,
+            WORD_ALIGN=4 if row_words % 4 == 0 and span * bits % 128 == 0 else 1,
             ASM=not (INTERPRETED or portable),
             DTYPE=tl.float32 if INTERPRETED else _HALVES[x.dtype],
             K_PER_LANE=_K_PER_LANE,
@@ -135,7 +198,7 @@ def decode(
             ROWS=tile.rows,
             UNITS=tile.columns // codes,
             TOKENS=tile.tokens,
-            ONE=tokens == 1,
+            ONE=one,
             STAGES=tile.stages,
             num_warps=tile.slots,
             **_register_limit(tile.registers),
@@ -171,7 +234,7 @@ def dequantize(
     rows, groups, entries = table.shape
     bits, width = entries.bit_length() - 1, in_features // groups
     weight = torch.empty(rows, in_features, dtype=table.dtype, device=table.device)
-    words, row_words = _words(index_map)
+    words, row_words = _words(index_map), _row_words(index_map)
     sizes = (rows, in_features, row_words, width, first_row, hash_seed or 0)
     hashed = hash_seed is not None
     in_units = bits in UNIT_CODES and table.dtype in _HALVES and width % ALIGNMENT == 0
@@ -239,7 +302,7 @@ def table_grad(
     columns = weight_grad.shape[1]
     wide = torch.promote_types(weight_grad.dtype, torch.float32)
     sums = torch.empty(table.shape, dtype=wide, device=table.device)
-    words, row_words = _words(index_map)
+    words, row_words = _words(index_map), _row_words(index_map)
     with on(table.device):
         table_grad_kernel[(triton.cdiv(rows, tile.rows), groups)](
             words,
@@ -262,18 +325,19 @@ def table_grad(
     return sums
 
 
-def _words(index_map: Tensor) -> tuple[Tensor, int]:
-    """Return an index map as 32-bit words, and the words per row.
-
-    Stored maps are whole words already.
-    """
+def _words(index_map: Tensor) -> Tensor:
+    """Return an index map as 32-bit words. Stored maps are whole words already."""
     rows, row_bytes = index_map.shape
     if row_bytes % 4:
         index_map = torch.nn.functional.pad(index_map, (0, -row_bytes % 4))
     elif row_bytes == 0:  # hashed; an empty tensor of bytes cannot be viewed as words
-        return index_map.new_empty(rows, 0, dtype=torch.int32), 0
-    words = index_map.contiguous().view(torch.int32)
-    return words, words.shape[1]
+        return index_map.new_empty(rows, 0, dtype=torch.int32)
+    return index_map.contiguous().view(torch.int32)
+
+
+def _row_words(index_map: Tensor) -> int:
+    """Return the words of a row of an index map."""
+    return -(-index_map.shape[-1] // 4)
 
 
 def _register_limit(registers: int) -> dict[str, int]:

@@ -142,6 +142,21 @@ def decode_tile(
     return DecodeTile(**shape._replace(slots=slots)._asdict(), tokens=max(8, padded))
 
 
+def block_tokens(tokens: int, experts: int) -> int:
+    """Return how many tokens of an expert a program should take, of at most DECODE_TOKENS.
+
+    Codes are looked up once per block, so twice the mean fits most experts in one block. If few
+    experts have a token, most of them have a single one. Not measured.
+
+    Args:
+        tokens: Tokens of all experts.
+        experts: Number of experts.
+    """
+    if 4 * tokens <= experts:
+        return 1
+    return min(DECODE_TOKENS, max(8, 2 * -(-tokens // experts)))
+
+
 def portable_decode_tile(tokens: int, columns: int, width: int) -> DecodeTile:
     """Return the tile of the decode kernel without assembly, for any GPU.
 

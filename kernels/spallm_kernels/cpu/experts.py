@@ -1,0 +1,130 @@
+"""Multiply tokens with the sketched weights of their experts, in vector registers.
+
+One compiled call serves all experts: threads start once, and each takes the same share of the rows
+of every expert, however unevenly the tokens are spread. Experts without tokens are not touched.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import linear, vectorized
+from .vector_units import host_unit
+from .vectorized import KINDS, ROWS, SERIAL, compiled, multiply_rows
+
+
+def can_decode(x: Tensor, table: Tensor, *, hashed: bool) -> bool:
+    """Return whether `decode` supports such tensors and is the faster path.
+
+    Args:
+        x: Inputs, float [tokens, in_features].
+        table: Tables, float [experts, out_features, groups, 2^bits].
+        hashed: Whether codes are computed, not stored.
+    """
+    # The path is chosen by the mean number of tokens of an expert.
+    tokens, one = -(-x.shape[0] // max(1, table.shape[0])), table[:1].flatten(0, 1)
+    rounded = one if x.dtype == torch.float32 else one.to(x.dtype)
+    return (
+        linear.can_decode(x, one)
+        and vectorized.supports(rounded, x.shape[1], 0 if hashed else None)
+        and tokens <= linear.decode_tokens(x, one, hashed=hashed)
+    )
+
+
+def decode(
+    x: Tensor, offsets: Tensor, index_map: Tensor, table: Tensor, *, hash_seed: int | None = None
+) -> Tensor:
+    """Compute the products of tokens and the weights of their experts, summed in float32.
+
+    Args:
+        x: Float [tokens, in_features], sorted by expert, for which `can_decode` returned True.
+        offsets: Where the tokens of each expert start and end, int64 or int32 [experts + 1],
+            ascending from 0 to at most the number of tokens.
+        index_map: Packed codes, uint8 [experts, out_features, row_bytes]; ignored with `hash_seed`.
+        table: Tables, any float [experts, out_features, groups, 2^bits], rounded to the dtype of x.
+        hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
+
+    Returns:
+        y [tokens, out_features], in the dtype of x.
+    """
+    (tokens, columns), (_, rows, groups, entries) = x.shape, table.shape
+    bounds = offsets.long().contiguous().numpy()
+    dtype = x.dtype
+    if dtype != torch.float32:
+        table, x = _rounded(table, dtype, bounds), x.float()
+    x, table, index_map = x.contiguous(), table.contiguous(), index_map.contiguous()
+    y = torch.empty(tokens, rows)
+    y[bounds[-1] :] = 0
+    unit = host_unit()
+    assert unit is not None
+    parallel = rows * columns * tokens > SERIAL
+    kernel = _product(
+        unit.name,
+        unit.rows,
+        entries.bit_length() - 1,
+        KINDS[table.dtype],
+        int(hash_seed is not None),
+        parallel,
+    )
+    kernel(
+        bounds,
+        index_map.data_ptr(),
+        index_map.shape[2],
+        table.data_ptr(),
+        groups,
+        columns // groups,
+        hash_seed or 0,
+        rows,
+        x.data_ptr(),
+        y.data_ptr(),
+        numba.get_num_threads() if parallel else 1,
+    )
+    return y if dtype == torch.float32 else y.to(dtype)
+
+
+def _rounded(table: Tensor, dtype: torch.dtype, bounds: Any) -> Tensor:
+    """Return tables in another dtype. Those of experts without tokens have any value."""
+    if table.dtype == dtype:
+        return table
+    rounded = torch.empty_like(table, dtype=dtype, memory_format=torch.contiguous_format)
+    for expert in np.flatnonzero(np.diff(bounds)).tolist():
+        rounded[expert] = table[expert]
+    return rounded
+
+
+@functools.cache
+def _product(
+    unit: str, rows_of: tuple[int, int, int], bits: int, kind: str, hashed: int, parallel: bool
+) -> Callable[..., None]:
+    """Return the compiled products for a kind of sketch. Numba keeps them on disk."""
+    high, middle, low = rows_of
+
+    def multiply(  # type: ignore[no-untyped-def]
+        bounds, codes, code_stride, table, groups, width, seed, rows, x, y, shares
+    ):  # fmt: skip
+        experts = np.flatnonzero(bounds[1:] - bounds[:-1])
+        blocks = (rows + ROWS - 1) // ROWS
+        # The first thread gets the first share of every expert, and so on.
+        for task in numba.prange(shares * len(experts)):
+            # Numba may count tasks unsigned, and makes floats of a sum with signed numbers.
+            share, place = divmod(np.int64(task), len(experts))
+            expert = experts[place]
+            start, tokens = bounds[expert], bounds[expert + 1] - bounds[expert]
+            # Rows are numbered through all experts, so y is addressed as if it had all of them.
+            row = expert * rows
+            for block in range(share * blocks // shares, (share + 1) * blocks // shares):
+                multiply_rows(
+                    codes, code_stride, table, groups, width, seed,
+                    row + block * ROWS, row + min(rows, (block + 1) * ROWS),
+                    x + start * 4 * groups * width, y + 4 * (start * rows - row), 4 * rows, tokens,
+                    unit, high, middle, low, bits, kind, hashed
+                )  # fmt: skip
+
+    return compiled(multiply, parallel)
