@@ -13,6 +13,7 @@ import torch
 
 from spallm_convert.errors import one_line
 from spallm_convert.version import __version__
+from spallm_kernels.cpu.vector_units import PORTABLE, host_unit
 from spallm_kernels.dispatch import (
     check_gpu,
     choose_backend,
@@ -105,8 +106,6 @@ def diagnose() -> Diagnosis:
 
 def cpu_path() -> str:
     """Return the vector unit that looks tables up on the CPU, or `portable`."""
-    from spallm_kernels.cpu.vector_units import PORTABLE, host_unit
-
     unit = host_unit()
     return PORTABLE if unit is None else unit.name
 

@@ -18,7 +18,7 @@ from helpers.arm64 import Emulator
 from spallm_kernels.cpu.llvm import INT64
 from spallm_kernels.cpu.panels import emit_outer_products
 from spallm_kernels.cpu.tiles import Sketch, emit_last_step, emit_rest, emit_steps, emit_tile
-from spallm_kernels.cpu.vector_units import BY_NAME, available_units
+from spallm_kernels.cpu.vector_units import available_units, unit_of
 
 EMULATED = "neon"  # on ARM too, to notice accesses beyond the end of an array
 #: Units to test on this machine.
@@ -43,7 +43,7 @@ def sketch_bodies(unit: str, bits: int, kind: str, hashed: int) -> dict[str, Bod
         kind: Kind of a table entry.
         hashed: 1 if codes are hashed.
     """
-    described = BY_NAME[unit]
+    described = unit_of(unit)
 
     def sketch(arguments: list[Any]) -> Sketch:
         return Sketch(*arguments[:7], described, bits, kind, hashed)
@@ -76,7 +76,7 @@ def sketch_bodies(unit: str, bits: int, kind: str, hashed: int) -> dict[str, Bod
 
 def outer_bodies(unit: str) -> dict[str, Body]:
     """Return functions that add outer products, by name, for the tiles of a unit."""
-    described = BY_NAME[unit]
+    described = unit_of(unit)
     tall, vectors = described.panel
     return {
         f"outer_{rows}": (

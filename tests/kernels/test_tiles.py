@@ -14,7 +14,7 @@ import unicorn
 
 from helpers.sketches import random, random_sketch
 from helpers.unit_machine import LOOKED_UP, UNITS, Machine, assembly, outer_bodies, sketch_bodies
-from spallm_kernels.cpu.vector_units import BY_NAME
+from spallm_kernels.cpu.vector_units import unit_of
 
 BITS = [2, 3, 4]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -51,7 +51,7 @@ def shapes_of(hashed):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("unit", UNITS)
 def test_products_of_every_tile(unit, bits, kind):
-    dtype, described = DTYPES[kind], BY_NAME[unit]
+    dtype, described = DTYPES[kind], unit_of(unit)
     mappings = (0, 1) if kind == "float32" else (0,)
     machine = machine_for(unit, bits, kind, mappings)
     tiles = {*zip(described.rows, (1, 2, 4), strict=True), (1, 1)}
@@ -116,8 +116,8 @@ def test_lookups_copy_every_bit_of_an_entry(unit, bits, kind):
 @pytest.mark.parametrize("unit", UNITS)
 def test_outer_products_of_both_tiles(unit):
     """Small integers, so sums are exact. The factors may lie in either order."""
-    machine, (tall, vectors) = Machine(unit, outer_bodies(unit)), BY_NAME[unit].panel
-    columns = vectors * BY_NAME[unit].lanes
+    machine, (tall, vectors) = Machine(unit, outer_bodies(unit)), unit_of(unit).panel
+    columns = vectors * unit_of(unit).lanes
     generator = np.random.default_rng(0)
     for steps in (0, 1, 7):
         panel, factors = (

@@ -66,7 +66,7 @@ def decode(
     assert unit is not None
     parallel = rows * columns * tokens > SERIAL
     kernel = _product(
-        unit.name,
+        unit.key,
         unit.rows,
         entries.bit_length() - 1,
         KINDS[table.dtype],

@@ -44,7 +44,7 @@ from .llvm import (
 )
 from .portable import array
 from .tiles import look_up_steps
-from .vector_units import BY_NAME, VectorUnit, host_unit
+from .vector_units import VectorUnit, host_unit, unit_of
 
 #: Columns of a panel, and rows that are looked up at a time.
 PANEL = PIECE
@@ -82,7 +82,7 @@ def input_grad(y_grad: Tensor, index_map: Tensor, table: Tensor, in_features: in
     tokens, (rows, groups, entries) = y_grad.shape[0], table.shape
     by_row = y_grad.T.contiguous()
     panels = torch.zeros(in_features // PANEL, tokens, PANEL)
-    _input_grad(unit.name, *unit.panel, unit.lanes, entries.bit_length() - 1)(
+    _input_grad(unit.key, *unit.panel, unit.lanes, entries.bit_length() - 1)(
         index_map.data_ptr(),
         index_map.shape[1],
         table.data_ptr(),
@@ -111,7 +111,7 @@ def table_grad(y_grad: Tensor, x: Tensor, index_map: Tensor, table: Tensor) -> T
     by_row = y_grad.T.contiguous()
     panels = x.reshape(tokens, columns // PANEL, PANEL).transpose(0, 1).contiguous()
     sums = torch.empty(table.shape)
-    kernel = _table_grad(unit.name, *unit.panel, unit.lanes)
+    kernel = _table_grad(unit.key, *unit.panel, unit.lanes)
     kernel(
         array(index_map.contiguous()),
         columns // table.shape[1],
@@ -137,11 +137,11 @@ def _add_outer_products(  # type: ignore[no-untyped-def]
         panel: Address of the tile's columns in a panel, float32 [steps, 64], int64.
         total: Address of the tile's columns in the result, float32 [rows, 64], int64.
         steps: Number of steps, int64.
-        unit: Name of the vector unit, a constant.
+        unit: Key of the vector unit, a constant.
         rows: Rows of the tile, a constant.
         vectors: Vectors of columns of the tile, a constant.
     """
-    described = BY_NAME[unit.literal_value]
+    described = unit_of(unit.literal_value)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         shape = rows.literal_value, vectors.literal_value

@@ -29,7 +29,7 @@ from .llvm import (
     vector,
 )
 from .steps import ENTRY_BYTES, STEP, Codes, copied, entries_of, move, row_key
-from .vector_units import BY_NAME, VectorUnit
+from .vector_units import VectorUnit, unit_of
 
 
 @native
@@ -54,7 +54,7 @@ def multiply_tile(  # type: ignore[no-untyped-def]
         x: Address of the first token, float32 [tokens, columns], int64.
         y: Address of the product of the first token with row 0, float32, int64.
         y_stride: Bytes from a product to that of the next token with the same row, int64.
-        unit: Name of the vector unit, a constant.
+        unit: Key of the vector unit, a constant.
         bits: Bits of a code, a constant: 2, 3 or 4.
         kind: Kind of table entries, a constant: `float32`, `float16` or `bfloat16`.
         hashed: 1 if codes are hashed, 0 if they are stored, a constant.
@@ -289,7 +289,7 @@ def _sketch(arguments: Any, unit: Any, bits: Any, kind: Any, hashed: Any) -> Ske
         width=width,
         seed=seed,
         row=row,
-        unit=BY_NAME[unit.literal_value],
+        unit=unit_of(unit.literal_value),
         bits=bits.literal_value,
         kind=kind.literal_value,
         hashed=hashed.literal_value,

@@ -13,10 +13,12 @@ instructions. Registers and codes are vectors of `lanes` elements.
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -55,6 +57,19 @@ class VectorUnit:
     panel: tuple[int, int]
     spread: Callable[[Any, Value], list[Value]]
     look_up: Callable[[Any, Sequence[Value], Value], Value]
+
+    @property
+    def key(self) -> str:
+        """Return the name and a digest of our source, for compiled functions to be kept by.
+
+        Numba keeps a function until its own file changes. Its instructions come from other files.
+        """
+        return f"{self.name} {_digest()}"
+
+
+def unit_of(key: str) -> VectorUnit:
+    """Return the unit with a key."""
+    return _BY_NAME[key.partition(" ")[0]]
 
 
 @functools.cache
@@ -174,4 +189,10 @@ UNITS = (
     ),
 )
 
-BY_NAME = {unit.name: unit for unit in UNITS}
+_BY_NAME = {unit.name: unit for unit in UNITS}
+
+
+@functools.cache
+def _digest() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]

@@ -54,7 +54,7 @@ def decode(x: Tensor, index_map: Tensor, table: Tensor, hash_seed: int | None) -
     unit = host_unit()
     assert unit is not None
     kernel = _product(
-        unit.name,
+        unit.key,
         unit.rows,
         entries.bit_length() - 1,
         KINDS[table.dtype],
@@ -97,7 +97,7 @@ def dequantize(
     unit = host_unit()
     assert unit is not None
     kernel = _look_up(
-        unit.name,
+        unit.key,
         entries.bit_length() - 1,
         "float32" if table.element_size() == 4 else "raw16",
         int(hash_seed is not None),
