@@ -18,6 +18,8 @@ WARM_UP = 2
 def milliseconds(contestants: Contestants, turns: int) -> Row:
     """Return quantiles of the milliseconds of each contestant, and how busy the machine was.
 
+    In a turn each contestant is called twice, and the second call is timed.
+
     elsewhere: the share of all cores that other processes took meanwhile.
     """
     samples: dict[str, list[float]] = {name: [] for name in contestants}

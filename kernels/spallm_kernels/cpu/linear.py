@@ -19,7 +19,7 @@ from .vector_units import PORTABLE, host_unit
 #: registers.
 PORTABLE_TOKENS = (32, 8)
 HASHED_TOKENS = (48, 16)
-STORED_TOKENS = (math.inf, 16)
+STORED_TOKENS = (math.inf, 32)
 _SINGLE_OR_LESS = (torch.float32, torch.float16, torch.bfloat16)
 
 
