@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spallm_convert.source.expert_weights import ExpertWeights, call_with
 from spallm_formats import row_bytes
 
-from .grouped_experts import can_group, has_known_code, run_grouped
+from .grouped_experts import can_group, run_grouped
 from .sketch import Sketch, Sketched, table_path
 
 
@@ -84,11 +84,10 @@ def sketched_class(dense_class: Any) -> type[SketchedExperts]:
     dense_forward = dense_class.forward
     # transformers wraps the code of a model to choose other implementations, which need weights.
     plain = getattr(dense_forward, "__wrapped__", dense_forward)
-    is_known = has_known_code(plain)
 
     @functools.wraps(plain)
     def forward(self: SketchedExperts, *args: Any, **kwargs: Any) -> Any:
-        if is_known and can_group(self):
+        if can_group(self):
             return run_grouped(self, *args, **kwargs)
         return _run(self, *args, **kwargs)
 

@@ -6,7 +6,6 @@ import inspect
 import pytest
 import torch
 import transformers
-from torch import nn
 
 from helpers.architectures import available, save_tiny
 from helpers.tuning import TOKENS, logits
@@ -15,8 +14,8 @@ from spallm_convert.runtime import experts as sketched_experts
 from spallm_convert.runtime import grouped_experts
 from spallm_convert.runtime.experts import SketchedExperts
 
-#: Whether the experts of a model have the code that is known: the same loop, the same loop with
-#: another activation, and other code.
+#: Whether the experts of a model are computed at once: plain ones, plain ones with another
+#: activation, and ones with biases or transposed weights.
 MODELS = {
     "MixtralForCausalLM": True,
     "Qwen3MoeForCausalLM": True,
@@ -25,12 +24,11 @@ MODELS = {
     "GptOssForCausalLM": False,
     "Llama4ForCausalLM": False,
 }
-# Earlier versions write the loop in other words, and then it is run as it is.
+# Earlier versions do not mark classes, and then the loop is run as it is.
 pytestmark = pytest.mark.skipif(
-    not grouped_experts.has_known_code(
-        inspect.unwrap(transformers.models.mixtral.modeling_mixtral.MixtralExperts.forward)
-    ),
-    reason="this version of transformers has another loop over experts",
+    "has_post_expert_norm"
+    not in inspect.signature(transformers.integrations.use_experts_implementation).parameters,
+    reason="this version of transformers does not say which experts can be computed at once",
 )
 
 
@@ -118,27 +116,14 @@ def test_tokens_of_no_expert(mixtral):
     assert y[2].any()
 
 
-def test_experts_elsewhere_are_left_to_the_loop(mixtral):
+@pytest.mark.parametrize("mark", grouped_experts._MARKS)
+def test_classes_that_declare_something_else_are_left_to_the_loop(mixtral, mark):
     module = copy.copy(experts_of(mixtral))
-    module._is_expert_parallel = True
+    assert grouped_experts.can_group(module)
+    setattr(module, mark, not grouped_experts._MARKS[mark])
     assert not grouped_experts.can_group(module)
-
-
-def test_code_is_compared_and_not_names():
-    class Experts(nn.Module):
-        def forward(self, hidden_states, top_k_index, top_k_weights):
-            return self.act_fn(hidden_states) * top_k_weights.sum()
-
-    assert not grouped_experts.has_known_code(Experts.forward)
-    assert not grouped_experts.has_known_code(torch.relu)
-    # Python compiles calls to what a file imports in another way.
-    source = f"import torch\nfrom torch import nn\n{inspect.getsource(grouped_experts._loop)}"
-    changes = [("", ""), ("act_fn(gate) * up", "act_fn(up) * gate"), ("dim=-1", "dim=-2")]
-    for before, after in changes:
-        assert before in source
-        names = {}
-        exec(source.replace(before, after), names)
-        assert grouped_experts.has_known_code(names["_loop"]) == (before == after)
+    delattr(module, mark)
+    assert not grouped_experts.can_group(module)
 
 
 def test_compiles_as_one_graph(mixtral):
