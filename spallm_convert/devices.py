@@ -173,7 +173,7 @@ def free_memory(device: torch.device) -> int | None:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
     found = []
     with contextlib.suppress(OSError, ValueError):  # no Linux
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

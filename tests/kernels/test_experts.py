@@ -119,7 +119,7 @@ def test_many_tokens_of_16_bits_are_left_to_the_library(monkeypatch):
         raise AssertionError("decoded")
 
     monkeypatch.setattr(cpu_experts, "decode", refuse)
-    check([60, 40, 0, 0], 4, 1, 9, 64, torch.bfloat16, None)
+    check([120, 80, 0, 0], 4, 1, 9, 64, torch.bfloat16, None)
 
 
 def test_experts_without_tokens_add_nothing():

@@ -56,8 +56,8 @@ def table_grad(weight_grad: Tensor, index_map: Tensor, table: Tensor) -> Tensor:
         index_map: Packed codes, uint8 [out_features, row_bytes].
         table: Tables, float [out_features, groups, 2^bits].
     """
-    sums = torch.empty(table.shape)
     gradient = weight_grad.float().contiguous()
+    sums = gradient.new_empty(table.shape)
     _bin_rows(array(index_map.contiguous()), gradient.numpy(), sums.numpy())
     return sums
 

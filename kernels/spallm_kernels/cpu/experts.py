@@ -60,7 +60,7 @@ def decode(
     if dtype != torch.float32:
         table, x = _rounded(table, dtype, bounds), x.float()
     x, table, index_map = x.contiguous(), table.contiguous(), index_map.contiguous()
-    y = torch.empty(tokens, rows)
+    y = x.new_empty(tokens, rows)
     y[bounds[-1] :] = 0
     unit = host_unit()
     assert unit is not None

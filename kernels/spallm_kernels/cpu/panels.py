@@ -81,7 +81,7 @@ def input_grad(y_grad: Tensor, index_map: Tensor, table: Tensor, in_features: in
     index_map, table = index_map.contiguous(), table.float().contiguous()
     tokens, (rows, groups, entries) = y_grad.shape[0], table.shape
     by_row = y_grad.T.contiguous()
-    panels = torch.zeros(in_features // PANEL, tokens, PANEL)
+    panels = y_grad.new_zeros(in_features // PANEL, tokens, PANEL)
     _input_grad(unit.key, *unit.panel, unit.lanes, entries.bit_length() - 1)(
         index_map.data_ptr(),
         index_map.shape[1],
@@ -110,7 +110,7 @@ def table_grad(y_grad: Tensor, x: Tensor, index_map: Tensor, table: Tensor) -> T
     tokens, columns = x.shape
     by_row = y_grad.T.contiguous()
     panels = x.reshape(tokens, columns // PANEL, PANEL).transpose(0, 1).contiguous()
-    sums = torch.empty(table.shape)
+    sums = x.new_empty(table.shape)
     kernel = _table_grad(unit.key, *unit.panel, unit.lanes)
     kernel(
         array(index_map.contiguous()),

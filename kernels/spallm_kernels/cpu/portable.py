@@ -32,7 +32,7 @@ def decode(x: Tensor, index_map: Tensor, table: Tensor, hash_seed: int | None) -
     Returns:
         float32 [tokens, out_features].
     """
-    y = torch.empty(x.shape[0], table.shape[0])
+    y = x.new_empty(x.shape[0], table.shape[0])
     codes = _codes(index_map, hash_seed, 0)
     _decode(*codes, array(table.float().contiguous()), array(x.contiguous()), y.numpy())
     return y
@@ -61,7 +61,7 @@ def table_grad(
 ) -> Tensor:
     """Return the gradient of the tables. `linear.table_grad` explains the arguments."""
     wide = torch.promote_types(weight_grad.dtype, torch.float32)
-    sums = torch.empty(table.shape, dtype=wide)
+    sums = weight_grad.new_empty(table.shape, dtype=wide)
     gradient = weight_grad.to(wide).contiguous().numpy()
     _bin(*_codes(index_map, hash_seed, first_row), gradient, sums.numpy())
     return sums

@@ -50,7 +50,8 @@ def decode(x: Tensor, index_map: Tensor, table: Tensor, hash_seed: int | None) -
     """
     x, table, index_map = x.contiguous(), table.contiguous(), index_map.contiguous()
     (tokens, columns), (rows, groups, entries) = x.shape, table.shape
-    y = torch.empty(tokens, rows)
+    # Not torch's default dtype and device, which a caller may have set.
+    y = x.new_empty(tokens, rows)
     unit = host_unit()
     assert unit is not None
     kernel = _product(
