@@ -67,7 +67,8 @@ def device_name(device: torch.device) -> str:
     """Return the model of a GPU, without its number, or the kind of another device."""
     import torch
 
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    known = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if known else device.type
 
 
 @contextlib.contextmanager

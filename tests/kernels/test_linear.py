@@ -65,6 +65,25 @@ def test_forward_and_gradients_equal_the_dense_layers(
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("columns", [48, 512])
+def test_the_default_dtype_of_torch_does_not_count(columns):
+    sketch = random_sketch(4, 2, rows=16, columns=columns)
+    inputs = (random(5, columns), sketch.table, random(16), random(5, 16))
+    singles = [tensor.float() for tensor in inputs]
+
+    def layer(x, table, bias):
+        return lut_linear(x, sketch.index_map, table, bias)
+
+    expected = passes(layer, *singles)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = passes(layer, *singles)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("hash_seed", [None, 5])
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])
 @pytest.mark.parametrize("bits", [2, 3, 4])
