@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .dispatch import choose_backend, load_backend
 from .linear import check_shapes
-from .operators import no_second_derivative, register, shaped
+from .operators import bits_of, no_second_derivative, register, shaped, wide
 from .reference.linear import hash_codes_of_rows
 
 _IDS = (torch.int64, torch.int32)
@@ -71,7 +71,7 @@ def _lut_embedding(
     hash_seed: int | None,
     backend: str | None,
 ) -> Tensor:
-    chosen = load_backend(choose_backend(table.device, _bits(table), backend))
+    chosen = load_backend(choose_backend(table.device, bits_of(table), backend))
     flat = ids.reshape(-1)
     tables = table.index_select(0, flat)
     if flat.numel() == 0:
@@ -92,16 +92,16 @@ def _embedding_table_grad(
     hash_seed: int | None,
     backend: str | None,
 ) -> Tensor:
-    chosen = load_backend(choose_backend(table.device, _bits(table), backend))
+    chosen = load_backend(choose_backend(table.device, bits_of(table), backend))
     flat, rows = ids.reshape(-1), y_grad.reshape(-1, y_grad.shape[-1])
     if flat.numel() == 0:
-        return torch.zeros(table.shape, dtype=_wide(y_grad.dtype), device=table.device)
+        return torch.zeros(table.shape, dtype=wide(y_grad.dtype), device=table.device)
     tables = table.index_select(0, flat)
     if hash_seed is None:
         sums = chosen.table_grad(rows, index_map.index_select(0, flat), tables)
     else:
         codes = _hashed(flat, tables, rows.shape[1], hash_seed)
-        grouped = rows.to(_wide(y_grad.dtype)).view(codes.shape)
+        grouped = rows.to(wide(y_grad.dtype)).view(codes.shape)
         entries = range(table.shape[2])
         # Not `scatter_add_`: on a GPU it adds in any order.
         sums = torch.stack([grouped.where(codes == e, 0).sum(2) for e in entries], dim=2)
@@ -114,7 +114,7 @@ def _embedding_table_grad(
 
 def _hashed(flat: Tensor, tables: Tensor, in_features: int, hash_seed: int) -> Tensor:
     """Return the codes of rows, int64 [rows, groups, columns of a group]."""
-    codes = hash_codes_of_rows(flat.long(), in_features, _bits(tables), hash_seed)
+    codes = hash_codes_of_rows(flat.long(), in_features, bits_of(tables), hash_seed)
     return codes.view(*tables.shape[:2], -1)
 
 
@@ -142,15 +142,7 @@ def _lut_embedding_shape(
 def _embedding_table_grad_shape(
     y_grad: Tensor, ids: Tensor, index_map: Tensor, table: Tensor, *rest: Any
 ) -> Tensor:
-    return table.new_empty(table.shape, dtype=_wide(y_grad.dtype))
-
-
-def _bits(table: Tensor) -> int:
-    return table.shape[-1].bit_length() - 1
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return table.new_empty(table.shape, dtype=wide(y_grad.dtype))
 
 
 register(

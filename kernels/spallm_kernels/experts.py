@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose_backend, load_experts
-from .operators import input_grad, no_second_derivative, product, register, table_grad
+from .operators import (
+    bits_of,
+    input_grad,
+    no_second_derivative,
+    product,
+    register,
+    table_grad,
+    wide,
+)
 
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -114,7 +122,7 @@ def _lut_experts(
     hash_seed: int | None,
     backend: str | None,
 ) -> Tensor:
-    name = choose_backend(x.device, _bits(table), backend)
+    name = choose_backend(x.device, bits_of(table), backend)
     if x.device.type == "cpu":
         _check_offsets(offsets, x.shape[0])
     decoder = load_experts(name)
@@ -137,7 +145,7 @@ def _experts_input_grad(
     hash_seed: int | None,
     backend: str | None,
 ) -> Tensor:
-    name = choose_backend(y_grad.device, _bits(table), backend)
+    name = choose_backend(y_grad.device, bits_of(table), backend)
     x_grad = y_grad.new_zeros(y_grad.shape[0], in_features)
     for expert, tokens in _used(offsets):
         sketch = index_map[expert], table[expert], in_features
@@ -155,8 +163,8 @@ def _experts_table_grad(
     hash_seed: int | None,
     backend: str | None,
 ) -> Tensor:
-    name = choose_backend(x.device, _bits(table), backend)
-    sums = torch.zeros(table.shape, dtype=_wide(x.dtype), device=x.device)
+    name = choose_backend(x.device, bits_of(table), backend)
+    sums = torch.zeros(table.shape, dtype=wide(x.dtype), device=x.device)
     for expert, tokens in _used(offsets):
         sketch = index_map[expert], table[expert]
         first_row = expert * table.shape[1]
@@ -219,15 +227,7 @@ def _input_grad_shape(
 def _table_grad_shape(
     y_grad: Tensor, x: Tensor, offsets: Tensor, index_map: Tensor, table: Tensor, *rest: Any
 ) -> Tensor:
-    return table.new_empty(table.shape, dtype=_wide(x.dtype))
-
-
-def _bits(table: Tensor) -> int:
-    return table.shape[-1].bit_length() - 1
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return table.new_empty(table.shape, dtype=wide(x.dtype))
 
 
 register(

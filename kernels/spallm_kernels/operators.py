@@ -53,7 +53,7 @@ def product(
     Args:
         first_row: Number of the first row in the module, for the hash.
     """
-    name = choose_backend(x.device, _bits(table), backend)
+    name = choose_backend(x.device, bits_of(table), backend)
     tokens = x.reshape(-1, x.shape[-1])
     hashed = hash_seed is not None
     # No backend decodes hashed rows that are not numbered from zero.
@@ -76,7 +76,7 @@ def product(
 def _dequantize(
     index_map: Tensor, table: Tensor, in_features: int, hash_seed: int | None, backend: str | None
 ) -> Tensor:
-    chosen = load_backend(choose_backend(table.device, _bits(table), backend))
+    chosen = load_backend(choose_backend(table.device, bits_of(table), backend))
     return chosen.dequantize(index_map, table, in_features, hash_seed=hash_seed)
 
 
@@ -90,7 +90,7 @@ def input_grad(
     first_row: int = 0,
 ) -> Tensor:
     """Return the gradient of a product's inputs. See `product` for the arguments."""
-    name = choose_backend(y_grad.device, _bits(table), backend)
+    name = choose_backend(y_grad.device, bits_of(table), backend)
     y_rows = y_grad.reshape(-1, y_grad.shape[-1])
     fused = choose_differentiator(name, y_rows, table, in_features, hash_seed)
     if fused is not None:
@@ -116,7 +116,7 @@ def table_grad(
     first_row: int = 0,
 ) -> Tensor:
     """Return the gradient of a product's tables. See `product` for the arguments."""
-    name = choose_backend(x.device, _bits(table), backend)
+    name = choose_backend(x.device, bits_of(table), backend)
     y_rows, x_rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (y_grad, x))
     fused = choose_differentiator(name, y_rows, table, x.shape[-1], hash_seed)
     if fused is not None:
@@ -178,7 +178,7 @@ def _input_grad_shape(
 def _table_grad_shape(
     y_grad: Tensor, x: Tensor, index_map: Tensor, table: Tensor, *rest: Any
 ) -> Tensor:
-    return table.new_empty(table.shape, dtype=_wide(x.dtype))
+    return table.new_empty(table.shape, dtype=wide(x.dtype))
 
 
 def shaped(result: Tensor, *shape: int) -> Tensor:
@@ -232,11 +232,13 @@ def _elements(device: torch.device, otherwise: int) -> int:
     return CPU_ELEMENTS if device.type == "cpu" else otherwise
 
 
-def _bits(table: Tensor) -> int:
+def bits_of(table: Tensor) -> int:
+    """Return the bits of a code, given the tables, whose last dimension is 2^bits."""
     return table.shape[-1].bit_length() - 1
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which gradients are summed: float32, or wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
