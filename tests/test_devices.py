@@ -50,6 +50,8 @@ def test_nothing_is_known_where_the_system_does_not_tell(group, monkeypatch):
     assert free_memory(CPU) is None
 
 
-def test_a_gpu_tells_its_own(monkeypatch):
+@pytest.mark.parametrize(("available", "free"), [(True, 123), (False, None)])
+def test_a_gpu_tells_its_own(monkeypatch, available, free):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (123, 456))
-    assert free_memory(torch.device("cuda")) == 123
+    assert free_memory(torch.device("cuda")) == free
