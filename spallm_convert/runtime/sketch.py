@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from spallm_formats import TABLE_ENDING, SketchedModule, pack
-from spallm_kernels import hash_codes
 from spallm_kernels.embedding import lut_embedding
 from spallm_kernels.linear import dequantize, lut_linear
 
@@ -143,6 +142,8 @@ class Sketch:
         Hashes depend on the number of a row in its stored module. The product numbers rows from
         zero, so codes of rows that begin elsewhere are computed here.
         """
+        from spallm_kernels import hash_codes  # imports numba
+
         assert self.hash_seed is not None
         height, columns, bits = self.shape.out_features, self.shape.in_features, self.shape.bits
         found: list[tuple[slice, Tensor, int | None]] = []

