@@ -60,10 +60,10 @@ class SketchedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         load = extra["weight_loader"]
         split = self.moe.moe_parallel_config.tp_size
 
-        def load_down(parameter: nn.Parameter, loaded_weight: Tensor, **options: Any) -> Any:
+        def load_down(param: nn.Parameter, loaded_weight: Tensor, *shard: Any, **options: Any) -> Any:
             # vLLM takes its share of the inputs, and labels have a single one.
             shares = loaded_weight.expand(*loaded_weight.shape[:-1], split)
-            return load(parameter, shares, **options)
+            return load(param, shares, *shard, **options)
 
         self.sketch.expect(layer, (num_experts, joined), load, "w13_weight")
         self.sketch.expect(layer, (num_experts, hidden_size), load_down, "w2_weight")

@@ -46,14 +46,15 @@ class LayerSketch:
             torch.full((*rows, 1), ABSENT, dtype=torch.int64, device="cpu"), requires_grad=False
         )
 
-        def place(parameter: nn.Parameter, loaded: Tensor, *shard: Any, **options: Any) -> Any:
-            if loaded.dtype != torch.int64:
+        # vLLM passes these two by position or by name.
+        def place(param: nn.Parameter, loaded_weight: Tensor, *shard: Any, **options: Any) -> Any:
+            if loaded_weight.dtype != torch.int64:
                 raise ValueError(
                     f"{self.prefix}: sketched weights are placed by their rows, found "
-                    f"{loaded.dtype} {list(loaded.shape)}; serve with --load-format auto, hf or "
-                    f"safetensors"
+                    f"{loaded_weight.dtype} {list(loaded_weight.shape)}; serve with --load-format "
+                    f"auto, hf or safetensors"
                 )
-            return loader(parameter, loaded, *shard, **options)
+            return loader(param, loaded_weight, *shard, **options)
 
         labels.weight_loader = place  # type: ignore[attr-defined]
         labels.output_dim = len(rows) - 1  # type: ignore[attr-defined]
