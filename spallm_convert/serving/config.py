@@ -13,14 +13,9 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    VocabParallelEmbedding,
-)
 
 from spallm_formats import INDEX_MAP_SUFFIX, QUANT_METHOD, SketchMetadata
 
-from .embedding import SketchedEmbeddingMethod, TiedHeadMethod
 from .experts import SketchedExpertsMethod, expert_weights
 from .labels import StoredWeights
 from .layer import LayerSketch
@@ -83,12 +78,19 @@ class SketchedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not i
             if weights is None:
                 return None
             return SketchedExpertsMethod(layer.moe_config, self._add(prefix, weights))
-        if isinstance(layer, VocabParallelEmbedding):
-            stored = self._weights.get(prefix + INDEX_MAP_SUFFIX)
-            if stored is not None:
-                return SketchedEmbeddingMethod(self._add(prefix, [stored]))
-            return TiedHeadMethod() if isinstance(layer, ParallelLMHead) else None
-        return None
+        return None  # embeddings: see `adoption.py`
+
+    def adopt(self, name: str) -> LayerSketch | None:
+        """Return the sketch of a layer that vLLM has built without asking.
+
+        Args:
+            name: Path of the layer in the model.
+
+        Returns:
+            The sketch. None: the layer is not sketched.
+        """
+        weights = self._linear_weights(name)
+        return self._add(name, weights) if weights else None
 
     def stored_below(self, prefixes: Iterable[str]) -> set[str]:
         """Return the names of the stored weights of modules below vLLM's modules."""

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from spallm_kernels import dequantize, lut_embedding
 
@@ -64,36 +63,14 @@ class SketchedEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         codes, table = getattr(owner, product.weight), getattr(owner, product.table)
         columns = len(self.sketch.columns)
         if product.slots is None:
-            return lut_embedding(input_, codes, table, columns).to(self.sketch.dtype)
+            return lut_embedding(input_, codes, table, columns)
         ids = input_.flatten()
         sets = owner.sets_of_tokens[: len(ids)]
         tuned = getattr(owner, product.slots)[sets.clamp(min=0), ids]
         tables = torch.where((sets >= 0).view(-1, 1, 1), tuned, table[ids])
         rows = dequantize(codes[ids], tables, columns)
-        return rows.view(*input_.shape, columns).to(self.sketch.dtype)
-
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
-        """Compute a head with the sketch of its embedding."""
-        return _tied(layer, embed_tokens)
+        return rows.view(*input_.shape, columns)
 
     def _owner(self) -> nn.Module:
         assert self.owner is not None
         return self.owner
-
-
-class TiedHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
-    """Compute a head that is not sketched itself. It may be tied to a sketched embedding."""
-
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
-        """Compute the head as its embedding is computed."""
-        if isinstance(embed_tokens.quant_method, SketchedEmbeddingMethod):
-            return _tied(layer, embed_tokens)
-        tied: nn.Module = super().tie_weights(layer, embed_tokens)
-        return tied
-
-
-def _tied(layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
-    del layer.weight
-    layer.weight = embed_tokens.weight  # vLLM finds by this that both are one weight
-    layer.quant_method = embed_tokens.quant_method
-    return layer

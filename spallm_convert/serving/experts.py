@@ -190,7 +190,7 @@ def expert_weights(
         layer.ckpt_up_proj_name,
         layer.ckpt_down_proj_name,
     )
-    joined = {gate, up, _FUSED.get(gate)}
+    joined = {gate, up, _FUSED.get(gate), "w13_weight"}
     kinds: dict[bool, set[tuple[int, int]]] = {True: set(), False: set()}
     rows = {True: 0, False: 0}
     found = []
@@ -198,7 +198,7 @@ def expert_weights(
         if not name.startswith(below):
             continue
         projection = name.removesuffix(INDEX_MAP_SUFFIX).rpartition(".")[2]
-        if projection not in joined | {down}:
+        if projection not in joined | {down, "w2_weight"}:
             continue
         module, is_joined = modules[stored], projection in joined
         kinds[is_joined].add((module.bits, module.groups_per_row))
@@ -213,6 +213,8 @@ def expert_weights(
 
 def _activate(layer: nn.Module, x: Tensor) -> Tensor:
     activation: MoEActivation = layer.activation
+    if x.device.type == "cpu" and activation in _NATIVE:  # vLLM for CPUs has no operator for these
+        return _NATIVE[activation](x)
     columns = x.shape[1] // 2 if activation.is_gated else x.shape[1]
     y = x.new_empty(x.shape[0], columns)
     config = ApplyMoEActivationConfig(
@@ -223,3 +225,12 @@ def _activate(layer: nn.Module, x: Tensor) -> Tensor:
         activation_situ_linear_beta=layer.moe_config.activation_situ_linear_beta,
     )
     return apply_moe_activation(activation, y, x, activation_config=config)
+
+
+def _swiglu_of_gpt_oss(x: Tensor) -> Tensor:
+    """Return the gated activation of interleaved gates and ups, [tokens, columns / 2]."""
+    gate, up = x[:, ::2].clamp(max=7.0), x[:, 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+_NATIVE = {MoEActivation.SWIGLUOAI: _swiglu_of_gpt_oss}

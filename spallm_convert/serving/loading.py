@@ -15,6 +15,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from spallm_formats import QUANT_METHOD, SketchedCheckpoint
 
+from .adoption import adopt_layers
 from .config import SketchedConfig
 from .labels import StoredWeights
 from .stream import WeightStream
@@ -57,6 +58,7 @@ def sketched_weights(
     """
     config = get_current_vllm_config().quant_config
     assert isinstance(config, SketchedConfig)
+    adopt_layers(model, config)
     checkpoint = SketchedCheckpoint.open(folder)
     labelled = {weight for layer in config.layers for weight in layer.weights}
     dense = labelled - {m.index_map_name(name) for name, m in checkpoint.metadata.modules.items()}
@@ -70,8 +72,8 @@ def sketched_weights(
     yield from stream.weights(tensors)
     if stream.dense:
         logger.warning(
-            "%d sketched modules are served dense, because %s builds these layers in a way that "
-            "no plugin can change: %s",
+            "%d sketched modules are served dense, because %s has no layers of their kind that can "
+            "be sketched: %s",
             len(stream.dense),
             type(model).__name__,
             ", ".join(stream.dense[:3]) + (", ..." if len(stream.dense) > 3 else ""),

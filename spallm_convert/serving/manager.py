@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.logger import init_logger
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
@@ -25,7 +24,7 @@ from spallm_formats import QUANT_METHOD
 
 from .config import SketchedConfig
 from .served import served_layers
-from .sets import RefusedTablesError, ServedLayer, TableSet, fill, open_set, read_set
+from .sets import RefusedTablesError, ServedLayer, TableSet, fill, open_set, read_set, zeros
 
 logger = init_logger("vllm.spallm_convert")
 
@@ -74,6 +73,7 @@ class TableSetWorkerManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         self._config = vllm_config.quant_config
         assert isinstance(self._config, SketchedConfig)
         self._files: OrderedDict[int, tuple[BufferedReader, Path]] = OrderedDict()
+        self._known: set[int] = set()
         self._is_running = False
 
     def add_dummy_lora(self, lora_request: Any, rank: int) -> bool:
@@ -92,7 +92,7 @@ class TableSetWorkerManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
 
     def _load_adapter(self, lora_request: Any) -> TableSet:
         number = lora_request.lora_int_id
-        if self._is_running and not lora_request.load_inplace:
+        if self._is_running and number in self._known:
             return TableSet(number, self._again(lora_request))
         file, folder = self._open(lora_request)
         try:
@@ -101,6 +101,7 @@ class TableSetWorkerManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             file.close()
             raise
         self._keep(number, file, folder)
+        self._known.add(number)
         return TableSet(number, tables)
 
     def _open(self, lora_request: Any) -> tuple[BufferedReader, Path]:
@@ -126,8 +127,9 @@ class TableSetWorkerManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     def _again(self, lora_request: Any) -> dict[tuple[int, int], torch.Tensor]:
         """Read a set again that vLLM had forgotten.
 
-        The file that was read at first is still open, so the set is the same. If that fails, the
-        answers of its requests would be wrong; tables that are not a number make that plain.
+        The file that was read at first is still open, so the set is the same. If that fails, an
+        error here would end the engine, with the requests of all sets. So the requests of this one
+        get nonsense: tables of zeros. (NaN would reach other requests by the cache of keys.)
         """
         try:
             if lora_request.lora_int_id in self._files:
@@ -136,15 +138,12 @@ class TableSetWorkerManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             with file:
                 return self._read(file, folder)
         except (RefusedTablesError, LoRAAdapterNotFoundError) as error:
-            logger.error("%s: its requests get no sensible answers: %s", lora_request, error)
-            return {
-                (number, place): torch.full_like(
-                    getattr(layer.module, product.table), torch.nan, device="cpu"
-                )
-                for number, layer in enumerate(self._adapter_manager.served)
-                for place, product in enumerate(layer.products)
-                if product.slots is not None and product.table is not None
-            }
+            logger.error(
+                "the answers of %s are nonsense from now on: %s; unload it and load it again",
+                lora_request.lora_name,
+                error,
+            )
+            return zeros(self._adapter_manager.served)
 
 
 def install() -> None:

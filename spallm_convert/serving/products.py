@@ -74,7 +74,7 @@ def make_products(
         labels: The labels of its rows, int64 [rows].
         stored: The stored weights.
         columns: The columns of the weights that the layer has.
-        dtype: Dtype of activations. Tables that are wider are rounded to it.
+        dtype: Dtype of activations, and of the tables.
         device: Device of the parameters.
 
     Returns:
@@ -166,7 +166,7 @@ def _pieces(
             piece = _absent(run, last)
         elif run.weight in stored.modules:
             packed, table = stored.read_sketched(run, columns)
-            piece = _Piece(run, packed, _rounded(table, dtype))
+            piece = _Piece(run, packed, table.to(dtype))
         else:
             piece = _Piece(run, stored.read_dense(run, columns).to(dtype), None)
         yield from (_absent(before, piece) for before in absent)
@@ -180,11 +180,6 @@ def _absent(run: Run, like: _Piece) -> _Piece:
     weight = like.weight.new_zeros(count, like.weight.shape[1])
     table = None if like.table is None else like.table.new_zeros(count, *like.table.shape[1:])
     return _Piece(run, weight, table)
-
-
-def _rounded(table: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return tables in a dtype that products with this dtype of activations take as it is."""
-    return table if table.dtype.itemsize < dtype.itemsize else table.to(dtype)
 
 
 def _register(layer: nn.Module, name: str, parts: list[Tensor], device: torch.device) -> None:

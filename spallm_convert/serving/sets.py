@@ -193,3 +193,17 @@ def fill(layers: Sequence[ServedLayer], slot: int, tables: Mapping[tuple[int, in
                 target = getattr(layer.module, product.slots)[slot]
                 own = getattr(layer.module, product.table)
                 target.copy_(own.data if tables is None else tables[number, place])
+
+
+def zeros(layers: Sequence[ServedLayer]) -> dict[tuple[int, int], Tensor]:
+    """Return tables of zeros, in place of a set that cannot be read again.
+
+    Args:
+        layers: The layers of this rank.
+    """
+    return {
+        (number, place): torch.zeros_like(getattr(layer.module, product.table), device="cpu")
+        for number, layer in enumerate(layers)
+        for place, product in enumerate(layer.products)
+        if product.slots is not None and product.table is not None
+    }
