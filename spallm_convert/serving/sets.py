@@ -195,6 +195,19 @@ def fill(layers: Sequence[ServedLayer], slot: int, tables: Mapping[tuple[int, in
                 target.copy_(own.data if tables is None else tables[number, place])
 
 
+def put(layers: Sequence[ServedLayer], tables: Mapping[tuple[int, int], Tensor]) -> None:
+    """Copy the tables of a set over those of the layers, in the memory that they have.
+
+    Args:
+        layers: The layers of this rank.
+        tables: The tables by number of the layer and of the product.
+    """
+    for (number, place), values in tables.items():
+        table = layers[number].products[place].table
+        assert table is not None
+        getattr(layers[number].module, table).data.copy_(values)
+
+
 def zeros(layers: Sequence[ServedLayer]) -> dict[tuple[int, int], Tensor]:
     """Return tables of zeros, in place of a set that cannot be read again.
 
