@@ -12,6 +12,8 @@ captured.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ from .tiles import (
 #: The most tokens of a call that never waits for the device. Servers capture graphs of up to 512
 #: tokens. Not measured.
 GRAPH_TOKENS = 512
+_MOST_REGISTERS = 255  # of a thread
 _MOST_ELEMENTS = 1 << 31  # of inputs or products: the kernel addresses them with 32 bits
 
 
@@ -91,6 +94,8 @@ def decode(
     size = set_block_tokens(tokens, 1 + slots, most)
     sizes = entries.bit_length() - 1, size, columns, columns // groups
     tile = linear.choose_tile(*sizes, index_map, hashed=hashed, portable=portable)
+    # Without a few more registers for the places of tokens, 16 tokens at 3 bits would spill some.
+    tile = dataclasses.replace(tile, registers=min(_MOST_REGISTERS, tile.registers + 24))
     size = 1 if size == 1 else tile.tokens
     order, offsets = sort_tokens(sets, slots)
     return linear.launch_decode(
