@@ -91,11 +91,11 @@ def contestants(
     multiply = partial(lut_linear_sets, x, index_map, table, tables)
     base, mixed = torch.full((TOKENS,), -1), torch.arange(TOKENS)
     return {
-        BASE: lambda turn: lut_linear(x, index_map, table),
-        ONE: lambda turn: multiply(base),
-        MIXED: lambda turn: multiply(mixed),
-        LOOP: lambda turn: by_token(x, index_map, tables),
-        READ: lambda turn: tables.sum(),
+        BASE: lambda _: lut_linear(x, index_map, table),
+        ONE: lambda _: multiply(base),
+        MIXED: lambda _: multiply(mixed),
+        LOOP: lambda _: by_token(x, index_map, tables),
+        READ: lambda _: tables.sum(),
     }
 
 

@@ -29,8 +29,9 @@ from .llvm import (
 from .steps import STEP
 from .tiles import Sketch, add_products, sketch_of, zero
 
-#: Numbers that describe a token of a tile: addresses of its tables, its inputs and its products.
-FIELDS = 3
+#: Numbers that describe tokens: addresses of their tables, of the inputs of the first one, and of
+#: its product with row 0, and how many tokens there are, one after another.
+FIELDS = 4
 NUMBER_BYTES = 8
 
 
@@ -41,12 +42,11 @@ def multiply_mixed_tile(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Multiply tokens, each with tables of its own, with consecutive rows of shared codes.
 
-    Columns of a group that do not fill a step of 16 are left out; `add_rest` adds them. The other
-    arguments have the meaning of those of `multiply_tile`.
+    Groups are whole steps of 16 columns. The other arguments have the meaning of those of
+    `multiply_tile`.
 
     Args:
-        places: Address of int64 [tokens, 3]: for each token the addresses of its tables, of its
-            inputs, and of its product with row 0. int64.
+        places: Address of int64 [tokens, FIELDS], a line for each token, int64.
         rows: Rows of the tile, a constant.
         tokens: Tokens of the tile, a constant.
     """
@@ -97,5 +97,5 @@ def emit_mixed_tile(builder: Any, sketch: Sketch, shape: tuple[int, int]) -> Non
 
 def _place(builder: Any, places: Value, token: int) -> list[Value]:
     """Return the addresses that describe a token of the tile."""
-    fields = (number(FIELDS * token + field) for field in range(FIELDS))
+    fields = (number(FIELDS * token + field) for field in range(3))
     return [load(builder, element(builder, places, at, NUMBER_BYTES), INT64) for at in fields]

@@ -3,7 +3,8 @@
 Blocks of rows are shared among the threads. For a block, tokens of the same set are multiplied in
 tiles of four, as for a layer. The tokens that remain of all sets are multiplied in tiles where each
 has tables of its own (see `mixed_tiles.py`). So the packed codes of a block are read from memory
-once, and unpacked once per tile, whatever the sets are.
+once, and unpacked once per tile, whatever the sets are. Groups that are not whole steps of 16
+columns have no such tiles: there each token that remains is multiplied alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from . import linear, vectorized
 from .mixed_tiles import FIELDS, NUMBER_BYTES, multiply_mixed_tile
-from .tiles import add_rest, multiply_tile
 from .vector_units import host_unit
 from .vectorized import KINDS, ROWS, SERIAL, compiled, multiply_rows
 
@@ -88,7 +88,7 @@ def decode(
     x = x[order].float()
     # Not torch's default dtype and device, which a caller may have set.
     y = x.new_empty(tokens, rows)
-    alike, mixed = _share_out(
+    places, alike = _share_out(
         sets[order].numpy(),
         table.data_ptr(),
         tables.data_ptr(),
@@ -109,8 +109,8 @@ def decode(
         rows * columns * tokens > SERIAL,
     )
     kernel(
+        places,
         alike,
-        mixed,
         index_map.data_ptr(),
         index_map.shape[1],
         groups,
@@ -141,7 +141,7 @@ def _readable(table: Tensor, tables: Tensor, dtype: torch.dtype) -> tuple[Tensor
 def _share_out(  # type: ignore[no-untyped-def]
     sets, base, first_slot, slot_bytes, x, x_stride, y, y_stride
 ):  # fmt: skip
-    """Return what to multiply: tokens of the same set, and tokens of any sets.
+    """Return what to multiply: tokens of the same set, then an even number of any tokens.
 
     Args:
         sets: Number of the set of each token, ascending.
@@ -154,13 +154,12 @@ def _share_out(  # type: ignore[no-untyped-def]
         y_stride: Bytes from a product to that of the next token with the same row.
 
     Returns:
-        int64 [n, 4]: addresses of the tables, of the first token, and of its product with row 0,
-        and the number of tokens. int64 [an even number, 3]: the addresses for one token each.
+        int64 [n, FIELDS], and the number of lines with tokens of the same set. The lines behind
+        them have one token each.
     """
     tokens = len(sets)
-    alike, mixed = np.empty((tokens, FIELDS + 1), np.int64), np.empty((tokens, FIELDS), np.int64)
-    used = alone = 0
-    start = 0
+    alike, mixed = np.empty((tokens, FIELDS), np.int64), np.empty((tokens, FIELDS), np.int64)
+    used = alone = start = 0
     while start < tokens:
         end = start + 1
         while end < tokens and sets[end] == sets[start]:
@@ -168,56 +167,47 @@ def _share_out(  # type: ignore[no-untyped-def]
         own = base if sets[start] < 0 else first_slot + sets[start] * slot_bytes
         whole = start + (end - start) // _TILE * _TILE
         if whole > start:
-            alike[used, 0], alike[used, 1] = own, x + start * x_stride
-            alike[used, 2], alike[used, 3] = y + start * y_stride, whole - start
+            alike[used] = own, x + start * x_stride, y + start * y_stride, whole - start
             used += 1
         for token in range(whole, end):
-            mixed[alone, 0], mixed[alone, 1] = own, x + token * x_stride
-            mixed[alone, 2] = y + token * y_stride
+            mixed[alone] = own, x + token * x_stride, y + token * y_stride, 1
             alone += 1
         start = end
     if alone % 2:
         alone -= 1
-        alike[used, :FIELDS], alike[used, FIELDS] = mixed[alone], 1
+        alike[used] = mixed[alone]
         used += 1
-    return alike[:used], mixed[:alone]
+    return np.concatenate((alike[:used], mixed[:alone])), used
 
 
 # Numba copies the code to where it is called, so that constants stay constants.
 @numba.njit(inline="always")
-def _multiply_mixed_rows(  # type: ignore[no-untyped-def]
-    codes, code_stride, mixed, groups, width, seed, first, end, unit, bits, kind, hashed
+def _multiply_mixed(  # type: ignore[no-untyped-def]
+    codes, code_stride, mixed, tokens, groups, width, seed, first, end, unit, bits, kind, hashed
 ):  # fmt: skip
-    """Multiply tokens, of which `mixed` has the places, with the rows from `first` to `end`."""
-    tokens, places = len(mixed), mixed.ctypes.data
-    whole = end - (end - first) % 4
+    """Multiply tokens, each with its own tables, with the rows from `first` to `end`.
+
+    Args:
+        mixed: Address of the tokens' places.
+        tokens: An even number.
+        first: Number of the first row.
+        end: Number of the row behind the last one. The number of rows is a multiple of 4.
+    """
+    line = FIELDS * NUMBER_BYTES
     token = 0
     while token + 4 <= tokens:
-        for row in range(first, whole, 2):
+        for row in range(first, end, 2):
             multiply_mixed_tile(
-                codes, code_stride, places + token * FIELDS * NUMBER_BYTES, groups, width, seed,
-                row, unit, bits, kind, hashed, 2, 4
+                codes, code_stride, mixed + token * line, groups, width, seed, row,
+                unit, bits, kind, hashed, 2, 4
             )  # fmt: skip
         token += 4
-    if token + 2 <= tokens:
-        for row in range(first, whole, 4):
+    if token < tokens:
+        for row in range(first, end, 4):
             multiply_mixed_tile(
-                codes, code_stride, places + token * FIELDS * NUMBER_BYTES, groups, width, seed,
-                row, unit, bits, kind, hashed, 4, 2
+                codes, code_stride, mixed + token * line, groups, width, seed, row,
+                unit, bits, kind, hashed, 4, 2
             )  # fmt: skip
-    for row in range(whole, end):
-        for token in range(tokens):
-            multiply_tile(
-                codes, code_stride, mixed[token, 0], groups, width, seed, row,
-                mixed[token, 1], mixed[token, 2], 0, unit, bits, kind, hashed, 1, 1
-            )  # fmt: skip
-    if width % 16:
-        for row in range(first, end):
-            for token in range(tokens):
-                add_rest(
-                    codes, code_stride, mixed[token, 0], groups, width, seed, row,
-                    mixed[token, 1], mixed[token, 2], unit, bits, kind, hashed
-                )  # fmt: skip
 
 
 @functools.cache
@@ -225,22 +215,25 @@ def _product(
     unit: str, rows_of: tuple[int, int, int], bits: int, kind: str, hashed: int, parallel: bool
 ) -> Callable[..., Any]:
     """Return the compiled products for a kind of sketch. Numba keeps them on disk."""
-    high, middle, low = rows_of
+    high, middle_rows, low = rows_of
 
     def multiply(  # type: ignore[no-untyped-def]
-        alike, mixed, codes, code_stride, groups, width, seed, rows
+        places, alike, codes, code_stride, groups, width, seed, rows
     ):  # fmt: skip
         for task in numba.prange((rows + ROWS - 1) // ROWS):
             first, end = task * ROWS, min(rows, (task + 1) * ROWS)
-            for run in range(len(alike)):
-                multiply_rows(
-                    codes, code_stride, alike[run, 0], groups, width, seed, first, end,
-                    alike[run, 1], alike[run, 2], 4 * rows, alike[run, 3],
-                    unit, high, middle, low, bits, kind, hashed
-                )  # fmt: skip
-            _multiply_mixed_rows(
-                codes, code_stride, mixed, groups, width, seed, first, end,
-                unit, bits, kind, hashed
+            # Tokens of any sets are mixed up to this row, and multiplied alone from there on.
+            middle = first if width % 16 else end - (end - first) % 4
+            _multiply_mixed(
+                codes, code_stride, places[alike:].ctypes.data, len(places) - alike, groups, width,
+                seed, first, middle, unit, bits, kind, hashed
             )  # fmt: skip
+            for run in range(len(places)):
+                multiply_rows(
+                    codes, code_stride, places[run, 0], groups, width, seed,
+                    first if run < alike else middle, end,
+                    places[run, 1], places[run, 2], 4 * rows, places[run, 3],
+                    unit, high, middle_rows, low, bits, kind, hashed
+                )  # fmt: skip
 
     return compiled(multiply, parallel)
