@@ -134,13 +134,17 @@ def test_sets_of_tables_of_a_layer_of_real_size(bits, groups, hash_seed):
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 300, 2000])
-def test_sets_of_tables_replay_from_a_cuda_graph_with_other_sets(tokens):
+def test_sets_of_tables_replay_from_a_cuda_graph_with_other_sets(tokens, monkeypatch):
     """Nothing about the sets is fixed by the capture. While it lasts, no call waits."""
+    from spallm_kernels.triton import tenants
+
     sketched = layer(4, 1024, 2048, 4)
     tables, x = own_tables(sketched, 20), torch.randn(tokens, 2048, device="cuda").half()
     sets = torch.full((tokens,), -1, device="cuda")
     operands = x, sketched.weight, sketched.weight_table.detach(), tables, sets
-    lut_linear_sets(*operands)  # compiled before
+    with monkeypatch.context() as patched:
+        patched.setattr(tenants, "GRAPH_TOKENS", tokens)
+        lut_linear_sets(*operands)  # compiled before
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = lut_linear_sets(*operands)

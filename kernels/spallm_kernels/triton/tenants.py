@@ -7,7 +7,8 @@ wait for the device.
 The kernel looks codes up again for every block of at most 64 tokens. For thousands of tokens of few
 sets, a dense weight for each is faster, but then the host must know how many tokens there are of
 each. So only calls with more than GRAPH_TOKENS tokens wait for that, and none while a CUDA graph is
-captured.
+captured. Before a graph for more tokens is captured, the kernel must have been compiled by a call
+with fewer.
 """
 
 from __future__ import annotations
@@ -94,8 +95,10 @@ def decode(
     size = set_block_tokens(tokens, 1 + slots, most)
     sizes = entries.bit_length() - 1, size, columns, columns // groups
     tile = linear.choose_tile(*sizes, index_map, hashed=hashed, portable=portable)
-    # Without a few more registers for the places of tokens, 16 tokens at 3 bits would spill some.
-    tile = dataclasses.replace(tile, registers=min(_MOST_REGISTERS, tile.registers + 24))
+    if tile.tokens == 16:
+        # The tile of a layer would spill registers at 3 bits. Shared memory allows two of these
+        # programs per multiprocessor, so there are enough.
+        tile = dataclasses.replace(tile, registers=_MOST_REGISTERS)
     size = 1 if size == 1 else tile.tokens
     order, offsets = sort_tokens(sets, slots)
     return linear.launch_decode(
