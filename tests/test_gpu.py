@@ -17,7 +17,7 @@ from spallm_convert.calibration import backends
 from spallm_convert.devices import full_float32
 from spallm_convert.runtime.linear import SketchedLinear
 from spallm_formats import SketchedModule
-from spallm_kernels import batched, choose_backend, dispatch, fallback, lut_linear
+from spallm_kernels import batched, choose_backend, dispatch, fallback, lut_linear, lut_linear_sets
 from spallm_kernels.self_check import find_fault
 
 pytestmark = [
@@ -99,6 +99,60 @@ def test_hashed_layers_of_real_size(bits):
             y = sketched(x)
         error = relative_error(y, float64(sketched, x, torch.bfloat16))
         assert error < TOLERANCE[torch.bfloat16]
+
+
+def own_tables(sketched, slots):
+    """Sets of tables for the codes of a layer."""
+    return torch.randn(slots, *sketched.weight_table.shape, device="cuda") / 64
+
+
+def float64_sets(sketched, tables, sets, x):
+    """The product of each token with its own tables in float64, by the plain reference."""
+    given = (sketched.weight_table.detach(), tables)
+    base, others = (each.to(x.dtype).double() for each in given)
+    how = {"hash_seed": sketched.hash_seed, "backend": "reference"}
+    return lut_linear_sets(x.double(), sketched.weight, base, others, sets, **how)
+
+
+@pytest.mark.parametrize("hash_seed", [None, 7])
+@pytest.mark.parametrize(("bits", "groups"), [(2, 1), (3, 4), (4, 1), (4, 4)])
+def test_sets_of_tables_of_a_layer_of_real_size(bits, groups, hash_seed):
+    """Up to 512 tokens in one call of the kernel; of more, sets with many have a dense weight."""
+    sketched = layer(bits, 4096, 4096, groups, hash_seed=hash_seed)
+    tables = own_tables(sketched, 9)
+    tables[8] = torch.nan  # no token names it
+    operands = sketched.weight, sketched.weight_table.detach(), tables
+    for tokens in (1, 7, 16, 64, 512, 600):
+        x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
+        mixed = torch.randint(-1, 8, (tokens,), device="cuda")
+        uneven = torch.where(torch.rand(tokens, device="cuda") < 0.9, -1, mixed)
+        for sets in (mixed, uneven, torch.full_like(mixed, -1), torch.full_like(mixed, 3)):
+            y, again = (lut_linear_sets(x, *operands, sets, hash_seed=hash_seed) for _ in range(2))
+            assert torch.equal(y, again)
+            expected = float64_sets(sketched, tables, sets, x)
+            assert relative_error(y, expected) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 300, 2000])
+def test_sets_of_tables_replay_from_a_cuda_graph_with_other_sets(tokens, monkeypatch):
+    """Nothing about the sets is fixed by the capture. While it lasts, no call waits."""
+    from spallm_kernels.triton import tenants
+
+    sketched = layer(4, 1024, 2048, 4)
+    tables, x = own_tables(sketched, 20), torch.randn(tokens, 2048, device="cuda").half()
+    sets = torch.full((tokens,), -1, device="cuda")
+    operands = x, sketched.weight, sketched.weight_table.detach(), tables, sets
+    with monkeypatch.context() as patched:
+        patched.setattr(tenants, "GRAPH_TOKENS", tokens)
+        lut_linear_sets(*operands)  # compiled before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = lut_linear_sets(*operands)
+    for chosen in (torch.arange(tokens) % 20, torch.randint(-1, 20, (tokens,))):
+        sets.copy_(chosen)
+        graph.replay()
+        expected = float64_sets(sketched, tables, sets, x)
+        assert relative_error(y, expected) < TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

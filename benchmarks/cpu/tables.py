@@ -1,8 +1,8 @@
-"""Print the figures of three results files as the Markdown tables that docs/performance.md shows.
+"""Print the figures of four results files as the Markdown tables that docs/performance.md shows.
 
 A test compares the page with these tables, so the page holds no figure that was not measured.
 
-    python -m benchmarks.cpu.tables [linear] [generate] [training]
+    python -m benchmarks.cpu.tables [linear] [generate] [training] [tenants]
     python -m benchmarks.cpu.tables --write        replaces the tables on the page
 """
 
@@ -19,6 +19,7 @@ from benchmarks.shared.machine import RESULTS
 from benchmarks.shared.markdown import markdown
 
 from .bars import bars_table
+from .tenants import LAYER, LOOP, MIXED, ONE, READ, slower
 from .turns import Row, ratio
 
 Document = dict[str, Any]
@@ -81,11 +82,27 @@ def training_tables(document: Document) -> list[str]:
     return [markdown(head, body), bars_table("training", document["bars"])]
 
 
+def tenants_tables(document: Document) -> list[str]:
+    """Return products of tokens of one set and of several, and bars."""
+    names = (LAYER, ONE, MIXED, LOOP, READ)
+    body = [
+        (
+            f"{row['bits']} bits, {row['groups_per_row']} groups, {row['inputs']}",
+            *(_ms(row, name) for name in names),
+            f"{slower(row):.2f} x",
+        )
+        for row in document["rows"]
+    ]
+    head = ("16 tokens, ms", *names, "16 sets without reading, compared with one")
+    return [markdown(head, body), bars_table("tenants", document["bars"])]
+
+
 #: Tables by benchmark, with the results file that they show.
 TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
     "linear": ("linear.json", linear_tables),
     "generate": ("generate.json", generate_tables),
     "training": ("training_cpu.json", training_tables),
+    "tenants": ("tenants.json", tenants_tables),
 }
 
 

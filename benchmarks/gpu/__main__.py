@@ -39,7 +39,12 @@ _NO_FIGURES = (
 )
 #: The files with tests marked `gpu`. Others import packages that a machine with a GPU may lack.
 #: Warnings of the machine's libraries are not failures.
-_TEST_FILES = ("test_gpu.py", "kernels/test_triton.py", "kernels/test_columns.py")
+_TEST_FILES = (
+    "test_gpu.py",
+    "kernels/test_triton.py",
+    "kernels/test_triton_tenants.py",
+    "kernels/test_columns.py",
+)
 _TEST_COMMAND = [
     *(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-rfE", "--tb=short"),
     *(str(ROOT / "tests" / name) for name in _TEST_FILES),

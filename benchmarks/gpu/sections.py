@@ -30,6 +30,7 @@ from .model import model
 from .numerics import numerics
 from .operands import Task, UnavailableError
 from .rivals import nf4, published
+from .tenants import tenants
 from .timing import Bench
 from .training import backward, memory
 
@@ -57,6 +58,7 @@ SECTIONS = {
     "published": Section(published, 15),
     "model": Section(model, 60),
     "numerics": Section(numerics, 10),
+    "tenants": Section(tenants, 15),
     "conversion": Section(conversion, 60),
     "nf4": Section(nf4, 15),
 }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .embedding import lut_embedding
     from .experts import lut_experts
     from .linear import dequantize, lut_linear
+    from .tenants import lut_linear_sets
 
 __all__ = [
     "Fitted",
@@ -44,6 +45,7 @@ __all__ = [
     "lut_embedding",
     "lut_experts",
     "lut_linear",
+    "lut_linear_sets",
     "prepare_hessian",
     "quadratic_loss",
     "squared_error",
@@ -67,6 +69,7 @@ _HOMES = {
     "lut_embedding": "embedding",
     "lut_experts": "experts",
     "lut_linear": "linear",
+    "lut_linear_sets": "tenants",
     "prepare_hessian": "cpu.hessian",
     "quadratic_loss": "cpu.quadratic",
     "squared_error": "cpu.assign",

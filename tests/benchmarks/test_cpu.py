@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks.cpu import generate, linear, linear_turns, training, turns
+from benchmarks.cpu import generate, linear, linear_turns, tenants, training, turns
 from benchmarks.cpu.bars import judged
 from benchmarks.cpu.generate_parts import Parts
 from benchmarks.cpu.tables import PAGE, TABLES, replaced
@@ -24,6 +24,7 @@ JUDGES = {
     "linear": lambda document: linear.judge(document["units"][0]),
     "generate": lambda document: generate.judge(document["speeds"]),
     "training": lambda document: training.judge(document["results"]),
+    "tenants": lambda document: tenants.judge(document["rows"]),
 }
 
 
@@ -124,6 +125,19 @@ def test_a_unit_is_measured_and_judged():
     assert [(row["inputs"], row["hashed"]) for row in most] == [
         (inputs, hashed) for inputs in ("float32", "bfloat16") for hashed in (False, True)
     ]
+
+
+def test_tenants_are_measured_and_judged():
+    calls = tenants.contestants(4, 1, torch.float32, 64)
+    assert torch.equal(calls[tenants.LAYER](0), calls[tenants.ONE](0))
+    assert torch.equal(calls[tenants.MIXED](0), calls[tenants.LOOP](0))
+    row = tenants.measure(4, 1, torch.float32, 64, turns=1)
+    bars = tenants.judge([row, row | {"bits": 3}])
+    assert [bar["figure"] for bar in bars] == [tenants.slower(row)]
+    tables = TABLES["tenants"][1]({"rows": [row], "bars": bars})
+    assert all(table.count("\n") > 1 for table in tables)
+    times = {"16 sets": 4.0, "reading tables": 1.0, "one set": 2.0}
+    assert tenants.slower({"milliseconds": {n: {"p50": t} for n, t in times.items()}}) == 1.5
 
 
 def path_row(tokens, decode, dense):

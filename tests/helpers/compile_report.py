@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers.compiled import compile_launch, count, recorded
 from spallm_kernels.batched.compensate import BLOCK
-from spallm_kernels.triton import compensate, descend, experts, linear
+from spallm_kernels.triton import compensate, descend, experts, linear, set_blocks, tenants
 
 KERNELS = (
     (
@@ -29,6 +29,7 @@ KERNELS = (
         "dequantize_any_kernel",
         "table_grad_kernel",
     ),
+    (set_blocks, "sort_tokens_kernel"),
     (compensate, "compensate_kernel"),
     (descend, "descend_kernel"),
 )
@@ -36,6 +37,9 @@ ROWS, COLUMNS, GROUPS = 4096, 4096, 4
 EXPERTS = 64
 #: Tokens of all experts, by tokens of a program.
 EXPERTS_TOKENS = {1: 8, 8: 4 * EXPERTS, 64: 32 * EXPERTS}
+SLOTS = 15
+#: Bits, tokens of a program, and tokens of all sets of tables.
+TENANTS = ((4, 1, 1), (4, 8, 8), (4, 16, 16), (4, 64, 512), (3, 16, 16), (2, 16, 16))
 
 
 def main() -> None:
@@ -46,7 +50,9 @@ def main() -> None:
         recordings = [stack.enter_context(recorded(*kernels)) for kernels in KERNELS]
         for name, call in cases().items():
             call()
-            (launch,) = (launch for launches in recordings for launch in launches)
+            # Sets of tables take two launches; the first sorts the tokens.
+            *before, launch = (launch for launches in recordings[::-1] for launch in launches)
+            assert len(before) == name.startswith("tenants")
             report[name] = describe(compile_launch(launch, capability), launch.options)
             for launches in recordings:
                 launches.clear()
@@ -77,6 +83,11 @@ def cases():
         found[f"dequantize, {bits} bits, float32"] = dequantize(bits, torch.float32)
         found[f"table_grad, {bits} bits"] = table_grad(bits)
         found[f"compensate, {bits} bits"], found[f"descend, {bits} bits"] = columns(bits)
+    for bits, size, tokens in TENANTS:
+        found[f"tenants, {bits} bits, {size} tokens"] = decode_tenants(bits, tokens)
+    found["tenants, 4 bits, 16 tokens, hashed"] = decode_tenants(4, 16, hash_seed=7)
+    sets = torch.empty(512, dtype=torch.int64)
+    found["sort tokens"] = lambda: set_blocks.sort_tokens(sets, SLOTS)
     return found
 
 
@@ -101,6 +112,16 @@ def decode_experts(bits, tokens, *, hash_seed=None):
     x = torch.empty(tokens, COLUMNS, dtype=torch.bfloat16)
     stacked = index_map.unflatten(0, shape), table.unflatten(0, shape)
     return lambda: experts.decode(x, offsets, *stacked, hash_seed=hash_seed)
+
+
+def decode_tenants(bits, tokens, *, hash_seed=None):
+    index_map, table = sketch(bits, COLUMNS, GROUPS, torch.bfloat16)
+    x, sets = (
+        torch.empty(tokens, COLUMNS, dtype=torch.bfloat16),
+        torch.empty(tokens, dtype=torch.int64),
+    )
+    tables = torch.empty(SLOTS, *table.shape, dtype=table.dtype)
+    return lambda: tenants.decode(x, sets, index_map, table, tables, hash_seed=hash_seed)
 
 
 def dequantize(bits, dtype, *, hash_seed=None):

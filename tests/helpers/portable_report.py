@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers.compiled import compile_for_amd, compile_launch, recorded
-from spallm_kernels.triton import linear, portable
+from spallm_kernels.triton import linear, portable, portable_tenants, set_blocks
 
 KERNELS = ("decode_kernel", "dequantize_units_kernel", "dequantize_any_kernel", "table_grad_kernel")
 ROWS, COLUMNS, GROUPS = 4096, 4096, 4
@@ -27,7 +27,7 @@ ROWS, COLUMNS, GROUPS = 4096, 4096, 4
 
 def main() -> None:
     report = {}
-    with recorded(linear, *KERNELS) as launches:
+    with recorded(linear, *KERNELS) as launches, recorded(set_blocks, "sort_tokens_kernel"):
         for name, call in cases():
             call()
             (launch,) = launches
@@ -67,6 +67,13 @@ def cases():
                 f"decode, {bits} bits, {tokens} tokens, {columns} columns, {codes}",
                 lambda: portable.decode(x, index_map, table, hash_seed=hash_seed),  # noqa: B023
             )
+        index_map, table = sketch(bits, COLUMNS, GROUPS, torch.bfloat16)
+        x, sets = torch.empty(16, COLUMNS, dtype=torch.bfloat16), torch.empty(16, dtype=torch.int64)
+        given = x, sets, index_map, table, torch.empty(3, *table.shape, dtype=torch.bfloat16)
+        yield (
+            f"decode of tenants, {bits} bits",
+            lambda: portable_tenants.decode(*given),  # noqa: B023
+        )
         index_map, table = sketch(bits, COLUMNS, GROUPS, torch.float16)
         yield (
             f"dequantize, {bits} bits",

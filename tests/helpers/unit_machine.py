@@ -7,6 +7,7 @@ every kind of sketch. It can also compile for another processor.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 from llvmlite import ir
 
 from helpers.arm64 import Emulator
-from spallm_kernels.cpu.llvm import INT64
+from spallm_kernels.cpu.llvm import FLOAT_BYTES, INT64, element, number, store, variable
+from spallm_kernels.cpu.mixed_tiles import FIELDS, NUMBER_BYTES, emit_mixed_tile
 from spallm_kernels.cpu.panels import emit_outer_products
 from spallm_kernels.cpu.tiles import Sketch, emit_last_step, emit_rest, emit_steps, emit_tile
 from spallm_kernels.cpu.vector_units import available_units, unit_of
@@ -27,6 +29,9 @@ ARM_TRIPLE = "aarch64-unknown-linux-gnu"
 
 #: Kinds of entries that lookups use. Products convert the entries of others.
 LOOKED_UP = ("float32", "raw16")
+
+#: Rows and tokens of tiles whose tokens have tables of their own.
+MIXED = ((2, 4), (4, 2))
 
 #: Function of a builder and the int64 arguments of a compiled function, and their number.
 Body = tuple[int, Callable[[Any, list[Any]], None]]
@@ -72,6 +77,43 @@ def sketch_bodies(unit: str, bits: int, kind: str, hashed: int) -> dict[str, Bod
             lambda builder, given: emit_rest(builder, sketch(given), *given[7:]),
         )
     return bodies
+
+
+def mixed_bodies(unit: str, bits: int, kind: str, hashed: int) -> dict[str, Body]:
+    """Return functions that multiply tokens with tables of their own, by name.
+
+    The first 10 arguments are those of a tile, with the tables of the first token. The last one is
+    the bytes from a token's tables to those of the next.
+    """
+    described = unit_of(unit)
+
+    def mixed(rows: int, tokens: int) -> Body:
+        return 11, lambda builder, given: _emit_mixed(
+            builder, Sketch(*given[:7], described, bits, kind, hashed), *given[7:], (rows, tokens)
+        )
+
+    return {f"mixed_{rows}_{tokens}": mixed(rows, tokens) for rows, tokens in MIXED}
+
+
+def _emit_mixed(
+    builder: Any,
+    sketch: Sketch,
+    x: Any,
+    y: Any,
+    y_stride: Any,
+    table_stride: Any,
+    shape: tuple[int, int],
+) -> None:
+    """Write the addresses of every token and append a mixed tile."""
+    count = FIELDS * shape[1]
+    places = builder.ptrtoint(variable(builder, ir.ArrayType(INT64, count)), INT64)
+    x_stride = builder.mul(builder.mul(sketch.groups, sketch.width), number(FLOAT_BYTES))
+    starts = ((sketch.table, table_stride), (x, x_stride), (y, y_stride))
+    for token in range(shape[1]):
+        for field, (start, stride) in enumerate(starts):
+            place = element(builder, places, number(FIELDS * token + field), NUMBER_BYTES)
+            store(builder, element(builder, start, number(token), stride), place)
+    emit_mixed_tile(builder, dataclasses.replace(sketch, table=places), shape)
 
 
 def outer_bodies(unit: str) -> dict[str, Body]:

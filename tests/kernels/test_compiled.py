@@ -45,9 +45,9 @@ def test_weights_stay_in_registers_on_their_way_to_the_tensor_cores(report):
     stored = {
         name: code["shared_stores_in_loop"]
         for name, code in report.items()
-        if name.startswith(("decode", "experts")) and "hashed" not in name
+        if name.startswith(("decode", "experts", "tenants")) and "hashed" not in name
     }
-    assert len(stored) == 3 * (7 + 3)
+    assert len(stored) == 3 * (7 + 3) + 6
     # If loads do not run ahead, inputs may take a few stores; weights would take tens.
     assert max(stored.values()) < 8
 
@@ -77,6 +77,15 @@ def test_experts_take_the_instructions_of_a_layer(report, bits):
         theirs = report[f"decode, {bits} bits, {layer} tokens"]
         most = 1.05 * theirs["instructions_per_weight"]
         assert ours["instructions_per_weight"] <= most, tokens
+
+
+def test_tenants_take_the_instructions_of_a_layer(report):
+    """Finding the set and the tokens of a block comes before the loop."""
+    for bits, tokens in ((4, 1), (4, 16), (3, 16), (2, 16), (4, 64)):
+        ours = report[f"tenants, {bits} bits, {tokens} tokens"]
+        theirs = report[f"decode, {bits} bits, {tokens} tokens"]
+        most = 1.1 * theirs["instructions_per_weight"]
+        assert ours["instructions_per_weight"] <= most, (bits, tokens)
 
 
 def test_codes_and_inputs_are_loaded_16_bytes_at_a_time(report):

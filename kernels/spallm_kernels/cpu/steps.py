@@ -48,8 +48,15 @@ STEP = 16  # columns
 #: Offsets of the words of a step in bytes, by bits of a code.
 _WORDS = {2: (0,), 3: (0, 2), 4: (0, 4)}
 #: Bytes of a table entry, by kind. `raw16` is any dtype of 16 bits that is moved and not computed
-#: with.
-ENTRY_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "raw16": 2}
+#: with. The last two are float32 that is rounded to 16 bits when it is read.
+ENTRY_BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "raw16": 2,
+    "rounded_float16": 4,
+    "rounded_bfloat16": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -79,13 +86,31 @@ class Codes:
             builder: Builder of llvmlite.
             step: Number of the step in the group, int64.
         """
+        return self.look_up(builder, self.unpacked(builder, step))
+
+    def unpacked(self, builder: Any, step: Value) -> list[Value]:
+        """Return the codes of a step in the low bits of the lanes of int32 vectors.
+
+        Args:
+            builder: Builder of llvmlite.
+            step: Number of the step in the group, int64.
+        """
         if self.hashed:
-            return self._look_up(builder, self._hashed(builder, step))
+            return self._hashed(builder, step)
         start = self._start(builder, step)
         words = [
             load(builder, element(builder, start, number(at), 1), INT32) for at in _WORDS[self.bits]
         ]
-        return self._look_up(builder, _shifted(builder, self.unit.lanes, self.bits, words))
+        return _shifted(builder, self.unit.lanes, self.bits, words)
+
+    def look_up(self, builder: Any, unpacked: list[Value]) -> list[Value]:
+        """Return the weights of codes, in float32 vectors.
+
+        Args:
+            builder: Builder of llvmlite.
+            unpacked: Codes in the low bits of the lanes of int32 vectors.
+        """
+        return [self.unit.look_up(builder, self.registers, part) for part in unpacked]
 
     def last_weights(self, builder: Any, step: Value, columns: Value) -> list[Value]:
         """Return the weights of a last step that has fewer than 16 columns, followed by zeros.
@@ -111,15 +136,12 @@ class Codes:
         masks = _column_masks(builder, self.unit.lanes, columns)
         return [
             builder.select(mask, weights, zeros)
-            for mask, weights in zip(masks, self._look_up(builder, found), strict=True)
+            for mask, weights in zip(masks, self.look_up(builder, found), strict=True)
         ]
 
     def _start(self, builder: Any, step: Value) -> Value:
         """Return the address of the first byte of a step."""
         return builder.add(self.origin, builder.mul(step, number(STEP * self.bits // 8)))
-
-    def _look_up(self, builder: Any, codes: list[Value]) -> list[Value]:
-        return [self.unit.look_up(builder, self.registers, part) for part in codes]
 
     def _hashed(self, builder: Any, step: Value) -> list[Value]:
         """Return the hashed codes of a step in the low bits of their lanes."""
@@ -144,14 +166,31 @@ def entries_of(builder: Any, address: Value, bits: int, kind: str) -> Value:
         kind: Kind of an entry, see `ENTRY_BYTES`.
     """
     count = 1 << bits
-    if kind == "float32":
-        return load(builder, address, vector(FLOAT, count))
+    if ENTRY_BYTES[kind] == 4:
+        found = load(builder, address, vector(FLOAT, count))
+        return found if kind == "float32" else _rounded(builder, found, kind)
     if kind == "float16":
         return builder.fpext(load(builder, address, vector(HALF, count)), vector(FLOAT, count))
     wide = builder.zext(load(builder, address, vector(INT16, count)), vector(INT32, count))
     if kind == "bfloat16":
         wide = builder.shl(wide, constants(INT32, [16] * count))
     return builder.bitcast(wide, vector(FLOAT, count))
+
+
+def _rounded(builder: Any, entries: Value, kind: str) -> Value:
+    """Return float32 entries, rounded to the nearest value of a dtype of 16 bits, ties to even."""
+    count = entries.type.count
+    if kind == "rounded_float16":
+        return builder.fpext(builder.fptrunc(entries, vector(HALF, count)), entries.type)
+    bits = builder.bitcast(entries, vector(INT32, count))
+    last = builder.and_(
+        builder.lshr(bits, constants(INT32, [16] * count)), constants(INT32, [1] * count)
+    )
+    carried = builder.add(builder.add(bits, last), constants(INT32, [0x7FFF] * count))
+    kept = builder.and_(carried, constants(INT32, [-1 << 16] * count))
+    # A carry could turn a NaN into a number.
+    finite = builder.fcmp_ordered("ord", entries, entries)
+    return builder.select(finite, builder.bitcast(kept, entries.type), entries)
 
 
 def copied(builder: Any, source: Value, count: Value, kind: Any, most: int) -> Value:

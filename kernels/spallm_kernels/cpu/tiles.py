@@ -63,7 +63,7 @@ def multiply_tile(  # type: ignore[no-untyped-def]
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sketch, (x, y, y_stride) = _sketch(arguments, unit, bits, kind, hashed), arguments[7:10]
+        sketch, (x, y, y_stride) = sketch_of(arguments, unit, bits, kind, hashed), arguments[7:10]
         shape = rows.literal_value, tokens.literal_value
         emit_tile(builder, sketch, x, y, y_stride, shape)
         return context.get_dummy_value()
@@ -81,7 +81,7 @@ def add_rest(  # type: ignore[no-untyped-def]
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        emit_rest(builder, _sketch(arguments, unit, bits, kind, hashed), *arguments[7:9])
+        emit_rest(builder, sketch_of(arguments, unit, bits, kind, hashed), *arguments[7:9])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 9, unit, bits, kind, hashed), generate
@@ -105,7 +105,7 @@ def look_up_steps(  # type: ignore[no-untyped-def]
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        emit_steps(builder, _sketch(arguments, unit, bits, kind, hashed), *arguments[7:11])
+        emit_steps(builder, sketch_of(arguments, unit, bits, kind, hashed), *arguments[7:11])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 11, unit, bits, kind, hashed), generate
@@ -119,7 +119,7 @@ def look_up_rest(  # type: ignore[no-untyped-def]
     """Write the weights of a group behind its whole steps. See `look_up_steps` for arguments."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sketch = _sketch(arguments, unit, bits, kind, hashed)
+        sketch = sketch_of(arguments, unit, bits, kind, hashed)
         emit_last_step(builder, sketch, *arguments[7:9])
         return context.get_dummy_value()
 
@@ -184,7 +184,7 @@ def emit_tile(
     """
     rows, tokens = shape
     floats = vector(FLOAT, sketch.unit.lanes)
-    sums = [[_zero(builder, floats) for _ in range(tokens)] for _ in range(rows)]
+    sums = [[zero(builder, floats) for _ in range(tokens)] for _ in range(rows)]
     x_stride = builder.mul(builder.mul(sketch.groups, sketch.width), number(FLOAT_BYTES))
     with cgutils.for_range(builder, sketch.groups) as group:
         codes = [sketch.group(builder, row, group.index) for row in range(rows)]
@@ -192,9 +192,9 @@ def emit_tile(
         lines = [element(builder, start, number(token), x_stride) for token in range(tokens)]
         with cgutils.for_range(builder, sketch.steps(builder)) as step:
             column = builder.mul(step.index, number(STEP))
-            weights = [each.weights(builder, step.index) for each in codes]
+            weights = [[each.weights(builder, step.index)] * tokens for each in codes]
             inputs = [element(builder, line, column, FLOAT_BYTES) for line in lines]
-            _add_products(builder, weights, inputs, sums)
+            add_products(builder, weights, inputs, sums)
     for row in range(rows):
         for token in range(tokens):
             total = add_up(builder, builder.load(sums[row][token]))
@@ -206,13 +206,13 @@ def emit_rest(builder: Any, sketch: Sketch, x: Value, y: Value) -> None:
     steps, rest = sketch.steps(builder), sketch.rest(builder)
     address = element(builder, y, sketch.row, FLOAT_BYTES)
     floats = vector(FLOAT, sketch.unit.lanes)
-    total = _zero(builder, floats)
+    total = zero(builder, floats)
     with cgutils.for_range(builder, sketch.groups) as group:
         codes = sketch.group(builder, 0, group.index)
         column = builder.add(codes.first, builder.mul(steps, number(STEP)))
         padded = copied(builder, element(builder, x, column, FLOAT_BYTES), rest, FLOAT, STEP)
         weights = codes.last_weights(builder, steps, rest)
-        _add_products(builder, [weights], [padded], [[total]])
+        add_products(builder, [[weights]], [padded], [[total]])
     added = add_up(builder, builder.load(total))
     store(builder, builder.fadd(load(builder, address, FLOAT), added), address)
 
@@ -238,24 +238,24 @@ def emit_last_step(builder: Any, sketch: Sketch, group: Value, target: Value) ->
     move(builder, padded, target, rest, kind)
 
 
-def _add_products(
-    builder: Any, weights: list[list[Value]], inputs: list[Value], sums: list[list[Value]]
+def add_products(
+    builder: Any, weights: list[list[list[Value]]], inputs: list[Value], sums: list[list[Value]]
 ) -> None:
     """Add the products of a step to the sums of every row and token.
 
     Args:
         builder: Builder of llvmlite.
-        weights: Weights of every row, in vectors.
+        weights: Weights by row and token, in vectors.
         inputs: Address of the inputs of every token.
         sums: Variables, by row and token.
     """
-    floats = weights[0][0].type
-    for part in range(len(weights[0])):
+    floats = weights[0][0][0].type
+    for part in range(len(weights[0][0])):
         for token, line in enumerate(inputs):
             address = element(builder, line, number(part * floats.count), FLOAT_BYTES)
             some = load(builder, address, floats)
-            for parts, totals in zip(weights, sums, strict=True):
-                arguments = [parts[part], some, builder.load(totals[token])]
+            for of_row, totals in zip(weights, sums, strict=True):
+                arguments = [of_row[token][part], some, builder.load(totals[token])]
                 total = call(builder, f"llvm.fma.v{floats.count}f32", floats, arguments)
                 builder.store(total, totals[token])
 
@@ -278,7 +278,7 @@ def _write(builder: Any, weights: list[Value], address: Value, kind: str) -> Non
         store(builder, value, element(builder, address, number(part * lanes), ENTRY_BYTES[kind]))
 
 
-def _sketch(arguments: Any, unit: Any, bits: Any, kind: Any, hashed: Any) -> Sketch:
+def sketch_of(arguments: Any, unit: Any, bits: Any, kind: Any, hashed: Any) -> Sketch:
     """Return the sketch that the first seven arguments and the constants of a function describe."""
     codes, code_stride, table, groups, width, seed, row = arguments[:7]
     return Sketch(
@@ -296,7 +296,7 @@ def _sketch(arguments: Any, unit: Any, bits: Any, kind: Any, hashed: Any) -> Ske
     )
 
 
-def _zero(builder: Any, kind: Any) -> Value:
+def zero(builder: Any, kind: Any) -> Value:
     """Return a variable that holds zeros."""
     made = variable(builder, kind)
     builder.store(kind(None), made)

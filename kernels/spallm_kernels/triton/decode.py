@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 
 from .codes import hashed_unit, row_keys, stored_unit
-from .expert_blocks import to_expert
 from .lookup import look_up, prepare, stack
+from .set_blocks import line_of, to_block
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -28,9 +28,11 @@ def decode_kernel(
     x,
     words,
     table,
+    tables,  # of the sets behind the first one
     bias,
     y,
     offsets,
+    order,  # of tokens, by set
     tokens,
     rows,  # of an expert, if there are experts
     columns,
@@ -44,6 +46,7 @@ def decode_kernel(
     HASHED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EXPERTS: tl.constexpr,  # 0 if there is one weight for all tokens
+    SETS: tl.constexpr,  # EXPERTS counts sets of tables, which share their codes
     PADDED: tl.constexpr,  # a power of two above EXPERTS
     EVEN: tl.constexpr,  # span is a whole number of steps
     WORD_ALIGN: tl.constexpr,  # divides the first word of every warp in a row
@@ -60,13 +63,14 @@ def decode_kernel(
     STEP: tl.constexpr = UNITS * CODES
     first_row = 0
     if EXPERTS:
-        x, words, table, y, first_row, tokens = to_expert(
-            x, words, table, y, offsets, tokens, rows, columns, row_words, columns // width,
-            EXPERTS, PADDED, 1 if ONE else TOKENS, TOKENS, ROWS, 2**BITS, WORD_ALIGN
+        x, words, table, y, order, first_row, tokens = to_block(
+            x, words, table, tables, y, offsets, order, tokens, rows, columns, row_words,
+            columns // width, EXPERTS, SETS, PADDED, 1 if ONE else TOKENS, TOKENS, ROWS, 2**BITS,
+            WORD_ALIGN
         )  # fmt: skip
         if tokens <= 0:
             return
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(1 if SETS else 0) * ROWS + tl.arange(0, ROWS)
     # Beyond the end, the last row is read again and not stored.
     safe_row = tl.minimum(row, rows - 1)
     token = tl.arange(0, TOKENS)
@@ -76,10 +80,10 @@ def decode_kernel(
     MASKED: tl.constexpr = not ONE and TOKENS <= 16
     if not MASKED:
         read_token = tl.minimum(read_token, tokens - 1)
+    line = line_of(order, read_token, tokens, SETS)
     unit = tl.arange(0, UNITS)[None, None, :]
     column = tl.arange(0, STEP)[None, None, :]
     slot = tl.arange(0, SLOTS)
-    entry = tl.arange(0, 2**BITS)
     groups = columns // width
     total = tl.zeros((SLOTS, ROWS, TOKENS), tl.float32)
     for part in range(columns // SLOTS // span):
@@ -87,7 +91,7 @@ def decode_kernel(
         start = tl.multiple_of(slot * (columns // SLOTS) + part * span, 32)
         start_word = tl.multiple_of(start // CODES * WORDS, WORD_ALIGN)[:, None, None]
         at = (safe_row[None, :] * groups + (start // width)[:, None]) * 2**BITS
-        entries = tl.load(table + at[:, :, None] + entry[None, None, :])
+        entries = tl.load(table + at[:, :, None] + tl.arange(0, 2**BITS)[None, None, :])
         prepared = prepare(entries.to(DTYPE), BITS, ASM)
         start = start[:, None, None]
         row_word = tl.multiple_of(safe_row * row_words, WORD_ALIGN)[None, :, None]
@@ -107,7 +111,7 @@ def decode_kernel(
             if MASKED:
                 there = read_token < tokens
                 inside = there if EVEN else there & inside
-            x_at = x + read_token * columns + (start + done + column)
+            x_at = x + line * columns + (start + done + column)
             values = tl.load(x_at, mask=inside, other=None if inside is None else 0.0).to(DTYPE)
             if ONE:
                 values = tl.broadcast_to(values, (SLOTS, TOKENS, STEP))
@@ -119,7 +123,7 @@ def decode_kernel(
     if HAS_BIAS:
         result += tl.load(bias + safe_row).to(tl.float32)[:, None]
     tl.store(
-        y + token[None, :] * rows + row[:, None],
+        y + line_of(order, token, tokens, SETS)[None, :] * rows + row[:, None],
         result.to(y.dtype.element_ty),
         mask=(token < tokens)[None, :] & (row < rows)[:, None],
     )

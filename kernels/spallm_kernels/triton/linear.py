@@ -137,8 +137,10 @@ def launch_decode(
     portable: bool,
     offsets: Tensor | None = None,
     blocks: int = 1,
+    tables: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
-    """Launch the decode kernel for one weight, or for the weights of experts.
+    """Launch the decode kernel for one weight, for those of experts, or for sets of tables.
 
     Args:
         x: float16 or bfloat16 [tokens, in_features].
@@ -151,7 +153,10 @@ def launch_decode(
         one: Whether a program has one token, not `tile.tokens`.
         portable: Whether to look weights up by `tl.gather`, without assembly.
         offsets: Tokens of each expert (see `expert_blocks.py`); None if there is one weight.
-        blocks: Blocks of tokens, each of one expert.
+        blocks: Blocks of tokens, each of one expert or set.
+        tables: Tables of the sets behind the first one, float [slots, rows, groups, 2^bits] in the
+            dtype of `table`; None if tokens have no sets.
+        order: Tokens sorted by set, int [tokens]; `offsets` then counts in this order.
 
     Returns:
         y [tokens, rows], in the dtype of x.
@@ -159,6 +164,9 @@ def launch_decode(
     (tokens, columns), (all_rows, groups, entries) = x.shape, table.shape
     bits, width = entries.bit_length() - 1, columns // groups
     experts = 0 if offsets is None else all_rows // rows
+    if tables is not None:
+        experts = 1 + tables.shape[0]
+        tables = (tables.to(x.dtype) if INTERPRETED else tables).contiguous()
     words, row_words = _words(index_map), _row_words(index_map)
     quad = 4 if tile.quads else 1
     codes = quad * UNIT_CODES[bits]
@@ -167,14 +175,18 @@ def launch_decode(
     exact = torch.float32 if INTERPRETED else x.dtype
     y = torch.empty(tokens, rows, dtype=exact, device=x.device)
     span = table_span(columns, width, tile.slots)
+    grid = triton.cdiv(rows, tile.rows), blocks
     with on(x.device):
-        decode_kernel[(triton.cdiv(rows, tile.rows), blocks)](
+        # Programs of the same rows run one after another if they share codes.
+        decode_kernel[grid if tables is None else grid[::-1]](
             x.contiguous(),
             words,
             table.contiguous(),
+            tables,
             None if bias is None else bias.contiguous(),
             y,
             offsets,
+            order,
             tokens,
             rows,
             columns,
@@ -188,6 +200,7 @@ def launch_decode(
             HASHED=hash_seed is not None,
             HAS_BIAS=bias is not None,
             EXPERTS=experts,
+            SETS=tables is not None,
             PADDED=triton.next_power_of_2(experts + 1),
             EVEN=span % tile.columns == 0,
             WORD_ALIGN=4 if row_words % 4 == 0 and span * bits % 128 == 0 else 1,

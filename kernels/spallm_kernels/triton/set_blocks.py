@@ -1,0 +1,117 @@
+"""Sort tokens by the set of tables that they use, and find the set of a block of tokens.
+
+Sets are the experts of `expert_blocks.py` with the same codes: set 0 has the tables of the base,
+set n + 1 the tables of slot n. Tokens stay where they are, and `order` lists them by set.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import on
+from .expert_blocks import find_block, to_expert
+
+#: The most tokens that one launch sorts. It compares every token with all others; for more tokens,
+#: torch sorts in several launches.
+MOST_COMPARED = 1024
+_BLOCK = 64
+
+
+def sort_tokens(sets: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Sort tokens by set, on their device and in shapes that do not depend on data.
+
+    Args:
+        sets: Number of the slot of each token, int64 or int32 [tokens]; -1 for the base.
+        slots: Number of slots.
+
+    Returns:
+        The tokens in order, int [tokens], and where the tokens of each set start and end in it, int
+        [slots + 2], as `find_block` takes it.
+    """
+    tokens = sets.shape[0]
+    if tokens > MOST_COMPARED:
+        ascending, order = torch.sort(sets, stable=True)
+        starts = torch.arange(-1, slots + 1, dtype=sets.dtype, device=sets.device)
+        return order, torch.searchsorted(ascending, starts)
+    order = torch.empty(tokens, dtype=torch.int32, device=sets.device)
+    offsets = torch.empty(slots + 2, dtype=torch.int32, device=sets.device)
+    with on(sets.device):
+        sort_tokens_kernel[(triton.cdiv(max(tokens, slots + 2), _BLOCK),)](
+            sets.contiguous(), order, offsets, tokens, slots + 2, BLOCK=_BLOCK, num_warps=4
+        )
+    return order, offsets
+
+
+@triton.jit
+def sort_tokens_kernel(sets, order, offsets, tokens, bounds, BLOCK: tl.constexpr):
+    """Write the places of a block of tokens, and a block of offsets (see `sort_tokens`)."""
+    mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = tl.load(sets + mine, mask=mine < tokens, other=0)[:, None]
+    place = tl.zeros((BLOCK,), tl.int32)
+    before = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, tokens, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        there = (other < tokens)[None, :]
+        found = tl.load(sets + other, mask=other < tokens, other=0)[None, :]
+        earlier = (found < own) | ((found == own) & (other[None, :] < mine[:, None]))
+        place += tl.sum((earlier & there).to(tl.int32), 1)
+        before += tl.sum(((found + 1 < mine[:, None]) & there).to(tl.int32), 1)
+    tl.store(order + place, mine, mask=mine < tokens)
+    tl.store(offsets + mine, before, mask=mine < bounds)
+
+
+@triton.jit
+def to_block(
+    x,
+    words,
+    table,
+    tables,
+    y,
+    offsets,
+    order,
+    tokens,
+    rows,
+    columns,
+    row_words,
+    groups,
+    EXPERTS: tl.constexpr,
+    SETS: tl.constexpr,
+    PADDED: tl.constexpr,
+    SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    WORD_ALIGN: tl.constexpr,
+):
+    """Move pointers to the expert, or the set, of the block of tokens that a program processes.
+
+    Return them, the number of the expert's first row, and the number of tokens to process, which is
+    zero for tokens of a set that does not exist. See `decode_kernel` and `to_expert`.
+
+    Blocks of sets are numbered along the first dimension of the grid.
+    """
+    if not SETS:
+        x, words, table, y, first_row, tokens = to_expert(
+            x, words, table, y, offsets, tokens, rows, columns, row_words, groups,
+            EXPERTS, PADDED, SIZE, TOKENS, ROWS, ENTRIES, WORD_ALIGN
+        )  # fmt: skip
+        return x, words, table, y, order, first_row, tokens
+    else:
+        number, first, tokens = find_block(offsets, tokens, tl.program_id(0), EXPERTS, PADDED, SIZE)
+        # All rows of all sets may have more than 2^31 entries.
+        slot = tables + (number.to(tl.int64) - 1) * rows * groups * ENTRIES
+        table = tl.where(number == 0, table, slot)
+        tokens = tl.where(number == EXPERTS, 0, tokens)
+        return x, words, table, y, order + first, 0, tokens
+
+
+@triton.jit
+def line_of(order, token, tokens, SETS: tl.constexpr):
+    """Return where tokens of a block lie among all tokens; missing ones have another's place."""
+    if SETS:
+        return tl.load(order + tl.minimum(token, tokens - 1)).to(tl.int32)
+    else:
+        return token
