@@ -22,7 +22,7 @@ from .layer import LayerSketch
 from .linear import SketchedLinearMethod
 
 
-class SketchedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not installed here
+class SketchedConfig(QuantizationConfig):
     """Hold the `quantization_config` of a sketched checkpoint for vLLM.
 
     Attributes:
@@ -70,12 +70,14 @@ class SketchedConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not i
         """Return how to compute a layer; vLLM's own way if it is not sketched."""
         if isinstance(layer, LinearBase):
             weights = self._linear_weights(prefix)
-            return SketchedLinearMethod(self._add(prefix, weights)) if weights else (
-                UnquantizedLinearMethod()
+            return (
+                SketchedLinearMethod(self._add(prefix, weights))
+                if weights
+                else (UnquantizedLinearMethod())
             )
         if isinstance(layer, RoutedExperts):
             weights = expert_weights(layer, prefix, self._weights, self.metadata)
-            if weights is None:
+            if not weights:
                 return None
             return SketchedExpertsMethod(layer.moe_config, self._add(prefix, weights))
         return None  # embeddings: see `adoption.py`

@@ -14,7 +14,7 @@ from .layer import LayerSketch
 from .products import multiply
 
 
-class SketchedEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
+class SketchedEmbeddingMethod(QuantizeMethodBase):
     """Compute a sketched embedding or head, or both if they are tied.
 
     Args:
@@ -23,7 +23,7 @@ class SketchedEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
 
     def __init__(self, sketch: LayerSketch) -> None:
         self.sketch = sketch
-        self.owner: nn.Module | None = None
+        self.owner: Any = None
 
     def create_weights(
         self,
@@ -52,13 +52,12 @@ class SketchedEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return logits, float [tokens, rows]."""
-        owner = self._owner()
-        sets = getattr(owner, "sets_of_samples", None)
-        return multiply(owner, self.sketch.products, x, bias, sets)
+        sets = getattr(self.owner, "sets_of_samples", None)
+        return multiply(self.owner, self.sketch.products, x, bias, sets)
 
     def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
         """Return the rows of ids, [..., columns]."""
-        owner, (product,) = self._owner(), self.sketch.products
+        owner, (product,) = self.owner, self.sketch.products
         assert product.table is not None
         codes, table = getattr(owner, product.weight), getattr(owner, product.table)
         columns = len(self.sketch.columns)
@@ -70,7 +69,3 @@ class SketchedEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         tables = torch.where((sets >= 0).view(-1, 1, 1), tuned, table[ids])
         rows = dequantize(codes[ids], tables, columns)
         return rows.view(*input_.shape, columns)
-
-    def _owner(self) -> nn.Module:
-        assert self.owner is not None
-        return self.owner

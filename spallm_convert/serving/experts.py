@@ -28,7 +28,7 @@ from .products import Product
 _FUSED = {"gate_proj": "gate_up_proj", "w1": "w13"}  # names of joined gate and up projections
 
 
-class SketchedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
+class SketchedExpertsMethod(FusedMoEMethodBase):
     """Compute the experts of a layer.
 
     Args:
@@ -44,7 +44,7 @@ class SketchedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -60,7 +60,9 @@ class SketchedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         load = extra["weight_loader"]
         split = self.moe.moe_parallel_config.tp_size
 
-        def load_down(param: nn.Parameter, loaded_weight: Tensor, *shard: Any, **options: Any) -> Any:
+        def load_down(
+            param: nn.Parameter, loaded_weight: Tensor, *shard: Any, **options: Any
+        ) -> Any:
             # vLLM takes its share of the inputs, and labels have a single one.
             shares = loaded_weight.expand(*loaded_weight.shape[:-1], split)
             return load(param, shares, *shard, **options)
@@ -80,10 +82,10 @@ class SketchedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     ) -> tuple[int, int]:
         return hidden_size, intermediate_size_per_partition
 
-    def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
         return None
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Read the rows that the labels name, those of all experts as one product."""
         start = self.moe.moe_parallel_config.tp_rank * self.inner
         for name, columns in (
@@ -105,7 +107,7 @@ class SketchedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     def apply(
         self,
-        layer: nn.Module,
+        layer: Any,
         x: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
@@ -134,7 +136,7 @@ class SketchedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         return y.view(*topk_ids.shape, -1).sum(1).to(x.dtype)
 
     def _product(
-        self, layer: nn.Module, name: str, x: Tensor, expert: Tensor, sets: Tensor | None
+        self, layer: Any, name: str, x: Tensor, expert: Tensor, sets: Tensor | None
     ) -> Tensor:
         """Return the products of tokens sorted by expert."""
         part, product = getattr(layer, name), self.products[name]
@@ -148,15 +150,13 @@ class SketchedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         return y
 
 
-def _offsets(part: nn.Module, expert: Tensor) -> Tensor:
+def _offsets(part: Any, expert: Tensor) -> Tensor:
     """Return where the tokens of each expert begin and end, int64 [experts + 1]."""
     bounds = torch.arange(part.weight.shape[0] + 1, device=expert.device)
     return torch.searchsorted(expert, bounds)
 
 
-def _product_of_sets(
-    part: nn.Module, tables: Tensor, x: Tensor, expert: Tensor, sets: Tensor
-) -> Tensor:
+def _product_of_sets(part: Any, tables: Tensor, x: Tensor, expert: Tensor, sets: Tensor) -> Tensor:
     """Return the products of tokens with the tables of their sets: one product per slot."""
     experts, y = part.weight.shape[0], None
     for slot in range(-1, tables.shape[0]):
@@ -170,8 +170,8 @@ def _product_of_sets(
 
 
 def expert_weights(
-    layer: nn.Module, prefix: str, weights: Mapping[str, str], metadata: SketchMetadata
-) -> list[str] | None:
+    layer: Any, prefix: str, weights: Mapping[str, str], metadata: SketchMetadata
+) -> list[str]:
     """Return the stored weights of the experts of a layer.
 
     Args:
@@ -181,7 +181,7 @@ def expert_weights(
         metadata: The config of the checkpoint.
 
     Returns:
-        The names. None: not all of them are sketched, or not alike, so they are served dense.
+        The names; none if not all of them are sketched, or not alike. They are served dense then.
     """
     modules = {module.index_map_name(name): module for name, module in metadata.modules.items()}
     below = prefix.removesuffix(".routed_experts") + "."
@@ -208,10 +208,10 @@ def expert_weights(
     inner = moe.intermediate_size_per_partition * moe.moe_parallel_config.tp_size
     expected = moe.num_experts * (2 if moe.is_act_and_mul else 1) * inner
     is_whole = rows[True] == expected and rows[False] == moe.num_experts * moe.hidden_dim
-    return found if is_whole and all(len(kind) == 1 for kind in kinds.values()) else None
+    return found if is_whole and all(len(kind) == 1 for kind in kinds.values()) else []
 
 
-def _activate(layer: nn.Module, x: Tensor) -> Tensor:
+def _activate(layer: Any, x: Tensor) -> Tensor:
     activation: MoEActivation = layer.activation
     if x.device.type == "cpu" and activation in _NATIVE:  # vLLM for CPUs has no operator for these
         return _NATIVE[activation](x)

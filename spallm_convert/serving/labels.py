@@ -27,6 +27,7 @@ from spallm_formats import (
     read_bytes,
     unpack,
 )
+
 #: A label is the number of a weight, from 1, in the high bits, and the number of a row in the low
 #: ones. The label 0 is an absent row, which pads a weight: its products are zero.
 _ROW_BITS = 40
@@ -132,7 +133,7 @@ class StoredWeights:
         """
         labels = labels.cpu()
         numbers, counts = torch.unique_consecutive(labels >> _ROW_BITS, return_counts=True)
-        rows = (labels & ((1 << _ROW_BITS) - 1)).split(counts.tolist())
+        rows = torch.split(labels & ((1 << _ROW_BITS) - 1), counts.tolist())
         for number, part in zip(numbers.tolist(), rows, strict=True):
             yield Run(self._names[number - 1] if number else None, part)
 

@@ -12,7 +12,7 @@ from .layer import LayerSketch
 from .products import dense_weight, multiply
 
 
-class SketchedLinearMethod(LinearMethodBase):  # type: ignore[misc]
+class SketchedLinearMethod(LinearMethodBase):
     """Compute a linear layer, or several that vLLM has joined.
 
     Args:

@@ -24,7 +24,7 @@ from spallm_formats import QUANT_METHOD
 
 from .config import SketchedConfig
 from .served import served_layers
-from .sets import RefusedTablesError, ServedLayer, TableSet, fill, open_set, read_set, zeros
+from .sets import RefusedTablesError, ServedLayer, TableSet, fill, open_set, own_tables, read_set
 
 logger = init_logger("vllm.spallm_convert")
 
@@ -33,7 +33,7 @@ logger = init_logger("vllm.spallm_convert")
 _OPEN_FILES = 256
 
 
-class TableSetManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
+class TableSetManager(LRUCacheLoRAModelManager):
     """Keep sets of tables, and copy those in use into the slots of the layers."""
 
     served: list[ServedLayer]
@@ -63,7 +63,7 @@ class TableSetManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
         return True
 
 
-class TableSetWorkerManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
+class TableSetWorkerManager(LRUCacheWorkerLoRAManager):
     """Read sets of tables when vLLM asks for adapters."""
 
     _manager_cls = TableSetManager
@@ -143,7 +143,8 @@ class TableSetWorkerManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
                 lora_request.lora_name,
                 error,
             )
-            return zeros(self._adapter_manager.served)
+            tables = own_tables(self._adapter_manager.served)
+            return {key: torch.zeros_like(table) for key, table in tables.items()}
 
 
 def install() -> None:

@@ -26,13 +26,12 @@ def find_layers(model: nn.Module) -> list[tuple[str, ServedLayer]]:
         if isinstance(method, SketchedExpertsMethod):
             for part, product in method.products.items():
                 columns = method.columns[part]
-                found.append(
-                    (name, ServedLayer(getattr(module, part), [product], columns, True))
-                )
-        elif isinstance(method, SketchedEmbeddingMethod | SketchedLinearMethod):
-            if getattr(method, "owner", module) is module:
-                sketch = method.sketch
-                found.append((name, ServedLayer(module, sketch.products, sketch.columns, True)))
+                found.append((name, ServedLayer(getattr(module, part), [product], columns, True)))
+        elif isinstance(method, SketchedLinearMethod) or (
+            isinstance(method, SketchedEmbeddingMethod) and method.owner is module
+        ):
+            sketch = method.sketch
+            found.append((name, ServedLayer(module, sketch.products, sketch.columns, True)))
     return found
 
 

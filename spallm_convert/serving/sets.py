@@ -1,4 +1,4 @@
-"""Read a set of tables for the layers of a model in vLLM, and check that it belongs to the model."""
+"""Read a set of tables for the layers of a model in vLLM, and check that it belongs there."""
 
 from __future__ import annotations
 
@@ -179,7 +179,9 @@ def _joined(
     return joined.view(own.shape)
 
 
-def fill(layers: Sequence[ServedLayer], slot: int, tables: Mapping[tuple[int, int], Tensor] | None) -> None:
+def fill(
+    layers: Sequence[ServedLayer], slot: int, tables: Mapping[tuple[int, int], Tensor] | None
+) -> None:
     """Copy the tables of a set into a slot of every layer.
 
     Args:
@@ -208,15 +210,15 @@ def put(layers: Sequence[ServedLayer], tables: Mapping[tuple[int, int], Tensor])
         getattr(layers[number].module, table).data.copy_(values)
 
 
-def zeros(layers: Sequence[ServedLayer]) -> dict[tuple[int, int], Tensor]:
-    """Return tables of zeros, in place of a set that cannot be read again.
+def own_tables(layers: Sequence[ServedLayer]) -> dict[tuple[int, int], Tensor]:
+    """Return copies of the tables that layers have of their own, on the CPU.
 
     Args:
         layers: The layers of this rank.
     """
     return {
-        (number, place): torch.zeros_like(getattr(layer.module, product.table), device="cpu")
+        (number, place): getattr(layer.module, product.table).data.to("cpu", copy=True)
         for number, layer in enumerate(layers)
         for place, product in enumerate(layer.products)
-        if product.slots is not None and product.table is not None
+        if product.table is not None
     }

@@ -56,7 +56,7 @@ class WeightStream:
 
     def _look_up(self, weight: str) -> Tensor:
         """Return the dense weight of a sketched module as the source stores it."""
-        name, module = self.stored.modules[weight]
+        _, module = self.stored.modules[weight]
         labels = self.stored.labels(weight)
         columns = range(module.in_features)
         (run,) = self.stored.runs((labels.mT if module.transposed else labels).flatten())

@@ -35,7 +35,7 @@ def register_refusal() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-    class OtherVersion(QuantizationConfig):  # type: ignore[misc]
+    class OtherVersion(QuantizationConfig):
         """Refuse a sketched checkpoint."""
 
         get_name = get_supported_act_dtypes = get_quant_method = None
@@ -45,7 +45,7 @@ def register_refusal() -> None:
         def from_config(cls, config: dict[str, Any]) -> OtherVersion:
             raise ValueError(
                 f"spallm-convert serves sketched models with vLLM {FIRST} to below {BEFORE}, found "
-                f"{vllm_version()}: pip install 'vllm>={FIRST},<{BEFORE}'"
+                f"{vllm_version()}: pip install 'spallm-convert[vllm]'"
             )
 
     register_quantization_config(QUANT_METHOD)(OtherVersion)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .served import find_layers
-from .sets import open_set, put, read_set
+from .sets import open_set, own_tables, put, read_set
 
 #: The name of the tables that the engine started with.
 BASE = "base"
@@ -40,20 +40,16 @@ class TablesExtension:
             ValueError: If the tables do not belong to the model, or the name is "base".
         """
         if name == BASE:
-            raise ValueError(f"the name {BASE!r} belongs to the tables that the engine started with")
+            raise ValueError(
+                f"the name {BASE!r} belongs to the tables that the engine started with"
+            )
         layers = [layer for _, layer in find_layers(self.model_runner.get_model())]
         stored = self.model_runner.vllm_config.quant_config.stored
         with open_set(Path(folder)) as file:
             tables = read_set(file, Path(folder), stored, layers)
         sets = self._sets()
         if BASE not in sets:
-            sets[BASE] = {
-                key: getattr(layers[key[0]].module, layers[key[0]].products[key[1]].table)
-                .detach()
-                .cpu()
-                .clone()
-                for key in tables
-            }
+            sets[BASE] = own_tables(layers)
         sets[name] = tables
         return self.set_tables(name)
 
@@ -71,7 +67,9 @@ class TablesExtension:
         """
         sets = self._sets()
         if name not in sets and name != BASE:
-            raise ValueError(f"no set of tables is called {name!r}, found {', '.join(sets) or BASE}")
+            raise ValueError(
+                f"no set of tables is called {name!r}, found {', '.join(sets) or BASE}"
+            )
         if name in sets:
             put([layer for _, layer in find_layers(self.model_runner.get_model())], sets[name])
         return name

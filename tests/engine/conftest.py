@@ -1,6 +1,7 @@
 """Tiny sketched models and sets of tables for the tests with vLLM's engine (`make test-vllm`)."""
 
 import pytest
+
 from helpers.engine_models import save_sets, save_sketched
 
 

@@ -1,6 +1,7 @@
 """vLLM answers as transformers does, for every kind of sketched model."""
 
 import pytest
+
 from helpers.engine_models import KINDS, check_answers, prompts
 from helpers.engine_runs import job, run_jobs
 

@@ -1,6 +1,7 @@
 """Models split between processes: tensor parallelism, experts, and torch.compile."""
 
 import pytest
+
 from helpers.engine_models import check_answers, prompts
 from helpers.engine_runs import job, run_jobs
 

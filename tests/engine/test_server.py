@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import psutil
 import pytest
+
 from helpers.engine_models import check_answers, prompts
 from helpers.engine_runs import ENVIRONMENT
 

@@ -1,6 +1,7 @@
 """Requests with sets of tables of their own, together in one batch."""
 
 import pytest
+
 from helpers.engine_models import check_answers, prompts
 from helpers.engine_runs import job, run_jobs
 
@@ -28,5 +29,8 @@ def test_each_request_gets_its_own_tables(sketched, sets, answers, kind):
 
 
 def test_sets_differ(answers):
-    found = {name: [a["tokens"] for a in answers["mixed"][:9] if a["set"] == name] for name in [None, "A", "B"]}
+    found = {
+        name: [a["tokens"] for a in answers["mixed"][:9] if a["set"] == name]
+        for name in [None, "A", "B"]
+    }
     assert found[None] != found["A"] != found["B"] != found[None]

@@ -47,8 +47,6 @@ _MIXED = Recipe(
 _TARGET = CalibrationConfig(samples=2, seqlen=32, target_bits=4.5)
 
 
-
-
 @dataclass(frozen=True)
 class Kind:
     """Describe a tiny model and how it is sketched.

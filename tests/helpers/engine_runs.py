@@ -1,4 +1,4 @@
-"""Run jobs with vLLM's engine in a process of its own: `python -m helpers.engine_runs JOBS ANSWERS`.
+"""Run jobs with vLLM's engine in a process: `python -m helpers.engine_runs JOBS ANSWERS`.
 
 vLLM for CPUs does not start if numba has been imported, and engines of one process share what they
 start, so the tests do not import vLLM.
