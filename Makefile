@@ -1,6 +1,6 @@
-# Three commands need nothing but Python 3.11 or newer: `make demo`, `make test` and
-# `make test-oldest`. Each makes its own virtual environment, with the versions in constraints.txt or
-# constraints-oldest.txt.
+# Four commands need nothing but Python 3.11 or newer: `make demo`, `make test`, `make test-oldest`
+# and `make test-vllm`. Each makes its own virtual environment, with the versions in constraints.txt,
+# constraints-oldest.txt or tests/engine/requirements.txt.
 PYTHON ?= python3
 PIP_QUIET = --quiet --disable-pip-version-check
 PIP_FLAGS = $(PIP_QUIET) --constraint constraints.txt
@@ -15,7 +15,7 @@ OLDEST_TESTS = tests/runtime tests/source tests/calibration/test_experts.py $(NE
 NEWER_DTYPES = --deselect tests/source/test_quantized.py::test_blocks_of_fp8_as_transformers_dequantizes_them \
 	--deselect tests/source/test_quantized.py::test_experts_of_deepseek_v4
 
-.PHONY: demo test test-fast test-oldest lint docs bench bench-finetune bench-quality gpu clean
+.PHONY: demo test test-fast test-oldest test-vllm lint docs bench bench-finetune bench-quality gpu clean
 
 demo: .venv-demo/.installed
 	.venv-demo/bin/spallm-convert demo --output-dir demo-output
@@ -28,6 +28,10 @@ test-fast: .venv/.installed
 
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -q $(PARALLEL) $(OLDEST_TESTS)
+
+# The real engine of vLLM, on the CPU.
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest -q tests/engine
 
 lint: .venv/.installed
 	.venv/bin/ruff format --check .
@@ -96,6 +100,25 @@ gpu:
 	.venv-oldest/bin/pip install $(OLDEST_FLAGS) --editable ".[datasets,gguf]" peft pytest pytest-xdist trl
 	touch $@
 
+# vLLM takes 3.5 GB, so all checkouts share it. It has a folder for each list of requirements.
+VLLM_KEY = $(shell $(PYTHON) --version | cat - tests/engine/requirements.txt | sha256sum | cut -c1-12)
+VLLM_ENV = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/spallm-convert/vllm-$(VLLM_KEY)
+
+$(VLLM_ENV)/.installed:
+	$(PYTHON) -m venv --clear $(VLLM_ENV)
+	$(VLLM_ENV)/bin/pip install $(PIP_QUIET) torch==2.13.0
+	$(VLLM_ENV)/bin/pip install $(PIP_QUIET) --requirement tests/engine/requirements.txt
+	# vLLM does without these. Those on PyPI do not fit a torch for CPUs.
+	$(VLLM_ENV)/bin/pip uninstall $(PIP_QUIET) --yes torchvision torchaudio torchcodec
+	touch $@
+
+# The checkout is installed in an environment of its own, which looks into the shared one.
+.venv-vllm/.installed: pyproject.toml $(VLLM_ENV)/.installed
+	$(PYTHON) -m venv --clear .venv-vllm
+	echo $(VLLM_ENV)/lib/python*/site-packages > $$(echo .venv-vllm/lib/python*/site-packages)/vllm.pth
+	.venv-vllm/bin/pip install $(PIP_QUIET) --no-deps --editable .
+	touch $@
+
 .venv-peers/.installed: $(SOURCES) benchmarks/peers.txt
 	$(PYTHON) -m venv --clear .venv-peers
 	.venv-peers/bin/pip install $(PIP_FLAGS) torch
@@ -126,5 +149,5 @@ gpu:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-demo .venv-docs .venv-oldest .venv-peers .venv-quality .llama-cpp \
+	rm -rf .venv .venv-demo .venv-docs .venv-oldest .venv-vllm .venv-peers .venv-quality .llama-cpp \
 		demo-output build dist .*_cache .hypothesis

@@ -6,6 +6,7 @@ of all kernels.
 """
 
 import hashlib
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -29,6 +30,10 @@ from helpers.calibration import save_source, save_text  # noqa: E402
 from helpers.tiny_models import TinyModel, save_tiny_llama  # noqa: E402
 from helpers.tiny_tokenizer import tiny_tokenizer  # noqa: E402
 from spallm_convert import SketchConfig, convert  # noqa: E402
+
+
+#: Tests with vLLM's engine have an environment of their own: `make test-vllm`.
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["engine"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

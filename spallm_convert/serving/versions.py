@@ -36,16 +36,17 @@ def register_refusal() -> None:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
     class OtherVersion(QuantizationConfig):
-        """Refuse a sketched checkpoint."""
-
-        get_name = get_supported_act_dtypes = get_quant_method = None
-        get_min_capability = get_config_filenames = classmethod(lambda cls: 0)
+        """Refuse every sketched checkpoint. No object of this class is made."""
 
         @classmethod
-        def from_config(cls, config: dict[str, Any]) -> OtherVersion:
+        def from_config(cls, config: dict[str, Any]) -> OtherVersion:  # noqa: ARG003
             raise ValueError(
                 f"spallm-convert serves sketched models with vLLM {FIRST} to below {BEFORE}, found "
                 f"{vllm_version()}: pip install 'spallm-convert[vllm]'"
             )
+
+        @staticmethod
+        def get_config_filenames() -> list[str]:
+            return []
 
     register_quantization_config(QUANT_METHOD)(OtherVersion)
