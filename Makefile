@@ -117,6 +117,8 @@ $(VLLM_ENV)/.installed:
 	$(PYTHON) -m venv --clear .venv-vllm
 	echo $(VLLM_ENV)/lib/python*/site-packages > $$(echo .venv-vllm/lib/python*/site-packages)/vllm.pth
 	.venv-vllm/bin/pip install $(PIP_QUIET) --no-deps --editable .
+	# Out of the way of all tests but those with images (see tests/engine/site).
+	.venv-vllm/bin/pip install $(PIP_QUIET) --no-deps --target .venv-vllm/torchvision torchvision
 	touch $@
 
 .venv-peers/.installed: $(SOURCES) benchmarks/peers.txt

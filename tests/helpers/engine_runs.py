@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 #: One process, short waits, and nothing asked of any server.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -29,8 +31,8 @@ def job(model, batches, sets=None, **options):
 
     Args:
         model: Folder of the model.
-        batches: Lists of requests (prompt, name of a set or None). A batch may instead be the name
-            of a method of the workers and its arguments.
+        batches: Lists of requests (prompt, name of a set or None, maybe the height and width of an
+            image). A batch may instead be the name of a method of the workers and its arguments.
         sets: Folders of sets by name.
         options: Options of the engine.
     """
@@ -86,18 +88,18 @@ def _run(description, asked=8):
             engine.reset_prefix_cache()
             continue
         outputs = engine.generate(
-            [{"prompt_token_ids": prompt} for prompt, _ in batch],
+            [_prompt(*request) for request in batch],
             parameters,
-            lora_request=[requests.get(name) for _, name in batch],
+            lora_request=[requests.get(name) for _, name, *_ in batch],
             use_tqdm=False,
         )
-        for (prompt, name), output in zip(batch, outputs, strict=True):
+        for (_, name, *_), output in zip(batch, outputs, strict=True):
             (best,) = output.outputs
             tokens = list(best.token_ids)
             logprobs = [row[t].logprob for row, t in zip(best.logprobs, tokens, strict=True)]
             answers.append(
                 {
-                    "prompt": prompt,
+                    "prompt": list(output.prompt_token_ids),
                     "set": name,
                     "tokens": tokens,
                     "logprobs": logprobs,
@@ -105,6 +107,20 @@ def _run(description, asked=8):
                 }
             )
     return answers
+
+
+def image(height, width):
+    """Return an image of noise, uint8 [height, width, 3]."""
+    return np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+
+
+def _prompt(tokens, name, size=None):
+    prompt = {"prompt_token_ids": tokens}
+    if size is not None:
+        from PIL import Image
+
+        prompt["multi_modal_data"] = {"image": Image.fromarray(image(*size))}
+    return prompt
 
 
 def _start_once():
