@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class LayerSketch:
         labels.weight_loader = place  # type: ignore[attr-defined]
         labels.output_dim = len(rows) - 1  # type: ignore[attr-defined]
         layer.register_parameter(name, labels)
+        self._loader = loader
 
     def read(self, layer: nn.Module, name: str, device: torch.device) -> None:
         """Replace the labels of a layer by the rows that they name.
@@ -71,6 +73,46 @@ class LayerSketch:
         labels = getattr(layer, name).data
         delattr(layer, name)
         self.products = self.read_rows(layer, labels.flatten(), device)
+        for parameter in layer.parameters(recurse=False):
+            if parameter.dtype == torch.uint8:
+                parameter.weight_loader = _keep  # type: ignore[attr-defined]
+        table = getattr(layer, "weight_table", None)
+        if table is not None:
+            table.weight_loader = functools.partial(self._replace, layer)
+
+    def _replace(
+        self, layer: nn.Module, table: nn.Parameter, loaded_weight: Tensor, *shard: Any
+    ) -> None:
+        """Replace the tables of a stored module, in the memory that they have.
+
+        Trainers push the parameters of their model into a running engine: `model.load_weights`.
+
+        Args:
+            layer: The layer.
+            table: The parameter that the name belongs to.
+            loaded_weight: The tables, float [out_features, groups, 2^bits].
+            shard: Which part of a joined layer they are for, as vLLM says it.
+        """
+        assert self.stored is not None
+        rows = sum(product.rows for product in self.products)
+        # vLLM places row numbers where it would place rows.
+        numbers = nn.Parameter(
+            torch.full((rows, 1), -1, dtype=torch.int64, device="cpu"), requires_grad=False
+        )
+        numbers.output_dim = 0  # type: ignore[attr-defined]
+        self._loader(numbers, torch.arange(len(loaded_weight), device="cpu").unsqueeze(1), *shard)
+        found = numbers.flatten()
+        start = 0
+        for product in self.products:
+            first = 0
+            for run in product.runs:
+                here = found[start : start + len(run.rows)]
+                if product.table is not None and run.weight is not None and (here >= 0).all():
+                    values = self.stored.read_tables(run, self.columns, loaded_weight.cpu())
+                    own = getattr(layer, product.table).data[first : first + len(run.rows)]
+                    own.copy_(values)
+                start += len(run.rows)
+                first += len(run.rows)
 
     def read_rows(self, layer: nn.Module, labels: Tensor, device: torch.device) -> list[Product]:
         """Read the rows of labels and register their parameters.
@@ -88,3 +130,7 @@ class LayerSketch:
         products = make_products(layer, labels, self.stored, self.columns, self.dtype, device)
         self.stored.forget()
         return products
+
+
+def _keep(parameter: nn.Parameter, loaded_weight: Tensor, *shard: Any) -> None:
+    """Keep an index map, which training does not change."""

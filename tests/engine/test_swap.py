@@ -1,5 +1,7 @@
 """All tables of an engine are swapped while it runs."""
 
+import pytest
+
 from helpers.engine_models import check_answers, prompts
 from helpers.engine_runs import job, run_jobs
 
@@ -26,6 +28,19 @@ def test_answers_are_those_of_the_set_that_is_in(sketched, sets, tmp_path):
     )
     assert isinstance(answers, list), answers
     for place, name in enumerate([None, "A", "B", None, "A"]):
+        for answer in answers[3 * place : 3 * place + 3]:
+            answer["set"] = name
+    check_answers(sketched(kind), answers, folders)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "tied"])
+def test_tables_that_a_trainer_pushes(sketched, sets, tmp_path, kind):
+    folders = sets(kind)
+    batch = [(prompt, None) for prompt in prompts()]
+    batches = [["push", str(folders["A"])], batch, ["push", str(folders["B"])], batch]
+    ((answers,), _) = run_jobs([job(sketched(kind), batches)], tmp_path)
+    assert isinstance(answers, list), answers
+    for place, name in enumerate("AB"):
         for answer in answers[3 * place : 3 * place + 3]:
             answer["set"] = name
     check_answers(sketched(kind), answers, folders)

@@ -32,7 +32,8 @@ def job(model, batches, sets=None, **options):
     Args:
         model: Folder of the model.
         batches: Lists of requests (prompt, name of a set or None, maybe the height and width of an
-            image). A batch may instead be the name of a method of the workers and its arguments.
+            image). A batch may instead be the name of a method of the workers and its arguments, or
+            "push" and the folder of a set whose tensors are pushed into the model.
         sets: Folders of sets by name.
         options: Options of the engine.
     """
@@ -84,7 +85,10 @@ def _run(description, asked=8):
     answers = []
     for batch in description["batches"]:
         if isinstance(batch[0], str):
-            engine.collective_rpc(batch[0], args=tuple(batch[1:]))
+            if batch[0] == "push":
+                _push(engine, batch[1])
+            else:
+                engine.collective_rpc(batch[0], args=tuple(batch[1:]))
             engine.reset_prefix_cache()
             continue
         outputs = engine.generate(
@@ -107,6 +111,15 @@ def _run(description, asked=8):
                 }
             )
     return answers
+
+
+def _push(engine, folder):
+    """Do what trainers do after each step (TRL's mode "colocate")."""
+    from safetensors.torch import load_file
+
+    model = engine.llm_engine.model_executor.driver_worker.model_runner.model
+    for name, tensor in load_file(Path(folder) / "sketch_tables.safetensors").items():
+        model.load_weights([(name, tensor)])
 
 
 def image(height, width):
