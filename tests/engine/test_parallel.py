@@ -9,8 +9,8 @@ from helpers.engine_runs import job, run_jobs
 def run(sketched, kind, tmp_path, folders=None, **options):
     names = [None, "A", "B"] if folders else [None]
     batch = [(prompt, name) for prompt in prompts() for name in names]
-    ((answers,), _) = run_jobs([job(sketched(kind), [batch], folders, **options)], tmp_path)
-    assert isinstance(answers, list), answers
+    ((answers,), output) = run_jobs([job(sketched(kind), [batch], folders, **options)], tmp_path)
+    assert isinstance(answers, list), f"{answers}\n{output[-8000:]}"
     check_answers(sketched(kind), answers, folders)
 
 

@@ -79,7 +79,9 @@ KINDS = {
     "qwen3-moe": Kind(
         "Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
     ),
-    "gpt-oss": Kind("GptOss", _FOUR_EXPERTS),
+    "gpt-oss": Kind(
+        "GptOss", _FOUR_EXPERTS | {"num_attention_heads": 4, "num_key_value_heads": 2}
+    ),
 }
 
 
