@@ -11,7 +11,8 @@ import os
 import tempfile
 from pathlib import Path
 
-_ROOT = Path(__file__).parent.parent
+_TESTS = Path(__file__).parent
+_ROOT = _TESTS.parent
 _SOURCES = sorted([*_ROOT.glob("kernels/**/*.py"), *_ROOT.glob("formats/**/*.py")])
 _DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
 os.environ["NUMBA_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"spallm-numba-{_DIGEST}")
@@ -31,14 +32,38 @@ from helpers.tiny_models import TinyModel, save_tiny_llama  # noqa: E402
 from helpers.tiny_tokenizer import tiny_tokenizer  # noqa: E402
 from spallm_convert import SketchConfig, convert  # noqa: E402
 
+#: Files that take more than half a minute, the longest first. If one came last, it would run alone.
+_LONGEST = (
+    "fuzz/test_fuzz.py",
+    "kernels/test_compiled.py",
+    "conversion/test_kills.py",
+    "kernels/test_portable.py",
+    "cli/test_demo.py",
+    "runtime/test_processes.py",
+    "source/test_hub.py",
+    "test_docs.py",
+    "calibration/test_calibrate.py",
+    "benchmarks/test_finetune.py",
+    "calibration/test_resume.py",
+    "cli/test_eval.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep pytest-xdist from starting with the files that have the most tests."""
+    if hasattr(config.option, "loadscopereorder"):  # since pytest-xdist 3.8
+        config.option.loadscopereorder = False
+
 
 #: Tests with vLLM's engine have an environment of their own: `make test-vllm`.
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["engine"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """SPALLM_TEST_SHARD=k/n leaves every n-th test: `make gpu` runs n processes, as compiling
-    kernels takes most of the time."""
+    """Put the longest files first. SPALLM_TEST_SHARD=k/n leaves every n-th test: `make gpu` runs n
+    processes, as compiling kernels takes most of the time."""
+    ranks = {_TESTS / name: rank for rank, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
     number, shards = map(int, os.environ.get("SPALLM_TEST_SHARD", "0/1").split("/"))
     items[:] = items[number::shards]
 

@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -92,12 +93,12 @@ def test_healed_tables_go_with_their_blocks(source, text, tmp_path, mapping, mon
     assert healing["kl_after"] < healing["kl_before"]
     expected = contents(tmp_path / "whole")
 
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("spallm_convert.conversion.job._write_shards", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "stopped", config, device="cpu", progress=StopAt())
     for damaged in (None, "block-00000-", "block-00001-", "healed-"):
-        output = tmp_path / f"out-{damaged}"
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("spallm_convert.conversion.job._write_shards", _interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                convert(source, output, config, device="cpu", progress=StopAt())
+        output = Path(shutil.copytree(tmp_path / "stopped", tmp_path / f"out-{damaged}"))
         (file,) = output.rglob(f"{damaged or 'healed-'}*.safetensors")
         if damaged:
             file.write_bytes(file.read_bytes()[:-1] + b"\xff")
@@ -105,6 +106,13 @@ def test_healed_tables_go_with_their_blocks(source, text, tmp_path, mapping, mon
         convert(source, output, config, device="cpu", resume=True, progress=progress)
         assert bool(progress.said) == bool(damaged)
         assert contents(output) == expected
+
+    output = tmp_path / "stopped at once"
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, output, config, device="cpu", progress=StopAt(lines=1))
+    assert not list(output.rglob("healed-*.safetensors"))
+    convert(source, output, config, device="cpu", resume=True)
+    assert contents(output) == expected
 
 
 def _interrupt(*arguments):

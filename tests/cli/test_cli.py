@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -192,24 +191,19 @@ def test_every_command_has_help(run, command):
     assert "Usage: spallm-convert" in run(command, "--help")
 
 
-def test_no_color_is_honoured(tiny_llama):
-    def styled(**environment):
-        result = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "from spallm_convert.cli import main; main()",
-                tiny_llama.folder,
-                "--dry-run",
-            ],
-            capture_output=True,
-            check=True,
-            env=os.environ | {"FORCE_COLOR": "1", "TERM": "xterm-256color"} | environment,
-        )
-        return re.findall(rb"\x1b\[[0-9;]*3[0-9]m", result.stdout)
+def test_no_color_is_honoured(run, tiny_llama, monkeypatch):
+    """A console reads the environment when it is made."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
 
+    def styled():
+        monkeypatch.setattr(terminal, "stdout", terminal.SafeConsole())
+        return re.findall(r"\x1b\[[0-9;]*3[0-9]m", run(tiny_llama.folder, "--dry-run"))
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
     assert styled()
-    assert not styled(NO_COLOR="1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not styled()
 
 
 def test_the_widest_table_fits_a_terminal(capsys, monkeypatch):

@@ -23,7 +23,7 @@ def test_demo_compares_a_real_model_with_its_sketch(tmp_path, capsys, monkeypatc
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if "perplexity" in line)
     dense, sketched = map(float, re.findall(r"\d+\.\d+", line))
-    assert 1 < dense < sketched < 1.6 * dense
+    assert 1 < dense < sketched < 1.6 * dense < 16
     answers = next(line for line in out.splitlines() if "capital of France" in line)
     assert answers.count("Paris") == 2
     assert SketchedCheckpoint.open(tmp_path / "out").metadata.bits == 4

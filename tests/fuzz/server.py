@@ -297,10 +297,11 @@ def main() -> None:
     root, results = Path(sys.argv[1]), int(sys.argv[2])
     warnings.simplefilter("ignore")
     from . import catalogue
-    from .bases import make_bases
+    from .bases import make_bases, shorten_text
 
     cases = [catalogue.Case.parse(line.strip()) for line in sys.stdin if line.strip()]
     families = {case.family for case in cases}
+    shorten_text()
     bases = make_bases(root, families)
     os.fsync = lambda fd: None  # no case is about the disk, and it is slow
     (root / "cases").mkdir()

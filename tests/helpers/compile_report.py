@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers.compiled import compile_launch, count, recorded
+from helpers.compiled import compile_launch, count, disassemble, loop, recorded
 from spallm_kernels.batched.compensate import BLOCK
 from spallm_kernels.triton import compensate, descend, experts, linear, set_blocks, tenants
 
@@ -45,7 +45,7 @@ TENANTS = ((4, 1, 1), (4, 8, 8), (4, 16, 16), (4, 64, 512), (3, 16, 16), (2, 16,
 def main() -> None:
     capability = int(sys.argv[1])
     linear._generation = lambda device: capability // 10  # tiles follow the GPU
-    report = {}
+    found = {}
     with contextlib.ExitStack() as stack:
         recordings = [stack.enter_context(recorded(*kernels)) for kernels in KERNELS]
         for name, call in cases().items():
@@ -53,9 +53,14 @@ def main() -> None:
             # Sets of tables take two launches; the first sorts the tokens.
             *before, launch = (launch for launches in recordings[::-1] for launch in launches)
             assert len(before) == name.startswith("tenants")
-            report[name] = describe(compile_launch(launch, capability), launch.options)
+            found[name] = compile_launch(launch, capability), launch.options
             for launches in recordings:
                 launches.clear()
+    disassembled = disassemble([code for code, _ in found.values()], capability)
+    report = {
+        name: describe(code, instructions, options)
+        for (name, (code, options)), instructions in zip(found.items(), disassembled, strict=True)
+    }
     json.dump(report, sys.stdout, indent=1)
 
 
@@ -152,7 +157,7 @@ def sketch(bits, columns, groups, dtype):
     return index_map, torch.empty(ROWS, groups, 1 << bits, dtype=dtype)
 
 
-def describe(code, options):
+def describe(code, instructions, options):
     facts = {
         "registers": code.registers,
         "spilled_bytes": code.spilled_bytes,
@@ -160,14 +165,14 @@ def describe(code, options):
         "warps": options["num_warps"],
     }
     if "SLOTS" in options:
-        loop = code.loop("HMMA")
+        inner = loop(instructions, "HMMA")
         weights = options["ROWS"] * options["UNITS"] * options["CODES"] / 32  # of a thread
         facts |= {
-            "instructions_per_weight": len(loop) / weights,
-            "permutes_per_weight": count(loop, "PRMT") / weights,
-            "shared_stores_in_loop": count(loop, "STS"),
-            "narrow_loads_in_loop": count(loop, "LDGSTS")
-            - sum(".128" in text for text in loop if "LDGSTS" in text),
+            "instructions_per_weight": len(inner) / weights,
+            "permutes_per_weight": count(inner, "PRMT") / weights,
+            "shared_stores_in_loop": count(inner, "STS"),
+            "narrow_loads_in_loop": count(inner, "LDGSTS")
+            - sum(".128" in text for text in inner if "LDGSTS" in text),
         }
     return facts
 

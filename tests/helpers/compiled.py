@@ -3,13 +3,15 @@
 with recorded(module, "decode_kernel") as launches:
     module.decode(...)                  # tensors on the CPU; nothing runs
 code = compile_launch(launches[0], 90)  # for compute capability 9.0
+(instructions,) = disassemble([code], 90)
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+_INSTRUCTION_BYTES = 16
 _OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}
 
 
@@ -48,31 +51,42 @@ class Code:
     shared_bytes: int  # of a program
     cubin: bytes
 
-    @functools.cached_property
-    def instructions(self) -> list[str]:
-        """Disassemble the kernel, which takes 0.4 s of CPU time."""
-        text = _dump(self.cubin, "-sass")
-        lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", text, re.MULTILINE)
-        return [f"{address} {line}" for address, line in lines]
-
-    def loop(self, containing: str) -> list[str]:
-        """Return the instructions of the innermost loop that holds an instruction."""
-        addressed = [(int(a, 16), text) for a, text in (i.split(" ", 1) for i in self.instructions)]
-        loops = []
-        for address, text in addressed:
-            jump = re.search(r"BRA.*?0x([0-9a-f]+)", text)
-            if jump and (start := int(jump.group(1), 16)) < address:
-                body = [text for at, text in addressed if start <= at <= address]
-                if any(containing in text for text in body):
-                    loops.append(body)
-        return min(loops, key=len)
-
 
 @dataclass(frozen=True)
 class AmdCode:
     spilled: int  # vector registers, and bytes of a thread in memory of its own
     shared_bytes: int  # of a program
     matrix_instructions: int
+
+
+def disassemble(codes: list[Code], capability: int) -> list[list[str]]:
+    """Return the instructions of kernels, each with its address.
+
+    Starting the disassembler takes 0.4 s of CPU time, as long as 20 kernels. So it gets all kernels
+    as one piece of machine code.
+    """
+    pieces = [_machine_code(code.cubin) for code in codes]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernels.bin")
+        path.write_bytes(b"".join(pieces))
+        text = _run("nvdisasm", "--binary", f"SM{capability}", path)
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", text, re.MULTILINE)
+    assert len(lines) * _INSTRUCTION_BYTES == sum(map(len, pieces))
+    instructions = (f"{address} {line}" for address, line in lines)
+    return [list(itertools.islice(instructions, len(p) // _INSTRUCTION_BYTES)) for p in pieces]
+
+
+def loop(instructions: list[str], containing: str) -> list[str]:
+    """Return the instructions of the innermost loop that holds an instruction."""
+    addressed = [(int(a, 16), text) for a, text in (i.split(" ", 1) for i in instructions)]
+    loops = []
+    for address, text in addressed:
+        jump = re.search(r"BRA.*?0x([0-9a-f]+)", text)
+        if jump and (start := int(jump.group(1), 16)) < address:
+            body = [text for at, text in addressed if start <= at <= address]
+            if any(containing in text for text in body):
+                loops.append(body)
+    return min(loops, key=len)
 
 
 def count(instructions: list[str], operation: str) -> int:
@@ -161,7 +175,10 @@ def _integer(value: int) -> str:
 
 
 def _read(cubin: bytes, shared: int) -> Code:
-    text = _dump(cubin, "-res-usage")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        text = _run("cuobjdump", "-res-usage", path)
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return Code(
         registers=usage["REG"],
@@ -171,10 +188,22 @@ def _read(cubin: bytes, shared: int) -> Code:
     )
 
 
-def _dump(cubin: bytes, option: str) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        command = [tool, option, path]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def _machine_code(cubin: bytes) -> bytes:
+    """Return the only section of an ELF file whose name begins with ".text."."""
+    (table,), (size, number, names) = (
+        struct.unpack_from("<Q", cubin, 40),
+        struct.unpack_from("<3H", cubin, 58),
+    )
+    sections = [struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(number)]
+    start_of_names = sections[names][4]
+    (code,) = (
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in sections
+        if cubin.startswith(b".text.", start_of_names + name)
+    )
+    return code
+
+
+def _run(tool: str, *arguments: str | Path) -> str:
+    command = [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

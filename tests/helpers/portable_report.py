@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers.compiled import compile_for_amd, compile_launch, recorded
+from helpers.compiled import compile_for_amd, compile_launch, disassemble, recorded
 from spallm_kernels.triton import linear, portable, portable_tenants, set_blocks
 
 KERNELS = ("decode_kernel", "dequantize_units_kernel", "dequantize_any_kernel", "table_grad_kernel")
@@ -26,28 +26,34 @@ ROWS, COLUMNS, GROUPS = 4096, 4096, 4
 
 
 def main() -> None:
-    report = {}
-    with recorded(linear, *KERNELS) as launches, recorded(set_blocks, "sort_tokens_kernel"):
+    launches = {}
+    with recorded(linear, *KERNELS) as recording, recorded(set_blocks, "sort_tokens_kernel"):
         for name, call in cases():
             call()
-            (launch,) = launches
-            report[name] = compiled(launch, *sys.argv[1:]) | {
-                "kernel": launch.kernel.__name__,
-                "assembly": launch.options.get("ASM", False),
-            }
-            launches.clear()
+            (launches[name],) = recording
+            recording.clear()
+    facts = compiled(list(launches.values()), *sys.argv[1:])
+    report = {
+        name: found
+        | {"kernel": launch.kernel.__name__, "assembly": launch.options.get("ASM", False)}
+        for (name, launch), found in zip(launches.items(), facts, strict=True)
+    }
     json.dump(report, sys.stdout, indent=1)
 
 
-def compiled(launch, chip, threads_of_a_warp=None):
+def compiled(launches, chip, threads_of_a_warp=None):
     if threads_of_a_warp is not None:
-        return asdict(compile_for_amd(launch, chip, int(threads_of_a_warp)))
-    code = compile_launch(launch, int(chip))
-    return {
-        "spilled": code.spilled_bytes,
-        "shared_bytes": code.shared_bytes,
-        "matrix_instructions": sum("HMMA" in text for text in code.instructions),
-    }
+        threads = int(threads_of_a_warp)
+        return [asdict(compile_for_amd(launch, chip, threads)) for launch in launches]
+    codes = [compile_launch(launch, int(chip)) for launch in launches]
+    return [
+        {
+            "spilled": code.spilled_bytes,
+            "shared_bytes": code.shared_bytes,
+            "matrix_instructions": sum("HMMA" in text for text in instructions),
+        }
+        for code, instructions in zip(codes, disassemble(codes, int(chip)), strict=True)
+    ]
 
 
 def cases():

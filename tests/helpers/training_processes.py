@@ -57,6 +57,7 @@ def run_jobs(jobs, folder):
     path = folder / "jobs.json"
     path.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
     threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    threads["NUMBA_THREADING_LAYER"] = "workqueue"  # its threads survive a fork
     subprocess.run([sys.executable, __file__, path], env=os.environ | threads, check=True)
 
 
@@ -70,14 +71,27 @@ def outcome(job, rank=0):
 
 
 def main() -> None:
-    for document in json.loads(Path(sys.argv[1]).read_text()):
-        job = Job(**document)
+    jobs = [Job(**document) for document in json.loads(Path(sys.argv[1]).read_text())]
+    _warm_up(jobs[0])
+    for job in jobs:
         output = Path(job.output)
         output.mkdir(parents=True, exist_ok=True)
         (output / "meeting-point").unlink(missing_ok=True)
         exits = _wait([_fork(job, rank) for rank in range(job.processes)])
         name = "exits-killed.json" if job.kill_at else "exits.json"
         (output / name).write_text(json.dumps(exits))
+
+
+def _warm_up(job: Job) -> None:
+    """Import what training imports late, and load the kernels: each child would take a second.
+
+    Nothing of accelerate is made here, because its state belongs to a process.
+    """
+    from transformers import Trainer  # noqa: F401  # with datasets and pandas
+
+    model = load_sketched(job.model, dtype=torch.float32)
+    tokens = counting(1)[0]["input_ids"][None]
+    model(input_ids=tokens, labels=tokens).loss.backward()
 
 
 def _fork(job: Job, rank: int) -> int:

@@ -2,6 +2,7 @@
 without."""
 
 import json
+import shutil
 
 import pytest
 
@@ -361,21 +362,21 @@ def test_offline_with_a_warm_cache(hub, work, pushed, tmp_path):
 
 
 @pytest.mark.slow
-def test_offline_with_an_index_beside_the_weights(hub, tmp_path):
+def test_offline_with_an_index_beside_the_weights(hub, work, pushed, tmp_path):
     """As transformers caches it: where both are there, the single file is the one that counts."""
-    online = hub.environment(home=tmp_path / "home")
-    cases = {"convert": ("", "org/tiny", "-o", tmp_path / "online", "-q")}
-    assert command_lines(online, cases)["convert"].code == 0
-    (weights,) = (tmp_path / "home").rglob(f"snapshots/*/{WEIGHTS}")
+    shutil.copytree(work / "home", tmp_path / "home", symlinks=True)
+    tiny = tmp_path / "home" / "hub" / "models--org--tiny"
+    (weights,) = tiny.rglob(f"snapshots/*/{WEIGHTS}")
     stale = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (weights.parent / INDEX).write_text(json.dumps(stale))
     cases = {
         "convert": ("", "org/tiny", "-o", tmp_path / "offline", "-q"),
         "dry run": ("", "org/tiny", "--dry-run", "-q"),
     }
-    answers = command_lines(online | {"HF_HUB_OFFLINE": "1"}, cases)
+    offline = hub.environment(home=tmp_path / "home") | {"HF_HUB_OFFLINE": "1"}
+    answers = command_lines(offline, cases)
     assert [answer.code for answer in answers.values()] == [0, 0], answers
-    assert contents(tmp_path / "offline") == contents(tmp_path / "online")
+    assert contents(tmp_path / "offline") == contents(work / "four")
 
 
 def test_offline_with_a_cold_cache(hub, tmp_path):
