@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .affine import lut_linear_affine
     from .cpu.assign import assign, squared_error
     from .cpu.calibrated import Fitted, fit
     from .cpu.compensate import compensate
@@ -44,6 +45,7 @@ __all__ = [
     "lut_embedding",
     "lut_experts",
     "lut_linear",
+    "lut_linear_affine",
     "prepare_hessian",
     "quadratic_loss",
     "squared_error",
@@ -67,6 +69,7 @@ _HOMES = {
     "lut_embedding": "embedding",
     "lut_experts": "experts",
     "lut_linear": "linear",
+    "lut_linear_affine": "affine",
     "prepare_hessian": "cpu.hessian",
     "quadratic_loss": "cpu.quadratic",
     "squared_error": "cpu.assign",
