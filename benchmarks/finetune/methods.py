@@ -17,12 +17,10 @@ import torch
 
 from benchmarks.shared.dense import Linears
 from spallm_convert import CalibrationConfig, SketchConfig, convert, load_sketched, set_trainable
-from spallm_formats import SCALE_ENDING
+from spallm_formats import SCALE_ENDING, TABLE_SUFFIX
 
 #: Packages that a kind of method needs in addition to the project's.
 PEERS = {"lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
-#: The learning rate of scales divided by the rate of shifts.
-SCALE_FACTOR = 50
 #: Adapters of the matched rank have at most as many parameters as the tables of this method.
 MATCHED = "sketch-4bit-gpr4"
 
@@ -83,13 +81,19 @@ METHODS = _methods()
 def parameter_groups(model: Any, learning_rate: float) -> list[dict[str, Any]]:
     """Return the trainable parameters with their learning rates, as optimizers take them.
 
-    A step of a scale changes weights by the step times a table's values, which are far below 1.
+    A step of a scale changes weights by the step times their size. So that a step of a shift and of
+    a scale change weights alike, the rate of scales is divided by the RMS of the tables.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     scales = [p for name, p in named if name.endswith(SCALE_ENDING)]
     others = [p for name, p in named if not name.endswith(SCALE_ENDING)]
-    groups = [(others, learning_rate), (scales, SCALE_FACTOR * learning_rate)]
-    return [{"params": params, "lr": rate} for params, rate in groups if params]
+    groups = [{"params": others, "lr": learning_rate}]
+    if scales:
+        tables = [p for name, p in model.named_parameters() if name.endswith(TABLE_SUFFIX)]
+        squares = sum(float(p.detach().square().sum()) for p in tables)
+        rms = (squares / sum(p.numel() for p in tables)) ** 0.5
+        groups.append({"params": scales, "lr": learning_rate / rms})
+    return groups
 
 
 def table_entries(linears: Linears, bits: int, groups: int) -> int:

@@ -96,8 +96,9 @@ def set_trainable(
         affine: Train a shift and a scale for each of these tables, and freeze their entries. A
             layer then computes with shift + scale * table. At first, shifts are 0 and scales 1.
             They are parameters of the layer, named like its tables with "_shift" and "_scale" in
-            place of "_table". A shift needs the learning rate of tables, and a scale a rate some
-            50 times as high.
+            place of "_table". A step of a scale changes a weight by the step times the weight, so
+            scales need a higher learning rate than tables and shifts: some 1 / 0.02 times as high
+            if the weights are about 0.02.
         norms: Train scales and offsets of normalization layers too. They keep their dtype, because
             the dtype of the activations follows from it. To train them, load the model in float32
             and compute in bfloat16 with autocast (`bf16=True` in Trainer).
