@@ -2,7 +2,8 @@
 
 One layer of 4096 x 4096 at 4 bits in float32. Each of 64 tokens has an affine set of its own, or
 uses the base alone. For comparison, each tenant has full tables and a call of its own. All calls
-run in turn, several times; `relative` is the time of a call divided by the base's in the same round.
+run in turn, several times; `relative` is the time of a call divided by the base's in the same
+round.
 
     python -m benchmarks.cpu.affine [--output FILE]
 """

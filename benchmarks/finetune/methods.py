@@ -29,9 +29,9 @@ MATCHED = "sketch-4bit-gpr4"
 class Method:
     """Describe a method.
 
-    kind: "sketch", "affine", "lora", "qlora" or "full". rank: of adapters, None for the matched rank.
-    calibrated: whether the sketch is calibrated on Python's documentation, a text unrelated to the
-    task.
+    kind: "sketch", "affine", "lora", "qlora" or "full". rank: of adapters, None for the matched
+    rank. calibrated: whether the sketch is calibrated on Python's documentation, a text unrelated to
+    the task.
     """
 
     kind: str

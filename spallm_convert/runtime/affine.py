@@ -127,12 +127,12 @@ def without_affine(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         state_dict: The state dict of a sketched model.
     """
     found = dict(state_dict)
-    for name in state_dict:
+    for name, table in state_dict.items():
         stem = name.removesuffix(TABLE_ENDING)
         shift, scale = stem + SHIFT_ENDING, stem + SCALE_ENDING
         if stem != name and shift in state_dict and scale in state_dict:
             numbers = found.pop(shift), found.pop(scale)
-            found[name] = apply_affine(state_dict[name], *numbers)
+            found[name] = apply_affine(table, *numbers)
     return found
 
 

@@ -104,8 +104,8 @@ def set_trainable(
             and compute in bfloat16 with autocast (`bf16=True` in Trainer).
         dtype: Dtype to cast the tables of all sets to if any table is trained, with their shifts
             and scales; a checkpoint stores all tables in one dtype. None: keep the dtype. In
-            bfloat16, an update smaller than 1/256 of a value is lost. Float32 tables cost little memory, and products are still computed
-            in the dtype of the activations.
+            bfloat16, an update smaller than 1/256 of a value is lost. Float32 tables cost little
+            memory, and products are still computed in the dtype of the activations.
 
     Returns:
         The number of trainable parameters and the memory that training takes.
