@@ -30,8 +30,8 @@ class Method:
     """Describe a method.
 
     kind: "sketch", "affine", "lora", "qlora" or "full". rank: of adapters, None for the matched
-    rank. calibrated: whether the sketch is calibrated on Python's documentation, a text unrelated to
-    the task.
+    rank. calibrated: whether the sketch is calibrated on Python's documentation, a text unrelated
+    to the task.
     """
 
     kind: str

@@ -26,6 +26,9 @@ from .sharding import is_sharded, whole
 from .sketch import affine_paths, apply_affine
 from .table_sets import BASE, TableSets
 
+#: The attribute of a module whose tables are not those of the base any more.
+_REPLACED = "_sketch_tables_replaced"
+
 
 def check_affine_possible(sets: TableSets) -> None:
     """Raise OptionError if affine numbers cannot be added to a model that has none.
@@ -86,14 +89,15 @@ def add_affine(model: nn.Module) -> TableSets:
 def is_saved_affine(sets: TableSets) -> bool:
     """Return whether the active set is saved as affine numbers, not as full tables.
 
-    That is so if it has no tables of its own. The base counts as affine if its numbers are trained,
-    or were, and its tables are not.
+    That is so if it has no tables of its own, and `load_state_dict` has not replaced the base's.
+    The base counts as affine if its numbers are trained, or were, and its tables are not.
 
     Args:
         sets: The sets of the model. If it is sharded, every process must ask.
     """
     numbers = [place for pair in sets.pairs for place in pair.affine.values()]
-    if not numbers:
+    replaced = any(getattr(pair.table.module, _REPLACED, False) for pair in sets.pairs)
+    if replaced or not numbers:
         return False
     if sets.active != BASE:
         return sets.is_affine(sets.active)
@@ -141,9 +145,13 @@ def _complete(
 ) -> None:
     """Reset shifts and scales when full tables are loaded by `load_state_dict`.
 
-    Trainer's checkpoints hold full tables. The numbers of the model would be applied once more.
+    Trainer's checkpoints hold full tables. The numbers of the model would be applied once more. New
+    numbers would fit these tables only, so they are not saved without them.
     """
     if f"{prefix}{index_map}{TABLE_ENDING}" not in state_dict:
         return
-    for name, fill in zip(affine_paths(index_map), (0.0, 1.0), strict=True):
+    names = affine_paths(index_map)
+    if not all(prefix + name in state_dict for name in names):
+        setattr(module, _REPLACED, True)
+    for name, fill in zip(names, (0.0, 1.0), strict=True):
         state_dict.setdefault(prefix + name, torch.full_like(getattr(module, name), fill))
