@@ -52,6 +52,7 @@ bench: .venv/.installed
 	.venv/bin/python -m benchmarks.cpu.generate
 	.venv/bin/python -m benchmarks.cpu.experts
 	.venv/bin/python -m benchmarks.cpu.tenants
+	.venv/bin/python -m benchmarks.cpu.affine
 	.venv/bin/python -m benchmarks.cpu.memory
 	.venv/bin/python -m benchmarks.reach
 

@@ -43,6 +43,7 @@ from .schedule import key, planned, summarise
 
 RATES = {
     "sketch": (1e-4, 3e-4, 1e-3),
+    "affine": (3e-4, 1e-3, 3e-3),
     "lora": (1e-4, 3e-4, 1e-3),
     "full": (1e-5, 3e-5, 1e-4),
 }
@@ -159,7 +160,7 @@ def measure(options: Row, chosen: dict[str, tuple[float, ...]]) -> list[str]:
     sketches = {
         name: str(sketch_folder(METHODS[name], dense, header["settings"]["model_digest"], cache))
         for name in options["methods"]
-        if METHODS[name].kind == "sketch"
+        if METHODS[name].is_sketched
     }
     names = ("tokens", "steps", "batch_size", "held_out", "max_length", "seed", "device")
     job = Job(
@@ -236,6 +237,12 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
     help="Learning rates of sketch tables, separated by commas.",
 )
 @click.option(
+    "--affine-rates",
+    type=Rates(),
+    default=RATES["affine"],
+    help="Learning rates of the shifts of affine sets, separated by commas.",
+)
+@click.option(
     "--lora-rates", type=Rates(), default=RATES["lora"], help="Learning rates of LoRA and QLoRA."
 )
 @click.option("--full-rates", type=Rates(), default=RATES["full"])
@@ -264,13 +271,19 @@ _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 )
 def main(
     sketch_rates: tuple[float, ...],
+    affine_rates: tuple[float, ...],
     lora_rates: tuple[float, ...],
     full_rates: tuple[float, ...],
     **options: Any,
 ) -> None:
     """Fine-tune one dense model with several methods, and compare them."""
     _check(options)
-    chosen = {"sketch": sketch_rates, "lora": lora_rates, "full": full_rates}
+    chosen = {
+        "sketch": sketch_rates,
+        "affine": affine_rates,
+        "lora": lora_rates,
+        "full": full_rates,
+    }
     try:
         failed = measure(options, chosen)
     except SpallmError as error:

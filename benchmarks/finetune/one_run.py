@@ -27,7 +27,7 @@ from benchmarks.shared.machine import quantiles, resident, write_results
 from spallm_convert.cli.terminal import quiet_libraries
 
 from .data import Batch, Data, evaluate, load_data, random_data
-from .methods import METHODS, Method, adapter_parameters, load
+from .methods import METHODS, Method, adapter_parameters, load, parameter_groups
 
 _FORGET_PEAK = Path("/proc/self/clear_refs")
 _SECONDS_BETWEEN_LINES = 30
@@ -67,7 +67,7 @@ class Training:
         self.device = next(model.parameters()).device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, weight_decay=0.0, fused=True
+            parameter_groups(model, learning_rate), weight_decay=0.0, fused=True
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: rate_factor(step, steps)

@@ -17,6 +17,7 @@ from .methods import METHODS
 
 _STYLES = {
     "sketch": ("tab:blue", "o", "sketch tables"),
+    "affine": ("tab:cyan", "v", "affine sets"),
     "lora": ("tab:orange", "s", "LoRA, bfloat16 base"),
     "qlora": ("tab:green", "^", "QLoRA, NF4 base"),
     "full": ("tab:gray", "D", "all parameters"),
@@ -54,6 +55,8 @@ def draw(document: dict[str, Any], output: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for kind, (colour, marker, label) in _STYLES.items():
         rows = [row for row in document["summary"] if METHODS[row["method"]].kind == kind]
+        if not rows:
+            continue
         x, y = ([point(row)[axis] for row in rows] for axis in (0, 1))
         axes.plot(x, y, marker, color=colour, label=label)
     axes.margins(x=0.2, y=0.12)

@@ -25,7 +25,14 @@ from .header import (
 )
 from .layout import INDEX_FILE, SHARDS_GLOB, SINGLE_SHARD, Shard, index_json, plan_shards
 from .metadata import FORMAT_VERSION, MAPPINGS, QUANT_METHOD, SketchMetadata
-from .module import INDEX_MAP_SUFFIX, TABLE_ENDING, TABLE_SUFFIX, SketchedModule
+from .module import (
+    INDEX_MAP_SUFFIX,
+    SCALE_ENDING,
+    SHIFT_ENDING,
+    TABLE_ENDING,
+    TABLE_SUFFIX,
+    SketchedModule,
+)
 from .packing import pack, pack_reference, row_bytes, unpack, unpack_reference
 from .publishing import CONFIG_FILE, check_replaceable
 from .reader import SketchedCheckpoint, open_shards, read_bytes, read_index
@@ -38,6 +45,7 @@ from .tables import (
     TablesMetadata,
     fingerprint,
     map_digest,
+    tables_digest,
 )
 from .text import printable, shown, summary
 from .work_folder import check_output_folder, is_inside, is_unfinished, remove_leftovers
@@ -52,7 +60,9 @@ __all__ = [
     "ITEM_BYTES",
     "MAPPINGS",
     "QUANT_METHOD",
+    "SCALE_ENDING",
     "SHARDS_GLOB",
+    "SHIFT_ENDING",
     "SINGLE_SHARD",
     "TABLES_DTYPES",
     "TABLES_FILE",
@@ -105,6 +115,7 @@ __all__ = [
     "sha256",
     "shown",
     "summary",
+    "tables_digest",
     "to_float32",
     "to_json",
     "unpack",

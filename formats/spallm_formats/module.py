@@ -16,6 +16,9 @@ from .packing import row_bytes
 INDEX_MAP_SUFFIX = ".weight"
 TABLE_ENDING = "_table"
 TABLE_SUFFIX = INDEX_MAP_SUFFIX + TABLE_ENDING
+#: Endings of the two numbers that an affine set has for each table.
+SHIFT_ENDING = "_shift"
+SCALE_ENDING = "_scale"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,11 @@ class SketchedModule:
         return *self._leading, self.out_features, self.groups_per_row, self.entries
 
     @property
+    def affine_shape(self) -> tuple[int, ...]:
+        """Return the shape of the shifts, and of the scales: one number for each table."""
+        return self.table_shape[:-1]
+
+    @property
     def _leading(self) -> tuple[int, ...]:
         return () if self.experts is None else (self.experts,)
 
@@ -77,6 +85,13 @@ class SketchedModule:
     def table_name(self, name: str) -> str:
         """Return the name of the module's tables, given the name of the module."""
         return self.index_map_name(name) + TABLE_ENDING
+
+    def affine_names(self, name: str) -> tuple[str, str]:
+        """Return the names of the shifts and the scales, given the name of the module."""
+        return (
+            self.index_map_name(name) + SHIFT_ENDING,
+            self.index_map_name(name) + SCALE_ENDING,
+        )
 
     def stored_bits_per_weight(self, mapping: str, table_dtype: str) -> float:
         """Return the bits on disk per weight of this module: index map with padding, plus tables.

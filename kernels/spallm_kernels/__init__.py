@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .affine import lut_linear_affine
     from .cpu.assign import assign, squared_error
     from .cpu.calibrated import Fitted, fit
     from .cpu.compensate import compensate
@@ -45,6 +46,7 @@ __all__ = [
     "lut_embedding",
     "lut_experts",
     "lut_linear",
+    "lut_linear_affine",
     "lut_linear_sets",
     "prepare_hessian",
     "quadratic_loss",
@@ -69,6 +71,7 @@ _HOMES = {
     "lut_embedding": "embedding",
     "lut_experts": "experts",
     "lut_linear": "linear",
+    "lut_linear_affine": "affine",
     "lut_linear_sets": "tenants",
     "prepare_hessian": "cpu.hessian",
     "quadratic_loss": "cpu.quadratic",

@@ -9,7 +9,7 @@ from spallm_convert.errors import FormatError
 from spallm_convert.source.lookups import NORM, Finish, find_finish, finished
 from spallm_formats import row_bytes
 
-from .sketch import Sketch, Sketched
+from .sketch import Sketch, Sketched, tables_in_use
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -94,14 +94,15 @@ class SketchedEmbedding(Sketched, FinishedEmbedding):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return the rows of ids, differentiable in the tables except those of `padding_idx`."""
-        rows = self.sketches["weight"].rows(ids, self.weight, self.weight_table)
+        tables = tables_in_use(self, "weight")
+        rows = self.sketches["weight"].rows(ids, self.weight, tables)
         if self.padding_idx is not None and rows.requires_grad:
             rows = rows.where((ids != self.padding_idx)[..., None], rows.detach())
         return rows.to(self.row_dtype)
 
     def dense_weight(self) -> Tensor:
         """Return the dense weight, [num_embeddings, columns], in the dtype of the tables."""
-        return self.sketches["weight"].dense_weight(self.weight, self.weight_table)
+        return self.sketches["weight"].dense_weight(self.weight, tables_in_use(self, "weight"))
 
     def dense(self, weight: nn.Parameter) -> FinishedEmbedding:
         """Return the same embedding with a dense weight, [num_embeddings, embedding_dim]."""

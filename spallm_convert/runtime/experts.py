@@ -21,7 +21,7 @@ from spallm_convert.source.expert_weights import ExpertWeights, call_with
 from spallm_formats import row_bytes
 
 from .grouped_experts import can_group, run_grouped
-from .sketch import Sketch, Sketched, table_path
+from .sketch import Sketch, Sketched, affine_paths, table_path, tables_in_use
 
 
 class SketchedExperts(Sketched, nn.Module):
@@ -49,7 +49,8 @@ class SketchedExperts(Sketched, nn.Module):
             path: Path of the parameter in the module.
         """
         sketch = self.sketches[path]
-        index_map, table = self.get_parameter(path), self.get_parameter(table_path(path))
+        owner, name = _owner(self, path)
+        index_map, table = owner.get_parameter(name), tables_in_use(owner, name)
         parts = [
             sketch.dense_weight(codes, values, expert=expert)
             for expert, (codes, values) in enumerate(zip(index_map, table, strict=True))
@@ -139,6 +140,8 @@ def dense_experts(module: SketchedExperts, dtype: torch.dtype | None) -> None:
         weight = module.dense_weight(path).to(dtype)
         owner, name = _owner(module, path)
         delattr(owner, table_path(name))
+        for affine in affine_paths(name):
+            owner._parameters.pop(affine, None)
         owner.register_parameter(name, nn.Parameter(weight, requires_grad=False))
     del module.sketches, module.dense_shapes
     module.__class__ = module.dense_class
@@ -169,7 +172,7 @@ def _run(module: SketchedExperts, *args: Any, **kwargs: Any) -> Any:
     for path, sketch in module.sketches.items():
         shape, stacked = sketch.shape, (sketch.shape.out_features, sketch.shape.in_features)
         owner, name = _owner(module, path)
-        lookup = _Lookup(sketch, getattr(owner, name), getattr(owner, table_path(name)))
+        lookup = _Lookup(sketch, getattr(owner, name), tables_in_use(owner, name))
         seen = stacked[::-1] if shape.transposed else stacked
         weights[path] = ExpertWeights((shape.experts or 1, *seen), like, lookup)
     return call_with(module, weights, *args, **kwargs)

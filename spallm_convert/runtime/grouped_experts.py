@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spallm_kernels.experts import lut_experts
 
-from .sketch import Sketch, table_path
+from .sketch import Sketch, tables_in_use
 
 #: The two weights of such a class.
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
@@ -77,7 +77,7 @@ def run_grouped(
 
 
 def _product(module: Any, path: str, x: Tensor, offsets: Tensor) -> Tensor:
-    index_map, table = getattr(module, path), getattr(module, table_path(path))
+    index_map, table = getattr(module, path), tables_in_use(module, path)
     if index_map.dtype != torch.uint8:  # as in `Sketch.product`
         index_map = index_map.to(torch.uint8)
     seed = module.sketches[path].hash_seed

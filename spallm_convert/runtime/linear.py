@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spallm_formats import SketchedModule, row_bytes
 
-from .sketch import Sketch, Sketched, Span, table_path
+from .sketch import Sketch, Sketched, Span, table_path, tables_in_use
 
 
 class SketchedLinear(Sketched, nn.Linear):
@@ -91,11 +91,11 @@ class SketchedLinear(Sketched, nn.Linear):
                 f"{list(input.shape)}"
             )
         sketch = self.sketches["weight"]
-        return sketch.product(input, self.weight, self.weight_table, self.bias)
+        return sketch.product(input, self.weight, tables_in_use(self, "weight"), self.bias)
 
     def dense_weight(self) -> Tensor:
         """Return the dense weight, [out_features, in_features], in the dtype of the tables."""
-        return self.sketches["weight"].dense_weight(self.weight, self.weight_table)
+        return self.sketches["weight"].dense_weight(self.weight, tables_in_use(self, "weight"))
 
     def extra_repr(self) -> str:
         mapping = "cluster" if self.hash_seed is None else "hash"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from spallm_convert.errors import OptionError
-from spallm_formats import INDEX_MAP_SUFFIX
+from spallm_formats import INDEX_MAP_SUFFIX, SCALE_ENDING, TABLE_ENDING
 
-from .sketch import Sketch, Sketched, Span, is_sketched, table_path
+from .sketch import Sketch, Sketched, Span, affine_paths, is_sketched, table_path
 
 #: The name of the original module inside a compiled module.
 _COMPILED = "_orig_mod"
@@ -23,17 +24,28 @@ class Place(NamedTuple):
         module: The module that has the parameter.
         name: Name of the parameter in the module.
         is_table: Whether it holds sketch tables.
+        is_affine: Whether it holds shifts or scales of tables.
     """
 
     module: nn.Module
     name: str
     is_table: bool = False
+    is_affine: bool = False
 
     @property
     def parameter(self) -> nn.Parameter:
         """Return the parameter that is there now."""
         found: nn.Parameter = getattr(self.module, self.name)
         return found
+
+    @property
+    def has_table_dtype(self) -> bool:
+        """Return whether the parameter has the dtype of the tables."""
+        return self.is_table or self.is_affine
+
+    def identity(self) -> Tensor:
+        """Return the shifts or scales with which tables stay as they are."""
+        return torch.full_like(self.parameter, float(self.name.endswith(SCALE_ENDING))).detach()
 
 
 class Pair(NamedTuple):
@@ -51,6 +63,23 @@ class Pair(NamedTuple):
     sketch: Sketch
     index_map: Place
     table: Place
+
+    @property
+    def affine_keys(self) -> tuple[str, str]:
+        """Return the names of the shifts and the scales, whether the model has them or not."""
+        shift, scale = affine_paths(self.key.removesuffix(TABLE_ENDING))
+        return shift, scale
+
+    @property
+    def affine(self) -> dict[str, Place]:
+        """Return the places of the shifts and the scales by name; empty if there are none."""
+        owner, names = self.index_map.module, affine_paths(self.index_map.name)
+        if getattr(owner, names[0], None) is None:
+            return {}
+        return {
+            key: Place(owner, name, is_affine=True)
+            for key, name in zip(self.affine_keys, names, strict=True)
+        }
 
 
 def sketched_model(model: nn.Module) -> Any:
@@ -73,6 +102,11 @@ def sketched_pairs(model: nn.Module) -> list[Pair]:
     return _pairs(model, tied=False)
 
 
+def all_pairs(model: nn.Module) -> list[Pair]:
+    """Return the sketches of a model, with each one of tied sketches."""
+    return _pairs(model, tied=False) + _pairs(model, tied=True)
+
+
 def replaceable(model: nn.Module) -> dict[str, Place]:
     """Return the places of all parameters except the index maps, by name.
 
@@ -84,8 +118,11 @@ def replaceable(model: nn.Module) -> dict[str, Place]:
 
 def _places(model: nn.Module) -> Iterator[tuple[str, Place]]:
     pairs = sketched_pairs(model)
-    every = pairs + _pairs(model, tied=True)
-    taken = {(id(p.module), p.name) for pair in every for p in (pair.index_map, pair.table)}
+    taken = {
+        (id(place.module), place.name)
+        for pair in all_pairs(model)
+        for place in (pair.index_map, pair.table, *pair.affine.values())
+    }
     seen: set[int] = set()  # tied weights are one parameter in several places
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -95,6 +132,7 @@ def _places(model: nn.Module) -> Iterator[tuple[str, Place]]:
             yield _uncompiled(f"{path}.{name}" if path else name), Place(module, name)
     for pair in pairs:
         yield pair.key, pair.table
+        yield from pair.affine.items()
 
 
 def _pairs(model: nn.Module, *, tied: bool) -> list[Pair]:

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spallm_convert.errors import FormatError
 from spallm_formats import QUANT_METHOD, SketchMetadata
 
+from .affine import without_affine
 from .checking import check_dtype, check_files
 from .conversions import keep_sizes_of_one, wanted_dtypes, with_tables
 from .evaluation_mode import keep_in_evaluation
@@ -130,7 +131,8 @@ class SpallmQuantizer(HfQuantizer):
         """Return the state dict that `save_pretrained`, the caller, saves, and its metadata.
 
         The format has one dtype for all tables, so tables of several dtypes are cast to the widest.
-        Tied sketches are saved once, under the name that the config has.
+        Tied sketches are saved once, under the name that the config has. Shifts and scales of an
+        affine set are applied to the tables.
         """
         given = _given_state_dict(sys._getframe(1))
         endings = {pair.table.name for pair in sketched_pairs(model)}
@@ -140,14 +142,15 @@ class SpallmQuantizer(HfQuantizer):
         self._describe_tables(kinds)  # the config is saved after this
         kind = _widest(kinds)
         tied = tied_parameters(model)
-        if kinds <= {kind} and not tied:
+        has_affine = any(pair.affine for pair in sketched_pairs(model))
+        if kinds <= {kind} and not (tied or has_affine):
             return given, {}
         if torch.float64 in kinds:
             warnings.warn("float64 sketch tables are saved rounded to float32", stacklevel=3)
         state_dict = model.state_dict() if given is None else given
         return {
             name: value.to(kind) if name.rpartition(".")[2] in endings else value
-            for name, value in state_dict.items()
+            for name, value in without_affine(state_dict).items()
             if name not in tied
         }, {}
 

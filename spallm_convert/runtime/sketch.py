@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from spallm_formats import TABLE_ENDING, SketchedModule, pack
+from spallm_formats import SCALE_ENDING, SHIFT_ENDING, TABLE_ENDING, SketchedModule, pack
 from spallm_kernels.embedding import lut_embedding
 from spallm_kernels.linear import dequantize, lut_linear
 
@@ -178,6 +178,33 @@ class Sketched:
 def table_path(index_map: str) -> str:
     """Return the path of the tables that belong to an index map."""
     return index_map + TABLE_ENDING
+
+
+def affine_paths(index_map: str) -> tuple[str, str]:
+    """Return the paths of the shifts and scales of the tables that belong to an index map."""
+    return index_map + SHIFT_ENDING, index_map + SCALE_ENDING
+
+
+def tables_in_use(module: nn.Module, index_map: str) -> Tensor:
+    """Return the tables that a module computes with: shift + scale * table if it is affine.
+
+    The result is differentiable in the tables, the shifts and the scales.
+
+    Args:
+        module: The module that has the index map.
+        index_map: Name of the index map in the module.
+    """
+    table: Tensor = getattr(module, table_path(index_map))
+    shift_path, scale_path = affine_paths(index_map)
+    shift: Tensor | None = getattr(module, shift_path, None)
+    if shift is None:
+        return table
+    return apply_affine(table, shift, getattr(module, scale_path))
+
+
+def apply_affine(table: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return shift + scale * table, given a shift and a scale for each table."""
+    return torch.addcmul(shift.unsqueeze(-1), scale.unsqueeze(-1), table)
 
 
 def is_sketched(module: Any) -> bool:

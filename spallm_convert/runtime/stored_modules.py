@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spallm_convert.errors import OptionError
-from spallm_formats import SketchedModule, fingerprint, map_digest
+from spallm_formats import SketchedModule, fingerprint, map_digest, tables_digest
 
 from .parameters import Pair, sketched_pairs
 from .sharding import whole
@@ -76,6 +76,14 @@ class StoredModules:
         """Return the shapes of all tables in the checkpoint, by name of the tensor."""
         return {shape.table_name(name): shape.table_shape for name, shape in self.shapes.items()}
 
+    def affine_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all shifts and scales, by name of the tensor."""
+        return {
+            tensor: shape.affine_shape
+            for name, shape in self.shapes.items()
+            for tensor in shape.affine_names(name)
+        }
+
     def cut(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tables as the checkpoint has them.
 
@@ -85,13 +93,32 @@ class StoredModules:
         Returns:
             The tables of all stored modules, by name of the tensor.
         """
+        return {
+            shape.table_name(name): self._cut(name, values).reshape(shape.table_shape)
+            for name, shape in self.shapes.items()
+        }
+
+    def cut_affine(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return shifts and scales as an affine checkpoint has them.
+
+        Args:
+            values: The shifts and scales by their names in the model.
+
+        Returns:
+            The shifts and scales of all stored modules, by name of the tensor.
+        """
         found = {}
-        for name, parts in self._parts.items():
-            shape = self.shapes[name]
-            rows = [part.of(values[part.pair.key]) for part in parts]
-            joined = rows[0] if len(rows) == 1 else torch.cat(rows)
-            found[shape.table_name(name)] = joined.reshape(shape.table_shape)
+        for number in (0, 1):
+            chosen = {pair.key: values[pair.affine_keys[number]] for pair in self.pairs}
+            for name, shape in self.shapes.items():
+                rows = self._cut(name, chosen)
+                found[shape.affine_names(name)[number]] = rows.reshape(shape.affine_shape)
         return found
+
+    def _cut(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the rows of a stored module, given values by key of their pair."""
+        rows = [part.of(values[part.pair.key]) for part in self._parts[name]]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def join(self, stored: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Return tables as the model has them.
@@ -102,16 +129,44 @@ class StoredModules:
         Returns:
             The tables by key of their pair.
         """
+        return {
+            pair.key: _join(pair, lambda name, module: stored(module.table_name(name))).reshape(
+                pair.sketch.shape.table_shape
+            )
+            for pair in self.pairs
+        }
+
+    def join_affine(self, stored: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Return shifts and scales as the model has them.
+
+        Args:
+            stored: Gives the shifts or scales of a stored module by name of the tensor.
+
+        Returns:
+            The shifts and scales by their names in the model.
+        """
         found = {}
-        for pair in self.pairs:
-            rows = []
-            for name, module, first, count in pair.sketch.spans:
-                values = stored(module.table_name(name))
-                flat = values.reshape(module.rows, module.groups_per_row, module.entries)
-                rows.append(flat[first : first + count])
-            joined = rows[0] if len(rows) == 1 else torch.cat(rows)
-            found[pair.key] = joined.reshape(pair.sketch.shape.table_shape)
+        for number in (0, 1):
+
+            def numbers(name: str, module: SketchedModule, number: int = number) -> Tensor:
+                return stored(module.affine_names(name)[number])
+
+            for pair in self.pairs:
+                shape = pair.sketch.shape.affine_shape
+                found[pair.affine_keys[number]] = _join(pair, numbers).reshape(shape)
         return found
+
+    def tables_digest(self, tables: Callable[[str], Tensor]) -> str:
+        """Return the digest of tables, as formats/SPEC.md defines it.
+
+        Args:
+            tables: Gives the tables of a pair by its key.
+        """
+        values = {pair.key: whole(tables(pair.key)).bfloat16().cpu() for pair in self.pairs}
+        return tables_digest(
+            (name, np.from_dlpack(self._cut(name, values).contiguous().view(torch.uint8)))
+            for name in sorted(self.shapes)
+        )
 
     def fingerprint(self) -> str:
         """Return the fingerprint of the model's index maps, as formats/SPEC.md defines it.
@@ -148,3 +203,14 @@ class StoredModules:
             # Not `Tensor.numpy`: after that call FSDP2 could not free the gathered memory.
             cache[name] = (state, map_digest(np.from_dlpack(packed), None))
         return cache[name][1]
+
+
+def _join(pair: Pair, stored: Callable[[str, SketchedModule], Tensor]) -> Tensor:
+    """Return the rows of a pair, given the values of a stored module by its name."""
+    rows = []
+    for name, module, first, count in pair.sketch.spans:
+        values = stored(name, module)
+        dimensions = 1 if module.experts is None else 2  # that number the rows
+        flat = values.reshape(module.rows, *values.shape[dimensions:])
+        rows.append(flat[first : first + count])
+    return rows[0] if len(rows) == 1 else torch.cat(rows)

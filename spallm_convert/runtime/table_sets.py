@@ -8,6 +8,9 @@ a set is activated, because optimizers keep moments in the dtype of the paramete
 A set holds values only for the parameters that it replaces, and shares all others with the base. A
 shared parameter may be unfrozen and trained while a set is active. Its value in the base must then
 be copied before the optimizer overwrites it, so each set of a model is told before every step.
+
+An affine set has shifts and scales in place of tables (see `affine.py`), and shares the base's
+tables. Every set with tables of its own has shifts of 0 and scales of 1, if the model has any.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .parameters import Place, replaceable
+from spallm_convert.errors import OptionError
+
+from .parameters import Pair, Place, replaceable, sketched_pairs
 from .sharding import is_sharded
 
 BASE = "base"
@@ -43,6 +48,7 @@ class TableSets:
         self.active = BASE
         self._stored: dict[str, dict[str, Tensor]] = {BASE: {}}
         self._places: dict[str, Place] = {}
+        self._pairs: list[Pair] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Protect the base of a model that was copied or unpickled, too."""
@@ -55,6 +61,7 @@ class TableSets:
         """Return the sets of a model from `sketched_model`."""
         sets: TableSets = model.__dict__.setdefault(_ATTRIBUTE, cls())
         sets._places = replaceable(model)  # modules may have been added or replaced
+        sets._pairs = sketched_pairs(model)
         return sets
 
     @property
@@ -68,6 +75,11 @@ class TableSets:
         return self._places
 
     @property
+    def pairs(self) -> list[Pair]:
+        """Return the sketches of the model."""
+        return self._pairs
+
+    @property
     def carried(self) -> set[str]:
         """Return the names of the parameters that the active set replaces; none for "base"."""
         return set() if self.active == BASE else set(self._stored[self.active])
@@ -77,13 +89,28 @@ class TableSets:
         """Return the widest dtype of the model's tables."""
         return functools.reduce(torch.promote_types, {t.dtype for t in self._tables().values()})
 
+    def is_affine(self, name: str) -> bool:
+        """Return whether a set other than "base" has no tables of its own."""
+        return name != BASE and not any(pair.key in self._stored[name] for pair in self._pairs)
+
+    @property
+    def affine_names(self) -> list[str]:
+        """Return the names of all affine sets, in alphabetical order."""
+        return sorted(filter(self.is_affine, self._stored))
+
+    def base_value(self, key: str) -> Tensor:
+        """Return the base's value of a parameter."""
+        found = self._stored[BASE].get(key)
+        return self._places[key].parameter.detach() if found is None else found
+
     def add(self, name: str, values: dict[str, Tensor], *, activate: bool) -> None:
         """Add a set, or replace the set of this name.
 
         Args:
             name: Name of the set.
-            values: Values for all tables and for any other parameters, by name, on the device and
-                in the dtype of the parameters. The set keeps these tensors.
+            values: Values for all tables, or for all shifts and scales, and for any other
+                parameters, by name, on the device and in the dtype of the parameters. The set keeps
+                these tensors.
             activate: Whether to make it active. A set that replaces the active one is in any case.
         """
         was_active = self.active == name
@@ -92,6 +119,7 @@ class TableSets:
         for key in values:  # if the base has no value yet, no set has replaced the parameter
             self._stored[BASE].setdefault(key, _current(self._places[key].parameter))
         self._stored[name] = values
+        self.complete()
         _watch(self)
         if activate or was_active:
             self.activate(name)
@@ -104,7 +132,56 @@ class TableSets:
         for key in {key for values in self._stored.values() for key in values}:
             _replace(self._places[key].parameter, self._stored[name].get(key, base[key]))
         self.active = name
+        self._choose_trainable()
         self.keep_apart()
+
+    def complete(self) -> None:
+        """Give every set with tables of its own the shifts and scales that change nothing."""
+        numbers = {key: place for key, place in self._places.items() if place.is_affine}
+        for name, values in self._stored.items():
+            if name == BASE or self.is_affine(name):
+                continue
+            for key in numbers.keys() - values.keys():
+                place, active = numbers[key], self.active
+                kept = _current(place.parameter) if active == BASE else place.identity()
+                self._stored[BASE].setdefault(key, kept)
+                # If the set is active, the numbers are new, and change nothing.
+                values[key] = place.parameter.detach() if active == name else place.identity()
+
+    def shared_tables(self) -> list[nn.Parameter]:
+        """Return the tables of the base if it is active and affine sets use them; else none."""
+        if self.active != BASE or not self.affine_names:
+            return []
+        return [pair.table.parameter for pair in self._pairs]
+
+    def check_base_trainable(self) -> None:
+        """Raise OptionError if the base is active and affine sets use its tables."""
+        if self.shared_tables():
+            raise OptionError(
+                f"training the tables of the base would change the affine sets "
+                f"{', '.join(self.affine_names)}, which use them; activate another set first, or "
+                f"train shifts and scales: set_trainable(model, affine=True)"
+            )
+
+    def _choose_trainable(self) -> None:
+        """Let the numbers of an affine set be trained in place of tables, and the other way round.
+
+        Training the tables of an affine set would give it a copy of all tables.
+        """
+        if self.active == BASE:  # as `set_trainable` says
+            return
+        affine = self.is_affine(self.active)
+        for pair in self._pairs:
+            numbers = [place.parameter for place in pair.affine.values()]
+            leaving, coming = [pair.table.parameter], numbers
+            if not affine:
+                leaving, coming = coming, leaving
+            if any(parameter.requires_grad for parameter in leaving):
+                for parameter in leaving:
+                    parameter.requires_grad_(False)
+                    parameter.grad = None
+                for parameter in coming:
+                    parameter.requires_grad_(True)
 
     def keep_apart(self) -> None:
         """Give the active set its own value of every parameter that may be trained.
@@ -124,7 +201,7 @@ class TableSets:
                 own[key] = parameter.detach()
 
     def cast_tables(self, dtype: torch.dtype) -> None:
-        """Cast the tables of the model and of every set, and drop the gradients of those cast."""
+        """Cast the tables, shifts and scales of every set, and drop the gradients of those cast."""
         active = self._stored[self.active]
         for key, parameter in self._tables().items():
             for values in self._stored.values():
@@ -137,7 +214,8 @@ class TableSets:
                     active[key] = _current(parameter)
 
     def _tables(self) -> dict[str, nn.Parameter]:
-        return {key: place.parameter for key, place in self._places.items() if place.is_table}
+        places = self._places.items()
+        return {key: place.parameter for key, place in places if place.has_table_dtype}
 
 
 _watched: weakref.WeakSet[TableSets] = weakref.WeakSet()
@@ -157,7 +235,10 @@ def _watch_optimizers() -> None:
 
 
 def _before_step(optimizer: Any, arguments: Any, options: Any) -> None:
+    stepping = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for sets in list(_watched):
+        if any(p.grad is not None and id(p) in stepping for p in sets.shared_tables()):
+            sets.check_base_trainable()
         sets.keep_apart()
 
 

@@ -10,18 +10,18 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from spallm_convert.errors import FormatError, OptionError
+from spallm_convert.errors import OptionError
 from spallm_convert.paths import user_path
-from spallm_formats import TABLES_FILE, TablesMetadata, shown
 
+from .affine import add_affine, check_affine_possible, is_saved_affine
 from .parameters import sketched_model
 from .sharding import is_first_process, is_sharded, on_first_process, placed_like, whole
 from .stored_modules import StoredModules
 from .table_sets import BASE, TableSets
-from .tables_file import DTYPES, StoredTables, find_tables, open_tables, write_tables
+from .tables_contents import as_stored, check_base, common_dtype, describe, portable, read_tensors
+from .tables_file import find_tables, open_tables, write_tables
 
 if TYPE_CHECKING:
     import os
@@ -31,6 +31,10 @@ def save_tables(
     model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = False
 ) -> Path:
     """Save the active tables and all other trainable parameters, without the index maps.
+
+    If the active set is affine, its shifts and scales are saved in place of tables. So they are if
+    "base" is active, its shifts and scales are trained or were, and its tables are frozen. If a set
+    has tables of its own and is affine too, the tables that result are saved.
 
     If the process is killed, the folder holds the former tables or the new ones.
 
@@ -53,20 +57,20 @@ def save_tables(
     """
     model = sketched_model(model)
     target = user_path(folder)
-    portable = _portable(model)
-    together = any(map(is_sharded, portable.values()))
+    sets, modules = TableSets.of(model), StoredModules.of(model)
+    together = any(map(is_sharded, model.parameters()))
     if not (together or is_first_process()):
         return target
-    modules = StoredModules.of(model)
-    metadata = _describe(model, modules.fingerprint())
+    affine = is_saved_affine(sets)
+    base_tables = modules.tables_digest(sets.base_value) if affine else None
+    metadata = describe(model, modules.fingerprint(), base_tables)
     tensors = {}
-    for name, parameter in portable.items():
+    for name, parameter in portable(sets, affine=affine).items():
         value = whole(parameter)  # in every process: gathering needs all of them
         if is_first_process():
             tensors[name] = value.cpu()
     if is_first_process():
-        tables = {pair.key: tensors.pop(pair.key) for pair in modules.pairs}
-        tensors |= modules.cut(tables)
+        tensors = as_stored(modules, tensors, affine=affine)
     on_first_process(
         lambda: write_tables(target, tensors, metadata, overwrite=overwrite), together=together
     )
@@ -89,6 +93,10 @@ def load_tables(
     and other parameters are cast to the dtype of the model. All tensors go to the device of the
     parameters that they replace. If an error is raised, the model is unchanged.
 
+    An affine checkpoint makes an affine set, whose shifts and scales apply to the base's tables. If
+    an affine set becomes active, tables that were trainable are frozen, and the set's shifts and
+    scales become trainable instead; a set with tables of its own reverses this.
+
     Args:
         model: A model from `load_sketched`, also inside DDP, FSDP2 or torch.compile.
         source: The tables-only checkpoint: a folder or an id on the Hub.
@@ -97,8 +105,8 @@ def load_tables(
         activate: Make the set active. A set that replaces the active one is active in any case.
 
     Raises:
-        FormatError: If the tables were made for other index maps, or do not fit. It has every
-            problem.
+        FormatError: If the tables were made for other index maps, or do not fit, or an affine set
+            was made for other tables. It has every problem.
         OptionError: If the name is "base", the model has no sketched layers, its weights are
             offloaded by `device_map`, or the model is sharded with tables in a narrower dtype.
         SourceError: If the tables cannot be found or downloaded.
@@ -110,17 +118,18 @@ def load_tables(
             f"another name"
         )
     folder = find_tables(source, revision)
-    modules = StoredModules.of(model)
-    own = modules.fingerprint()
-    sets = TableSets.of(model)
+    sets, modules = TableSets.of(model), StoredModules.of(model)
     with open_tables(folder) as stored:
-        _check_base(stored.metadata, own, source)
-        tensors = _read(stored, sets, modules)
-    table_dtype = _common_dtype(sets, tensors)
+        check_base(stored.metadata, modules, sets, source)
+        tensors = read_tensors(stored, sets, modules)
+    table_dtype = common_dtype(sets, modules, tensors)
+    if stored.metadata.is_affine:
+        check_affine_possible(sets)
+        sets = add_affine(model)
     values = {}
     for key, tensor in tensors.items():
         place = sets.places[key]
-        dtype = table_dtype if place.is_table else place.parameter.dtype
+        dtype = table_dtype if place.has_table_dtype else place.parameter.dtype
         values[key] = placed_like(tensor.to(dtype), place.parameter)
     sets.cast_tables(table_dtype)
     sets.add(name, values, activate=activate)
@@ -191,80 +200,3 @@ class _SetTables:
         if model is None:
             raise OptionError("the model of this set_tables is gone; keep a reference to the model")
         return model
-
-
-def _portable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of a tables-only checkpoint.
-
-    These are all tables, other trainable parameters, and the parameters that were loaded with the
-    active set.
-    """
-    sets = TableSets.of(model)
-    carried = sets.carried
-    return {
-        name: place.parameter
-        for name, place in sets.places.items()
-        if place.is_table or place.parameter.requires_grad or name in carried
-    }
-
-
-def _describe(model: Any, fingerprint: str) -> TablesMetadata:
-    origin = getattr(model.config, "_name_or_path", None) or None
-    if origin is not None and Path(origin).exists():
-        origin = Path(origin).resolve().name  # the path on this machine helps nobody else
-    if origin is not None:  # a name of a folder may hold bytes that are not text
-        origin = origin.encode(errors="replace").decode()
-    return TablesMetadata(
-        base_model=origin,
-        base_revision=getattr(model.config, "_commit_hash", None),
-        fingerprint=fingerprint,
-    )
-
-
-def _check_base(metadata: TablesMetadata, own: str, source: str | os.PathLike[str]) -> None:
-    if metadata.fingerprint != own:
-        base = "a base" if metadata.base_model is None else shown(metadata.base_model)[1:-1]
-        raise FormatError(
-            f"{source}: made for {base} with the index maps {metadata.fingerprint[:12]}, but this "
-            f"model has {own[:12]}; load the model that the tables were trained on"
-        )
-
-
-def _read(stored: StoredTables, sets: TableSets, modules: StoredModules) -> dict[str, Tensor]:
-    """Read all tensors, and join tables. Before that, check each against the model's shapes."""
-    tables = modules.table_shapes()
-    places = {name: place for name, place in sets.places.items() if not place.is_table}
-    expected = {name: tuple(place.parameter.shape) for name, place in places.items()} | tables
-    problems = [f"{name} is missing" for name in sorted(tables.keys() - stored.tensors.keys())]
-    for name, spec in stored.tensors.items():
-        if name not in expected:
-            problems.append(f"{shown(name)}: the model has no such parameter")
-        elif spec.shape != expected[name]:
-            found, wanted = list(spec.shape), list(expected[name])
-            problems.append(f"{name} has the shape {found}, the model expects {wanted}")
-        elif spec.dtype not in DTYPES:
-            problems.append(f"{name} is {spec.dtype}, expected one of {', '.join(DTYPES)}")
-    kinds = {stored.tensors[name].dtype for name in tables.keys() & stored.tensors.keys()}
-    if len(kinds) > 1:
-        problems.append(f"tables have several dtypes, expected one: {', '.join(sorted(kinds))}")
-    tensors = {} if problems else {name: stored.read(name) for name in stored.tensors}
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            problems.append(f"{name} has values that are not finite")
-    if problems:
-        raise FormatError([f"{TABLES_FILE}: {problem}" for problem in problems])
-    others = {name: tensor for name, tensor in tensors.items() if name not in tables}
-    return others | modules.join(tensors.__getitem__)
-
-
-def _common_dtype(sets: TableSets, tensors: dict[str, Tensor]) -> torch.dtype:
-    """Return the dtype that holds every value of the model's tables and of loaded ones."""
-    name = next(name for name, place in sets.places.items() if place.is_table)
-    loaded, present = tensors[name].dtype, sets.table_dtype
-    common = torch.promote_types(loaded, present)
-    if common != present and is_sharded(sets.places[name].parameter):
-        raise OptionError(
-            f"the tables are {loaded}, but the model is sharded with tables in {present}, which "
-            f"would round them; call set_trainable(model) before the model is sharded"
-        )
-    return common

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from helpers.tiny_models import save_tiny_llama
-from spallm_convert import OptionError
+from spallm_convert import OptionError, SketchConfig, convert
 
 ROOT = Path(__file__).parents[2]
 ANSWER = "the correct answer is "
@@ -290,6 +290,29 @@ def test_the_matched_rank_is_the_largest_within_the_tables_parameters():
     assert matched_rank(SMOLLM2, adapter_parameters(SMOLLM2, 7)) == 7
     assert matched_rank(SMOLLM2, 1) == 1
     assert METHODS["qlora-r16"].rank_for(SMOLLM2) == 16
+
+
+@pytest.mark.parametrize(("groups", "rank"), [(1, 1), (4, 4)])
+def test_adapters_of_small_ranks_are_as_large_as_affine_sets(groups, rank):
+    from benchmarks.finetune.methods import METHODS, adapter_parameters, table_entries
+
+    numbers = 2 * table_entries(SMOLLM2, 0, groups)
+    assert METHODS[f"affine-4bit-gpr{groups}"].groups == groups
+    assert adapter_parameters(SMOLLM2, rank) == pytest.approx(numbers, rel=0.02)
+
+
+def test_steps_of_scales_are_as_large_in_the_weights_as_steps_of_shifts(model, tmp_path):
+    from benchmarks.finetune.methods import METHODS, load, parameter_groups
+
+    method = METHODS["affine-4bit-gpr4"]
+    convert(model, tmp_path / "out", SketchConfig(effort="fast", bits=4, groups_per_row=4))
+    affine = load(method, 0, tmp_path / "out", "cpu")
+    shifts, scales = parameter_groups(affine, 1e-3)
+    assert len(shifts["params"]) == len(scales["params"]) == 14
+    assert shifts["lr"] == 1e-3
+    tables = [p for name, p in affine.named_parameters() if name.endswith("_table")]
+    rms = torch.cat([table.flatten() for table in tables]).square().mean().sqrt().item()
+    assert scales["lr"] * rms == pytest.approx(1e-3)
 
 
 def test_layers_with_adapters_are_those_that_are_sketched(model):

@@ -13,7 +13,14 @@ import torch
 from helpers.tiny_gguf import save_tiny_gguf
 from helpers.tiny_models import save_tiny_llama
 from helpers.training import word_tokenizer
-from spallm_convert import CalibrationConfig, SketchConfig, convert, load_sketched, save_tables
+from spallm_convert import (
+    CalibrationConfig,
+    SketchConfig,
+    convert,
+    load_sketched,
+    save_tables,
+    set_trainable,
+)
 from spallm_formats import Staging, publishing
 
 from .faults import FAMILY
@@ -102,6 +109,7 @@ def _make_sketches(bases: Bases) -> None:
 
 def _make_tables(bases: Bases) -> None:
     bases.model = load_sketched(bases.folders["checkpoint"][0])
+    set_trainable(bases.model, affine=True, dtype=None)  # so that no case adds parameters
     tuned = load_sketched(bases.folders["checkpoint"][0])
     generator = torch.Generator().manual_seed(1)
     folders = []
@@ -112,6 +120,12 @@ def _make_tables(bases: Bases) -> None:
                 parameter.data += 0.1 * noise.to(parameter.dtype)
         folders.append(save_tables(tuned, bases.root / "tables" / name))
         tuned.model.norm.weight.requires_grad_(True)
+    affine = load_sketched(bases.folders["checkpoint"][0])
+    set_trainable(affine, affine=True)
+    for parameter in affine.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    folders.append(save_tables(affine, bases.root / "tables" / "affine"))
     bases.folders["tables"] = folders
 
 

@@ -34,6 +34,24 @@ def base(folder: Path, rng: random.Random) -> None:
     write(path, document)
 
 
+@kind("tables", "affine")
+def affine(folder: Path, rng: random.Random) -> None:
+    """Describe full tables as affine numbers or the other way round, or spoil what affine needs."""
+    path, described = folder / TABLES_FILE, folder / TABLES_METADATA_FILE
+    header, body = split(path.read_bytes())
+    header["__metadata__"] = {"format": "pt"}
+    path.write_bytes(join(header, body))
+    document = read(described)
+    if "kind" not in document:
+        document |= {"format_version": 2, "kind": "affine", "base_tables": "0" * 64}
+    elif rng.random() < 0.3:
+        del document["kind"], document["base_tables"]
+        document["format_version"] = 1
+    else:
+        document[rng.choice(("kind", "base_tables", "format_version"))] = odd_value(rng)
+    write(described, document)
+
+
 @kind("tables", "data: flipped")
 def data_flipped(folder: Path, rng: random.Random) -> None:
     """Flip bits of the data alone."""
@@ -50,14 +68,17 @@ def another_parameter(folder: Path, rng: random.Random) -> None:
     """Add a tensor: a parameter of the base, an index map, or something else."""
     path = folder / TABLES_FILE
     header, body = split(path.read_bytes())
-    table = rng.choice([name for name in header if name.endswith(".weight_table")])
+    endings = (".weight_table", ".weight_scale")
+    table = rng.choice([name for name in header if name.endswith(endings)])
     name, shape, dtype = rng.choice(
         (
             ("model.norm.weight", [32], "F32"),
             ("model.norm.weight", [32], "BF16"),
             ("model.norm.weight", [31], "F32"),
             ("model.norm.weight", [32], "I32"),
-            (table.removesuffix("_table"), [32, 16], "U8"),
+            (table.rpartition("_")[0], [32, 16], "U8"),
+            (table.rpartition("_")[0] + "_shift", [32, 1], "F32"),
+            (table.rpartition("_")[0] + "_table", [32, 1, 8], "BF16"),
             (table.replace("model.", ""), header[table]["shape"], header[table]["dtype"]),
             ("lm_head.weight", [64, 32], "F8_E4M3"),
             ("\x1b[2Jx", [1], "F32"),

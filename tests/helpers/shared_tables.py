@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from helpers.training import counting
-from spallm_convert import SpallmError, load_sketched, load_tables, save_tables
+from spallm_convert import SpallmError, load_sketched, load_tables, save_tables, set_trainable
 
 
 def shard(model):
@@ -59,6 +59,26 @@ def tables_in_processes(folder, output):
         narrow = load_sketched(folder, dtype=torch.bfloat16)
         shard(narrow)
         found["too wide"] = _refusal(lambda: load_tables(narrow, output / "tables"))
+    return found
+
+
+def affine_in_processes(folder, output):
+    """Return losses with a trained affine set, loaded again and without it, and what is refused."""
+    rows = torch.stack([example["input_ids"] for example in counting(4)])
+    model, plain = (load_sketched(folder, dtype=torch.float32) for _ in range(2))
+    set_trainable(model, affine=True)
+    if dist.is_initialized():
+        shard(model)
+        shard(plain)
+    base = _evaluate(model, rows)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    model(input_ids=rows, labels=rows).loss.backward()
+    optimizer.step()
+    found = {"base": base, "trained": _evaluate(model, rows)}
+    save_tables(model, output / "affine")
+    load_tables(model, output / "affine", name="again")
+    found["again"] = _evaluate(model, rows)
+    found["refused"] = _refusal(lambda: load_tables(plain, output / "affine"))
     return found
 
 

@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers.shared_tables import shard, swap_tables, tables_in_processes
+from helpers.shared_tables import affine_in_processes, shard, swap_tables, tables_in_processes
 from helpers.training import counting, losses, trainer
 from spallm_convert import load_sketched
 from spallm_convert.runtime.parameters import sketched_model, sketched_pairs
@@ -153,6 +153,7 @@ def _train(job: Job, rank: int) -> None:
     }
     if job.by_hand:
         result["tables"] = tables_in_processes(job.model, Path(job.output))
+        result["affine"] = affine_in_processes(job.model, Path(job.output))
     Path(f"{job.output}/result-{rank}.json").write_text(json.dumps(result))
     if dist.is_initialized():
         dist.destroy_process_group()

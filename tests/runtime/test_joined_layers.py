@@ -77,8 +77,10 @@ def test_checkpoints_and_tables_keep_the_stored_layers(made, tmp_path):
         assert fingerprint(folder) in described
 
 
-def test_trained_tables_are_loaded_again(made, tmp_path):
+@pytest.mark.parametrize("affine", [False, True])
+def test_trained_tables_are_loaded_again(made, tmp_path, affine):
     model = load_sketched(made[0], dtype=torch.float32).train()
+    set_trainable(model, affine=affine)
     before = logits(model)
     train(model, steps=1)
     save_tables(model, tmp_path)

@@ -187,6 +187,24 @@ def test_tables_that_a_shared_model_would_round_are_refused(jobs):
         assert "the model is sharded with tables in torch.bfloat16, which would round" in found
 
 
+def test_affine_sets_are_trained_and_swapped_on_whole_and_shared_models(jobs):
+    whole, *shards = (
+        outcome(jobs[name], rank)["affine"]
+        for name, rank in (("by hand", 0), ("by hand, sharded", 0), ("by hand, sharded", 1))
+    )
+    for found in (whole, *shards):
+        assert found["again"] == found["trained"] != found["base"]
+        assert found["trained"] == pytest.approx(whole["trained"], rel=1e-5)
+    assert whole["refused"] == ""
+    message = "the model is sharded and has no affine numbers, expected them to be added first"
+    assert all(message in found["refused"] for found in shards)
+    saved = [
+        load_file(Path(jobs[name].output) / "affine/sketch_tables.safetensors")
+        for name in ("by hand", "by hand, sharded")
+    ]
+    assert_close(*saved)
+
+
 def test_a_hashed_model_is_shared_too(jobs):
     whole, shared = outcome(jobs["hashed"]), outcome(jobs["hashed, sharded"])
     assert shared["losses"] == pytest.approx(whole["losses"], rel=1e-5)

@@ -96,7 +96,7 @@ def test_values_that_are_not_finite_are_refused(model, tmp_path):
 
 CHANGES = [
     ({"format": "other"}, "format is 'other', expected 'spallm-tables'"),
-    ({"format_version": 2}, "format_version is 2, this version of spallm-convert reads 1"),
+    ({"format_version": 3}, "format_version is 3, this version of spallm-convert reads 1 and 2"),
     ({"format_version": True}, "format_version is True"),
     ({"fingerprint": "short"}, "fingerprint is 'short', expected 64 hexadecimal digits"),
     ({"base_model": 3}, "base_model is 3, expected text"),
