@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from spallm_formats import (
     map_digest,
     pack,
     read_bytes,
+    tables_digest,
     unpack,
 )
 
@@ -104,6 +105,17 @@ class StoredWeights:
                 for name in metadata.modules
             }
         return fingerprint(metadata.modules, digests)
+
+    @functools.cached_property
+    def tables_digest(self) -> str:
+        """Return the digest of the tables. The first use reads all of them."""
+        names = sorted((name, weight) for weight, (name, _) in self.modules.items())
+
+        def rounded(weight: str) -> Any:
+            table = self.table(weight).to(torch.bfloat16)
+            return table.contiguous().view(torch.uint8).numpy()
+
+        return tables_digest((name, rounded(weight)) for name, weight in names)
 
     def table(self, weight: str) -> Tensor:
         """Return the tables of a sketched weight as they are stored."""

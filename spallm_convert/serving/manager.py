@@ -24,7 +24,8 @@ from spallm_formats import QUANT_METHOD
 
 from .config import SketchedConfig
 from .served import served_layers
-from .sets import RefusedTablesError, ServedLayer, TableSet, fill, open_set, own_tables, read_set
+from .set_file import RefusedTablesError, open_set
+from .sets import ServedLayer, TableSet, fill, own_tables, read_set
 
 logger = init_logger("vllm.spallm_convert")
 

@@ -6,7 +6,7 @@ import functools
 from http import HTTPStatus
 from typing import Any
 
-from .sets import REFUSED
+from .set_file import REFUSED
 
 
 def install() -> None:

@@ -12,21 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from spallm_convert.errors import FormatError
-from spallm_convert.runtime.tables_file import DTYPES, StoredTables, stored_tables
-from spallm_formats import TABLES_FILE, open_regular, shown
 
 from .labels import StoredWeights
 from .products import Product
-
-#: Begins every message, so that the HTTP server can tell faults of a set from faults of its own.
-REFUSED = "sketch tables refused: "
-
-
-class RefusedTablesError(ValueError):
-    """Report a set of tables that cannot be served."""
-
-    def __init__(self, problem: object) -> None:
-        super().__init__(REFUSED + " ".join(str(problem).split()))
+from .set_file import RefusedTablesError, SetFile
 
 
 @dataclass(frozen=True)
@@ -63,21 +52,6 @@ class TableSet:
         self.loras: dict[str, Any] = {}
 
 
-def open_set(folder: Path) -> BufferedReader:
-    """Open the tables file of a folder.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        RefusedTablesError: If it cannot be opened.
-    """
-    try:
-        return open_regular(folder / TABLES_FILE)
-    except FileNotFoundError:
-        raise
-    except (FormatError, OSError) as error:
-        raise RefusedTablesError(error) from error
-
-
 def read_set(
     file: BufferedReader,
     folder: Path,
@@ -99,42 +73,16 @@ def read_set(
         RefusedTablesError: If the set does not belong to the base, is damaged, or changes layers
             that cannot have tables of their own.
     """
-    file.seek(0)
     try:
-        with_header = stored_tables(file, folder)
-        _check(with_header, stored, folder)
-        return _local(with_header, stored, layers)
+        return _local(SetFile(file, folder, stored), stored, layers)
     except (FormatError, OSError) as error:
         raise RefusedTablesError(f"{folder}: {error}") from error
-
-
-def _check(found: StoredTables, stored: StoredWeights, folder: Path) -> None:
-    own = stored.fingerprint
-    if found.metadata.fingerprint != own:
-        raise FormatError(
-            f"made for index maps {found.metadata.fingerprint[:12]}, but this model has "
-            f"{own[:12]}; serve the model that the tables were trained on"
-        )
-    expected = {m.table_name(name): m.table_shape for name, m in stored.modules.values()}
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.tensors.keys())]
-    for name, spec in found.tensors.items():
-        if name not in expected:
-            problems.append(
-                f"{shown(name)} is no table; only tables are served by request, so train without "
-                f"norms, or serve the model as a checkpoint of its own"
-            )
-        elif spec.shape != expected[name]:
-            problems.append(
-                f"{name} has the shape {list(spec.shape)}, expected {list(expected[name])}"
-            )
-        elif spec.dtype not in DTYPES:
-            problems.append(f"{name} is {spec.dtype}, expected one of {', '.join(DTYPES)}")
-    if problems:
-        raise FormatError(problems[:3])
+    finally:
+        stored.forget()
 
 
 def _local(
-    found: StoredTables, stored: StoredWeights, layers: Sequence[ServedLayer]
+    found: SetFile, stored: StoredWeights, layers: Sequence[ServedLayer]
 ) -> dict[tuple[int, int], Tensor]:
     """Return the tables of this rank's rows; check those that must equal the base's."""
     tables: dict[tuple[int, int], Tensor] = {}
@@ -146,10 +94,10 @@ def _local(
             own = getattr(layer.module, product.table)
             tables[number, place] = _joined(product, own, layer.columns, stored, found)
             served.update(run.weight for run in product.runs if run.weight is not None)
-    for weight, (name, module) in stored.modules.items():
+    for weight, (name, _) in stored.modules.items():
         if weight in served or weight in stored.elsewhere:
             continue
-        table = found.read(module.table_name(name))
+        table = found.table(weight)
         if not torch.equal(table, stored.table(weight).to(table.dtype)):
             raise FormatError(
                 f"{name} has other tables than the base, but this layer serves all requests with "
@@ -163,17 +111,14 @@ def _joined(
     own: Tensor,
     columns: range,
     stored: StoredWeights,
-    found: StoredTables,
+    found: SetFile,
 ) -> Tensor:
     parts = []
     for run in product.runs:
         if run.weight is None:
             parts.append(own.new_zeros(len(run.rows), *own.shape[-2:], device="cpu"))
             continue
-        name, module = stored.modules[run.weight]
-        table = found.read(module.table_name(name))
-        if not table.isfinite().all():
-            raise FormatError(f"{name} has values that are not finite")
+        table = found.table(run.weight)
         parts.append(stored.read_tables(run, columns, table).to(own.dtype))
     joined = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
     return joined.view(own.shape)

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from .served import find_layers
-from .sets import open_set, own_tables, put, read_set
+from .set_file import open_set
+from .sets import own_tables, put, read_set
 
 #: The name of the tables that the engine started with.
 BASE = "base"

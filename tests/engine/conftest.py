@@ -20,12 +20,12 @@ def sketched(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sets(sketched):
-    """Return the folders of three sets of tables, A, B and C, by the kind of their model."""
+    """Return the folders of sets A to D by the kind of their model. D is affine."""
     made = {}
 
     def get(kind):
         if kind not in made:
-            made[kind] = save_sets(sketched(kind), "ABC")
+            made[kind] = save_sets(sketched(kind), "ABCD", affine="D")
         return made[kind]
 
     return get

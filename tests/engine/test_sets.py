@@ -15,7 +15,7 @@ def batch_of(*names):
 @pytest.fixture(scope="module")
 def answers(sketched, sets, tmp_path_factory):
     # C takes the slot of A or B, and vLLM has forgotten C when it comes again
-    batches = [batch_of(None, "A", "B"), batch_of("C", None), batch_of("A", "B", "C")]
+    batches = [batch_of(None, "A", "B"), batch_of("C", None), batch_of("A", "B", "C", "D")]
     jobs = [job(sketched(kind), batches, sets(kind)) for kind in KINDS]
     found, _ = run_jobs(jobs, tmp_path_factory.mktemp("sets"))
     return dict(zip(KINDS, found, strict=True))
@@ -24,7 +24,7 @@ def answers(sketched, sets, tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_request_gets_its_own_tables(sketched, sets, answers, kind):
     assert isinstance(answers[kind], list), answers[kind]
-    assert len(answers[kind]) == 3 * (3 + 2 + 3)
+    assert len(answers[kind]) == 3 * (3 + 2 + 4)
     check_answers(sketched(kind), answers[kind], sets(kind))
 
 

@@ -17,6 +17,7 @@ from spallm_convert import (
     load_tables,
     save_tables,
     set_tables,
+    set_trainable,
 )
 
 #: vLLM's attention for CPUs takes heads of 32 and more.
@@ -79,9 +80,7 @@ KINDS = {
     "qwen3-moe": Kind(
         "Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
     ),
-    "gpt-oss": Kind(
-        "GptOss", _FOUR_EXPERTS | {"num_attention_heads": 4, "num_key_value_heads": 2}
-    ),
+    "gpt-oss": Kind("GptOss", _FOUR_EXPERTS | {"num_attention_heads": 4, "num_key_value_heads": 2}),
 }
 
 
@@ -101,17 +100,25 @@ def save_sketched(kind, folder):
     return sketched
 
 
-def save_sets(sketched, names):
-    """Save a set of changed tables for each name beside a model, and return their folders."""
+def save_sets(sketched, names, affine):
+    """Save sets of changed tables beside a model, and return their folders by name.
+
+    Args:
+        sketched: Folder of the model.
+        names: Names of the sets.
+        affine: Those of the names whose sets are affine.
+    """
     folders = {}
     for seed, name in enumerate(names, 1):
         model = load_sketched(sketched, dtype=torch.float32)
+        if name in affine:
+            set_trainable(model, affine=True)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for key, table in model.named_parameters():
-                if key.endswith("_table"):
-                    noise = torch.randn(table.shape, generator=generator)
-                    table.add_(0.3 * table.std() * noise)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(0.2 * noise * model.config.initializer_range)
         folders[name] = save_tables(model, sketched.parent / f"set-{name}")
     return folders
 
