@@ -70,11 +70,9 @@ class SketchedConfig(QuantizationConfig):
         """Return how to compute a layer; vLLM's own way if it is not sketched."""
         if isinstance(layer, LinearBase):
             weights = self._linear_weights(prefix)
-            return (
-                SketchedLinearMethod(self._add(prefix, weights))
-                if weights
-                else (UnquantizedLinearMethod())
-            )
+            if not weights:
+                return UnquantizedLinearMethod()
+            return SketchedLinearMethod(self._add(prefix, weights))
         if isinstance(layer, RoutedExperts):
             weights = expert_weights(layer, prefix, self._weights, self.metadata)
             if not weights:

@@ -46,7 +46,7 @@ class SketchedEmbeddingMethod(QuantizeMethodBase):
         """Read the rows that the labels name. A tied head shares those of its embedding."""
         if self.owner is None:
             self.owner = layer
-            self.sketch.read(layer, "weight", self.device)
+            self.sketch.read(layer, self.device, is_padded=True)
         elif layer is not self.owner:
             del layer.weight
 

@@ -59,6 +59,11 @@ class SketchedExpertsMethod(FusedMoEMethodBase):
         joined = (2 if self.moe.is_act_and_mul else 1) * self.inner
         load = extra["weight_loader"]
         split = self.moe.moe_parallel_config.tp_size
+        if split > 1 and layer.activation == MoEActivation.SWIGLUOAI:
+            raise ValueError(
+                f"{self.sketch.prefix}: vLLM splits the inputs of these experts in a way that "
+                f"sketched rows do not allow; share whole experts out: --enable-expert-parallel"
+            )
 
         def load_down(
             param: nn.Parameter, loaded_weight: Tensor, *shard: Any, **options: Any

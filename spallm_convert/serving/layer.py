@@ -62,20 +62,20 @@ class LayerSketch:
         layer.register_parameter(name, labels)
         self._loader = loader
 
-    def read(self, layer: nn.Module, name: str, device: torch.device) -> None:
-        """Replace the labels of a layer by the rows that they name.
+    def read(self, layer: Any, device: torch.device, *, is_padded: bool = False) -> None:
+        """Replace the labels of a layer, its parameter `weight`, by the rows that they name.
 
         Args:
             layer: The layer.
-            name: Name of the parameter with the labels.
             device: Device of the new parameters.
+            is_padded: As for `read_rows`.
         """
-        labels = getattr(layer, name).data
-        delattr(layer, name)
-        self.products = self.read_rows(layer, labels.flatten(), device)
+        labels = layer.weight.data
+        del layer.weight
+        self.products = self.read_rows(layer, labels.flatten(), device, is_padded=is_padded)
         for parameter in layer.parameters(recurse=False):
             if parameter.dtype == torch.uint8:
-                parameter.weight_loader = _keep  # type: ignore[attr-defined]
+                parameter.weight_loader = _keep
         table = getattr(layer, "weight_table", None)
         if table is not None:
             table.weight_loader = functools.partial(self._replace, layer)
@@ -114,18 +114,28 @@ class LayerSketch:
                 start += len(run.rows)
                 first += len(run.rows)
 
-    def read_rows(self, layer: nn.Module, labels: Tensor, device: torch.device) -> list[Product]:
+    def read_rows(
+        self, layer: nn.Module, labels: Any, device: torch.device, *, is_padded: bool = False
+    ) -> list[Product]:
         """Read the rows of labels and register their parameters.
 
         Args:
             layer: The layer.
             labels: int64 [rows].
             device: Device of the new parameters.
+            is_padded: Whether rows may be absent. Their products are zero.
+
+        Returns:
+            The products.
+
+        Raises:
+            ValueError: If rows are absent.
         """
-        if self.stored is None or not labels.any():
+        absent = int((labels == ABSENT).sum())
+        if self.stored is None or absent == len(labels) or (absent and not is_padded):
             raise ValueError(
-                f"{self.prefix}: no weights were loaded; serve with --load-format auto, hf or "
-                f"safetensors"
+                f"{self.prefix}: {absent} of {len(labels)} rows got no weights; serve with "
+                f"--load-format auto, hf or safetensors"
             )
         products = make_products(layer, labels, self.stored, self.columns, self.dtype, device)
         self.stored.forget()

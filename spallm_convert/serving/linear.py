@@ -43,7 +43,7 @@ class SketchedLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Read the rows that the labels name."""
-        self.sketch.read(layer, "weight", self.device)
+        self.sketch.read(layer, self.device)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the product with the weight, float [..., rows], plus the bias."""

@@ -23,5 +23,12 @@ def test_experts_shared_out(sketched, tmp_path):
     run(sketched, "gpt-oss", tmp_path, tensor_parallel_size=2, enable_expert_parallel=True)
 
 
+def test_experts_of_gpt_oss_are_not_split(sketched, tmp_path):
+    jobs = [job(sketched("gpt-oss"), [[(prompts(1)[0], None)]], tensor_parallel_size=2)]
+    ((error,), output) = run_jobs(jobs, tmp_path)
+    assert isinstance(error, str)
+    assert "share whole experts out: --enable-expert-parallel" in error + output
+
+
 def test_compiled(sketched, tmp_path):
     run(sketched, "mixed", tmp_path, enforce_eager=False)
