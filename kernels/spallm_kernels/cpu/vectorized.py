@@ -9,11 +9,15 @@ import numba
 import torch
 from torch import Tensor
 
+from .conversions import add_bias, narrow, widen
 from .tiles import add_rest, look_up_rest, look_up_steps, multiply_tile
 from .vector_units import host_unit
 
-#: Kinds of table entries that a product converts to float32 in registers.
+#: Kinds of inputs, and of table entries that a product converts to float32 in registers.
 KINDS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+#: Kinds of float32 entries that are rounded to the dtype of the inputs in registers. A copy of the
+#: tables of 16 sets would take a tenth of the time of the products.
+_ROUNDED = {torch.float16: "rounded_float16", torch.bfloat16: "rounded_bfloat16"}
 _BITS = (2, 3, 4)
 #: Rows of a task for one thread: enough for the largest tiles.
 ROWS = 16
@@ -36,29 +40,59 @@ def supports(table: Tensor, in_features: int, hash_seed: int | None) -> bool:
     return groups == 1 or hash_seed is not None or in_features // groups * bits % 8 == 0
 
 
-def decode(x: Tensor, index_map: Tensor, table: Tensor, hash_seed: int | None) -> Tensor:
-    """Compute x W^T, with weights that exist in registers only.
+def kind_of(table: torch.dtype, x: torch.dtype) -> str | None:
+    """Return as what entries of a dtype are read for inputs of a dtype; None if they cannot be.
 
     Args:
-        x: float32 [tokens, in_features].
+        table: Dtype of the tables.
+        x: Dtype of the inputs. Entries are rounded to it if it has 16 bits.
+    """
+    if x in (torch.float32, table):
+        return KINDS.get(table)
+    return _ROUNDED[x] if table == torch.float32 else None
+
+
+def decode(
+    x: Tensor,
+    index_map: Tensor,
+    table: Tensor,
+    hash_seed: int | None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Compute x W^T + bias, with weights that exist in registers only.
+
+    Args:
+        x: float32, float16 or bfloat16 [tokens, in_features].
         index_map: Packed codes, uint8 [out_features, row_bytes]; ignored with `hash_seed`.
         table: Tables, float [out_features, groups, 2^bits] for which `supports` returned True.
         hash_seed: Seed of the `hash` mapping; None if codes are stored.
+        bias: Float [out_features], rounded to the dtype of x, or None.
 
     Returns:
-        float32 [tokens, out_features].
+        y [tokens, out_features] in the dtype of x. Products are summed in float32.
     """
+    kind = kind_of(table.dtype, x.dtype)
+    if kind is None:
+        table, kind = table.to(x.dtype), KINDS[x.dtype]
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
     x, table, index_map = x.contiguous(), table.contiguous(), index_map.contiguous()
     (tokens, columns), (rows, groups, entries) = x.shape, table.shape
     # Not torch's default dtype and device, which a caller may have set.
     y = x.new_empty(tokens, rows)
+    wide, sums = x, y
+    if x.dtype != torch.float32:
+        wide, sums = x.new_empty(tokens * (columns + rows), dtype=torch.float32).split_with_sizes(
+            [tokens * columns, tokens * rows]
+        )
     unit = host_unit()
     assert unit is not None
     kernel = _product(
         unit.key,
         unit.rows,
         entries.bit_length() - 1,
-        KINDS[table.dtype],
+        kind,
+        KINDS[x.dtype],
         int(hash_seed is not None),
         rows * columns * tokens > SERIAL,
     )
@@ -71,6 +105,9 @@ def decode(x: Tensor, index_map: Tensor, table: Tensor, hash_seed: int | None) -
         hash_seed or 0,
         rows,
         x.data_ptr(),
+        wide.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        sums.data_ptr(),
         y.data_ptr(),
         tokens,
     )
@@ -180,23 +217,55 @@ def multiply_rows(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
 
 
+@numba.njit(inline="always")
+def finish_rows(  # type: ignore[no-untyped-def]
+    sums, bias, y, rows, first, end, tokens, kind
+):  # fmt: skip
+    """Add the bias to the sums of some rows, and round them.
+
+    Args:
+        sums: Address of the sums, float32 [tokens, rows], int64.
+        bias: Address of the bias, [rows], int64; 0 if there is none.
+        y: Address of the results, [tokens, rows], int64; that of the sums if they are float32.
+        rows: Number of rows, int64.
+        first: Number of the first row, int64.
+        end: Number of the row behind the last one, int64.
+        tokens: Number of tokens, int64.
+        kind: Kind of the bias and the results, a constant.
+    """
+    size = 4 if kind == "float32" else 2
+    for token in range(tokens):
+        place = token * rows + first
+        if bias != 0:
+            add_bias(sums + 4 * place, bias + size * first, end - first, kind)
+        narrow(sums + 4 * place, y + size * place, end - first, kind)
+
+
 @functools.cache
 def _product(
-    unit: str, rows_of: tuple[int, int, int], bits: int, kind: str, hashed: int, parallel: bool
+    unit: str,
+    rows_of: tuple[int, int, int],
+    bits: int,
+    kind: str,
+    x_kind: str,
+    hashed: int,
+    parallel: bool,
 ) -> Callable[..., None]:
     """Return the compiled product for a kind of sketch. Numba keeps it on disk."""
     high, middle, low = rows_of
 
     def multiply(
         codes: int, code_stride: int, table: int, groups: int, width: int, seed: int, rows: int,
-        x: int, y: int, tokens: int
+        x: int, wide: int, bias: int, sums: int, y: int, tokens: int
     ) -> None:  # fmt: skip
+        widen(x, wide, tokens * groups * width, x_kind)
         for task in numba.prange((rows + ROWS - 1) // ROWS):
+            first, end = task * ROWS, min(rows, (task + 1) * ROWS)
             multiply_rows(
-                codes, code_stride, table, groups, width, seed,
-                task * ROWS, min(rows, (task + 1) * ROWS), x, y, 4 * rows, tokens,
-                unit, high, middle, low, bits, kind, hashed
+                codes, code_stride, table, groups, width, seed, first, end, wide, sums, 4 * rows,
+                tokens, unit, high, middle, low, bits, kind, hashed
             )  # fmt: skip
+            finish_rows(sums, bias, y, rows, first, end, tokens, x_kind)
 
     return compiled(multiply, parallel)
 
