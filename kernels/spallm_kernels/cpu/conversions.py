@@ -32,7 +32,7 @@ def widen(context, source, target, count, kind):  # type: ignore[no-untyped-def]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if kind.literal_value != "float32":
-            emit_widen(builder, *arguments[:3], kind.literal_value)
+            emit_widen(builder, *arguments[:3], kind=kind.literal_value)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3, kind), generate
@@ -51,7 +51,7 @@ def add_bias(context, sums, bias, count, kind):  # type: ignore[no-untyped-def]
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        emit_add_bias(builder, *arguments[:3], kind.literal_value)
+        emit_add_bias(builder, *arguments[:3], kind=kind.literal_value)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3, kind), generate
@@ -71,7 +71,7 @@ def narrow(context, sums, target, count, kind):  # type: ignore[no-untyped-def]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if kind.literal_value != "float32":
-            emit_narrow(builder, *arguments[:3], kind.literal_value)
+            emit_narrow(builder, *arguments[:3], kind=kind.literal_value)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3, kind), generate

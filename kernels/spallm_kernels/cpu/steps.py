@@ -194,7 +194,7 @@ def rounded_entries(builder: Any, entries: Value, kind: str) -> Value:
     last = builder.and_(high, constants(INT32, [1] * count))
     carried = builder.add(builder.add(bits, last), constants(INT32, [0x7FFF] * count))
     rounded = builder.lshr(carried, constants(INT32, [16] * count))
-    # A carry could turn a NaN into a number, and the upper bits of a NaN could be those of infinity.
+    # A carry could turn a NaN into a number, and its upper bits alone could be those of infinity.
     finite = builder.fcmp_ordered("ord", entries, entries)
     kept = builder.select(finite, rounded, constants(INT32, [_BFLOAT16_NAN] * count))
     return builder.trunc(kept, vector(INT16, count))

@@ -9,8 +9,8 @@ import numba
 import torch
 from torch import Tensor
 
-from .conversions import add_bias, narrow, widen
-from .tiles import add_rest, look_up_rest, look_up_steps, multiply_tile
+from .rows import ROWS, compiled, finish_rows, multiply_rows, widen_inputs
+from .tiles import look_up_rest, look_up_steps
 from .vector_units import host_unit
 
 #: Kinds of inputs, and of table entries that a product converts to float32 in registers.
@@ -19,8 +19,6 @@ KINDS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bf
 #: tables of 16 sets would take a tenth of the time of the products.
 _ROUNDED = {torch.float16: "rounded_float16", torch.bfloat16: "rounded_bfloat16"}
 _BITS = (2, 3, 4)
-#: Rows of a task for one thread: enough for the largest tiles.
-ROWS = 16
 #: Multiplications below which a second thread costs more time than it saves.
 SERIAL = 1 << 18
 
@@ -82,14 +80,12 @@ def decode(
     y = x.new_empty(tokens, rows)
     wide, sums = x, y
     if x.dtype != torch.float32:
-        wide, sums = x.new_empty(tokens * (columns + rows), dtype=torch.float32).split_with_sizes(
-            [tokens * columns, tokens * rows]
-        )
+        wide, sums = (x.new_empty(tokens, n, dtype=torch.float32) for n in (columns, rows))
     unit = host_unit()
     assert unit is not None
     kernel = _product(
         unit.key,
-        unit.rows,
+        unit.tiles,
         entries.bit_length() - 1,
         kind,
         KINDS[x.dtype],
@@ -158,93 +154,10 @@ def dequantize(
     return weight
 
 
-# Numba copies the code to where it is called, so that constants stay constants.
-@numba.njit(inline="always")
-def multiply_rows(  # type: ignore[no-untyped-def]
-    codes, code_stride, table, groups, width, seed, first, end, x, y, y_stride, tokens,
-    unit, high, middle, low, bits, kind, hashed
-):  # fmt: skip
-    """Multiply tokens with the rows from `first` to `end` of a sketched weight.
-
-    The other arguments have the meaning of those of `multiply_tile`.
-
-    Args:
-        tokens: Number of tokens, int64.
-        high: Rows of a tile with 1 token, a constant.
-        middle: Rows of a tile with 2 tokens, a constant.
-        low: Rows of a tile with 4 tokens, a constant.
-    """
-    x_stride = 4 * groups * width
-    whole = end - (end - first) % 4
-    token = 0
-    while token + 4 <= tokens:
-        for row in range(first, whole, low):
-            multiply_tile(
-                codes, code_stride, table, groups, width, seed, row,
-                x + token * x_stride, y + token * y_stride, y_stride,
-                unit, bits, kind, hashed, low, 4
-            )  # fmt: skip
-        token += 4
-    while token + 2 <= tokens:
-        for row in range(first, whole, middle):
-            multiply_tile(
-                codes, code_stride, table, groups, width, seed, row,
-                x + token * x_stride, y + token * y_stride, y_stride,
-                unit, bits, kind, hashed, middle, 2
-            )  # fmt: skip
-        token += 2
-    if token < tokens:
-        for row in range(first, whole, high):
-            multiply_tile(
-                codes, code_stride, table, groups, width, seed, row,
-                x + token * x_stride, y + token * y_stride, y_stride,
-                unit, bits, kind, hashed, high, 1
-            )  # fmt: skip
-    for row in range(whole, end):
-        for token in range(tokens):
-            multiply_tile(
-                codes, code_stride, table, groups, width, seed, row,
-                x + token * x_stride, y + token * y_stride, y_stride,
-                unit, bits, kind, hashed, 1, 1
-            )  # fmt: skip
-    if width % 16:
-        for row in range(first, end):
-            for token in range(tokens):
-                add_rest(
-                    codes, code_stride, table, groups, width, seed, row,
-                    x + token * x_stride, y + token * y_stride,
-                    unit, bits, kind, hashed
-                )  # fmt: skip
-
-
-@numba.njit(inline="always")
-def finish_rows(  # type: ignore[no-untyped-def]
-    sums, bias, y, rows, first, end, tokens, kind
-):  # fmt: skip
-    """Add the bias to the sums of some rows, and round them.
-
-    Args:
-        sums: Address of the sums, float32 [tokens, rows], int64.
-        bias: Address of the bias, [rows], int64; 0 if there is none.
-        y: Address of the results, [tokens, rows], int64; that of the sums if they are float32.
-        rows: Number of rows, int64.
-        first: Number of the first row, int64.
-        end: Number of the row behind the last one, int64.
-        tokens: Number of tokens, int64.
-        kind: Kind of the bias and the results, a constant.
-    """
-    size = 4 if kind == "float32" else 2
-    for token in range(tokens):
-        place = token * rows + first
-        if bias != 0:
-            add_bias(sums + 4 * place, bias + size * first, end - first, kind)
-        narrow(sums + 4 * place, y + size * place, end - first, kind)
-
-
 @functools.cache
 def _product(
     unit: str,
-    rows_of: tuple[int, int, int],
+    tiles: tuple[int, int, int, int, int],
     bits: int,
     kind: str,
     x_kind: str,
@@ -252,18 +165,18 @@ def _product(
     parallel: bool,
 ) -> Callable[..., None]:
     """Return the compiled product for a kind of sketch. Numba keeps it on disk."""
-    high, middle, low = rows_of
+    high, middle, low, tall, many = tiles
 
     def multiply(
         codes: int, code_stride: int, table: int, groups: int, width: int, seed: int, rows: int,
         x: int, wide: int, bias: int, sums: int, y: int, tokens: int
     ) -> None:  # fmt: skip
-        widen(x, wide, tokens * groups * width, x_kind)
+        widen_inputs(x, wide, tokens * groups * width, x_kind)
         for task in numba.prange((rows + ROWS - 1) // ROWS):
             first, end = task * ROWS, min(rows, (task + 1) * ROWS)
             multiply_rows(
                 codes, code_stride, table, groups, width, seed, first, end, wide, sums, 4 * rows,
-                tokens, unit, high, middle, low, bits, kind, hashed
+                tokens, unit, high, middle, low, tall, many, bits, kind, hashed
             )  # fmt: skip
             finish_rows(sums, bias, y, rows, first, end, tokens, x_kind)
 
@@ -294,13 +207,3 @@ def _look_up(unit: str, bits: int, kind: str, hashed: int, parallel: bool) -> Ca
                     )  # fmt: skip
 
     return compiled(look_up, parallel)
-
-
-def compiled(function: Callable[..., None], parallel: bool) -> Callable[..., None]:
-    """Return a compiled function, with a name of its own for parallel code.
-
-    Numba's cache on disk knows a function by its name and code, not by its options: it would load
-    parallel code for small products, or code for one thread for large ones.
-    """
-    function.__qualname__ += "_parallel" if parallel else "_serial"
-    return numba.njit(cache=True, parallel=parallel, nogil=True)(function)
