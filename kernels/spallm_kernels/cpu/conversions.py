@@ -32,7 +32,7 @@ def widen(context, source, target, count, kind):  # type: ignore[no-untyped-def]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if kind.literal_value != "float32":
-            emit_widen(builder, *arguments[:3], kind=kind.literal_value)
+            emit_widen(builder, arguments, kind.literal_value)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3, kind), generate
@@ -51,7 +51,7 @@ def add_bias(context, sums, bias, count, kind):  # type: ignore[no-untyped-def]
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        emit_add_bias(builder, *arguments[:3], kind=kind.literal_value)
+        emit_add_bias(builder, arguments, kind.literal_value)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3, kind), generate
@@ -71,29 +71,32 @@ def narrow(context, sums, target, count, kind):  # type: ignore[no-untyped-def]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if kind.literal_value != "float32":
-            emit_narrow(builder, *arguments[:3], kind=kind.literal_value)
+            emit_narrow(builder, arguments, kind.literal_value)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3, kind), generate
 
 
-def emit_widen(builder: Any, source: Value, target: Value, count: Value, kind: str) -> None:
-    """Append the instructions of `widen`."""
+def emit_widen(builder: Any, arguments: Any, kind: str) -> None:
+    """Append the instructions of `widen`, given its arguments."""
+    source, target, count = arguments[:3]
     for start, bits in _pieces(builder, count):
         values = entries_of(builder, element(builder, source, start, ENTRY_BYTES[kind]), bits, kind)
         store(builder, values, element(builder, target, start, FLOAT_BYTES))
 
 
-def emit_add_bias(builder: Any, sums: Value, bias: Value, count: Value, kind: str) -> None:
-    """Append the instructions of `add_bias`."""
+def emit_add_bias(builder: Any, arguments: Any, kind: str) -> None:
+    """Append the instructions of `add_bias`, given its arguments."""
+    sums, bias, count = arguments[:3]
     for start, bits in _pieces(builder, count):
         values = entries_of(builder, element(builder, bias, start, ENTRY_BYTES[kind]), bits, kind)
         place = element(builder, sums, start, FLOAT_BYTES)
         store(builder, builder.fadd(load(builder, place, values.type), values), place)
 
 
-def emit_narrow(builder: Any, sums: Value, target: Value, count: Value, kind: str) -> None:
-    """Append the instructions of `narrow`."""
+def emit_narrow(builder: Any, arguments: Any, kind: str) -> None:
+    """Append the instructions of `narrow`, given its arguments."""
+    sums, target, count = arguments[:3]
     for start, bits in _pieces(builder, count):
         address = element(builder, sums, start, FLOAT_BYTES)
         values = entries_of(builder, address, bits, "float32")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import linear, vectorized
-from .rows import ROWS, compiled, finish_rows, multiply_rows, widen_inputs
+from .rows import ROWS, compiled, finish_rows, multiply_rows, own_inputs, widen_once, widened
 from .vector_units import host_unit
 from .vectorized import KINDS, SERIAL, kind_of
 
@@ -63,12 +63,12 @@ def decode(
     x, table, index_map = x.contiguous(), table.contiguous(), index_map.contiguous()
     y = x.new_empty(tokens, rows)
     y[bounds[-1] :] = 0
-    wide, sums = x, y
-    if x.dtype != torch.float32:
-        wide, sums = (x.new_empty(tokens, n, dtype=torch.float32) for n in (columns, rows))
+    sums = y if x.dtype == torch.float32 else y.new_empty(tokens, rows, dtype=torch.float32)
+    parallel = rows * columns * tokens > SERIAL
+    shares = numba.get_num_threads() if parallel else 1
+    wide, copies = widened(x, shares)
     unit = host_unit()
     assert unit is not None
-    parallel = rows * columns * tokens > SERIAL
     kernel = _product(
         unit.key,
         unit.tiles,
@@ -89,10 +89,11 @@ def decode(
         rows,
         x.data_ptr(),
         wide.data_ptr(),
+        copies,
         sums.data_ptr(),
         y.data_ptr(),
         tokens,
-        numba.get_num_threads() if parallel else 1,
+        shares,
     )
     return y
 
@@ -120,30 +121,30 @@ def _product(
     size = 4 if x_kind == "float32" else 2
 
     def multiply(  # type: ignore[no-untyped-def]
-        bounds, codes, code_stride, table, groups, width, seed, rows, x, wide, sums, y, all_tokens,
-        shares
+        bounds, codes, code_stride, table, groups, width, seed, rows, x, wide, copies, sums, y,
+        all_tokens, shares
     ):  # fmt: skip
-        widen_inputs(x, wide, all_tokens * groups * width, x_kind)
-        experts = np.flatnonzero(bounds[1:] - bounds[:-1])
-        blocks = (rows + ROWS - 1) // ROWS
-        # The first thread gets the first share of every expert, and so on.
-        for task in numba.prange(shares * len(experts)):
-            # Numba may count tasks unsigned, and makes floats of a sum with signed numbers.
-            share, place = divmod(np.int64(task), len(experts))
-            expert = experts[place]
-            start, tokens = bounds[expert], bounds[expert + 1] - bounds[expert]
-            # Rows are numbered through all experts, so y is addressed as if it had all of them.
-            row = expert * rows
-            for block in range(share * blocks // shares, (share + 1) * blocks // shares):
-                first, end = block * ROWS, min(rows, (block + 1) * ROWS)
-                multiply_rows(
-                    codes, code_stride, table, groups, width, seed, row + first, row + end,
-                    wide + start * 4 * groups * width, sums + 4 * (start * rows - row), 4 * rows,
-                    tokens, unit, high, middle, low, tall, many, bits, kind, hashed
-                )  # fmt: skip
-                finish_rows(
-                    sums + 4 * start * rows, 0, y + size * start * rows, rows, first, end, tokens,
-                    x_kind
-                )  # fmt: skip
+        count, blocks = all_tokens * groups * width, (rows + ROWS - 1) // ROWS
+        widen_once(x, wide, count, copies, x_kind)
+        # Every thread gets a share of each expert.
+        for share in numba.prange(shares):
+            own = own_inputs(x, wide, count, copies, share, x_kind)
+            for expert in range(len(bounds) - 1):
+                start, tokens = bounds[expert], bounds[expert + 1] - bounds[expert]
+                if tokens == 0:
+                    continue
+                # Rows are numbered through all experts, so y is addressed as if it had all of them.
+                row = expert * rows
+                for block in range(share * blocks // shares, (share + 1) * blocks // shares):
+                    first, end = block * ROWS, min(rows, (block + 1) * ROWS)
+                    multiply_rows(
+                        codes, code_stride, table, groups, width, seed, row + first, row + end,
+                        own + start * 4 * groups * width, sums + 4 * (start * rows - row), 4 * rows,
+                        tokens, unit, high, middle, low, tall, many, bits, kind, hashed
+                    )  # fmt: skip
+                    finish_rows(
+                        sums + 4 * start * rows, 0, y + size * start * rows, rows, first, end,
+                        tokens, x_kind
+                    )  # fmt: skip
 
     return compiled(multiply, parallel)

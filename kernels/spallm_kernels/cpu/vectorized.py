@@ -9,7 +9,7 @@ import numba
 import torch
 from torch import Tensor
 
-from .rows import ROWS, compiled, finish_rows, multiply_rows, widen_inputs
+from .rows import ROWS, compiled, finish_rows, multiply_rows, own_inputs, widen_once, widened
 from .tiles import look_up_rest, look_up_steps
 from .vector_units import host_unit
 
@@ -78,9 +78,10 @@ def decode(
     (tokens, columns), (rows, groups, entries) = x.shape, table.shape
     # Not torch's default dtype and device, which a caller may have set.
     y = x.new_empty(tokens, rows)
-    wide, sums = x, y
-    if x.dtype != torch.float32:
-        wide, sums = (x.new_empty(tokens, n, dtype=torch.float32) for n in (columns, rows))
+    sums = y if x.dtype == torch.float32 else y.new_empty(tokens, rows, dtype=torch.float32)
+    parallel = rows * columns * tokens > SERIAL
+    shares = numba.get_num_threads() if parallel else 1
+    wide, copies = widened(x, shares)
     unit = host_unit()
     assert unit is not None
     kernel = _product(
@@ -90,7 +91,7 @@ def decode(
         kind,
         KINDS[x.dtype],
         int(hash_seed is not None),
-        rows * columns * tokens > SERIAL,
+        parallel,
     )
     kernel(
         index_map.data_ptr(),
@@ -102,10 +103,12 @@ def decode(
         rows,
         x.data_ptr(),
         wide.data_ptr(),
+        copies,
         0 if bias is None else bias.data_ptr(),
         sums.data_ptr(),
         y.data_ptr(),
         tokens,
+        shares,
     )
     return y
 
@@ -169,16 +172,19 @@ def _product(
 
     def multiply(
         codes: int, code_stride: int, table: int, groups: int, width: int, seed: int, rows: int,
-        x: int, wide: int, bias: int, sums: int, y: int, tokens: int
+        x: int, wide: int, copies: int, bias: int, sums: int, y: int, tokens: int, shares: int
     ) -> None:  # fmt: skip
-        widen_inputs(x, wide, tokens * groups * width, x_kind)
-        for task in numba.prange((rows + ROWS - 1) // ROWS):
-            first, end = task * ROWS, min(rows, (task + 1) * ROWS)
-            multiply_rows(
-                codes, code_stride, table, groups, width, seed, first, end, wide, sums, 4 * rows,
-                tokens, unit, high, middle, low, tall, many, bits, kind, hashed
-            )  # fmt: skip
-            finish_rows(sums, bias, y, rows, first, end, tokens, x_kind)
+        count, blocks = tokens * groups * width, (rows + ROWS - 1) // ROWS
+        widen_once(x, wide, count, copies, x_kind)
+        for share in numba.prange(shares):
+            own = own_inputs(x, wide, count, copies, share, x_kind)
+            for block in range(share * blocks // shares, (share + 1) * blocks // shares):
+                first, end = block * ROWS, min(rows, (block + 1) * ROWS)
+                multiply_rows(
+                    codes, code_stride, table, groups, width, seed, first, end, own, sums, 4 * rows,
+                    tokens, unit, high, middle, low, tall, many, bits, kind, hashed
+                )  # fmt: skip
+                finish_rows(sums, bias, y, rows, first, end, tokens, x_kind)
 
     return compiled(multiply, parallel)
 
