@@ -18,6 +18,8 @@ from .tiles import add_rest, multiply_tile
 ROWS = 16
 #: The most inputs that one thread widens, as in torch.
 _SHARE = 1 << 15
+#: The most inputs of which every thread gets a copy.
+OWN_INPUTS = _SHARE
 
 
 # Numba copies the code to where it is called, so that constants stay constants.
@@ -114,7 +116,7 @@ def widened(x: Tensor, shares: int) -> tuple[Tensor, int]:
     """
     if x.dtype == torch.float32:
         return x, 0
-    copies = shares if x.numel() <= _SHARE else 1
+    copies = shares if x.numel() <= OWN_INPUTS else 1
     return x.new_empty(copies, *x.shape, dtype=torch.float32), copies
 
 
