@@ -54,7 +54,7 @@ def product(
         first_row: Number of the first row in the module, for the hash.
     """
     name = choose_backend(x.device, bits_of(table), backend)
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     hashed = hash_seed is not None
     # No backend decodes hashed rows that are not numbered from zero.
     chosen = "dense" if hashed and first_row else path
@@ -70,7 +70,7 @@ def product(
                 torch.mm(tokens, weight.T, out=y[:, rows])
             else:
                 torch.addmm(bias[rows], tokens, weight.T, out=y[:, rows])
-    return shaped(y, *x.shape[:-1], table.shape[0])
+    return y if x.dim() == 2 else shaped(y, *x.shape[:-1], table.shape[0])
 
 
 def _dequantize(

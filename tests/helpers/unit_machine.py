@@ -70,7 +70,7 @@ def sketch_bodies(unit: str, bits: int, kind: str, hashed: int) -> dict[str, Bod
             lambda builder, given: emit_last_step(builder, sketch(given), *given[7:]),
         )
     if kind != "raw16":
-        shapes = {(described.rows[0], 1), (described.rows[1], 2), (described.rows[2], 4), (1, 1)}
+        shapes = {*zip(described.rows, (1, 2, 4), strict=True), described.block, (1, 1)}
         bodies |= {f"tile_{name}_{rows}_{tokens}": tile(rows, tokens) for rows, tokens in shapes}
         bodies[f"rest_{name}"] = (
             9,

@@ -54,13 +54,13 @@ def test_products_of_every_tile(unit, bits, kind):
     dtype, described = DTYPES[kind], unit_of(unit)
     mappings = (0, 1) if kind == "float32" else (0,)
     machine = machine_for(unit, bits, kind, mappings)
-    tiles = {*zip(described.rows, (1, 2, 4), strict=True), (1, 1)}
+    tiles = {*zip(described.rows, (1, 2, 4), strict=True), described.block, (1, 1)}
     for hashed in mappings:
         name = f"{bits}_{kind}_{hashed}"
         for columns, groups, seed in shapes_of(hashed):
             sketch = random_sketch(bits, groups, ROWS, columns, dtype=dtype, hash_seed=seed)
             table, width = sketch.table.to(dtype), columns // groups
-            x = random(4, columns, dtype=torch.float32).float().numpy()
+            x = random(8, columns, dtype=torch.float32).float().numpy()
             products = x.astype(np.float64)[:, None] * sketch.dense().numpy()
             in_steps = np.arange(columns) % width < width - width % 16
             expected = products[..., in_steps].sum(-1)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from . import linear, vectorized
+from .rows import ROWS, compiled, finish_rows, multiply_rows, own_inputs, widen_once, widened
 from .vector_units import host_unit
-from .vectorized import KINDS, ROWS, SERIAL, compiled, multiply_rows
+from .vectorized import KINDS, SERIAL, kind_of
 
 
 def can_decode(x: Tensor, table: Tensor, *, hashed: bool) -> bool:
@@ -56,20 +57,24 @@ def decode(
     """
     (tokens, columns), (_, rows, groups, entries) = x.shape, table.shape
     bounds = offsets.long().contiguous().numpy()
-    dtype = x.dtype
-    if dtype != torch.float32:
-        table, x = _rounded(table, dtype, bounds), x.float()
+    kind = kind_of(table.dtype, x.dtype)
+    if kind is None:
+        table, kind = _rounded(table, x.dtype, bounds), KINDS[x.dtype]
     x, table, index_map = x.contiguous(), table.contiguous(), index_map.contiguous()
     y = x.new_empty(tokens, rows)
     y[bounds[-1] :] = 0
+    sums = y if x.dtype == torch.float32 else y.new_empty(tokens, rows, dtype=torch.float32)
+    parallel = rows * columns * tokens > SERIAL
+    shares = numba.get_num_threads() if parallel else 1
+    wide, copies = widened(x, shares)
     unit = host_unit()
     assert unit is not None
-    parallel = rows * columns * tokens > SERIAL
     kernel = _product(
         unit.key,
-        unit.rows,
+        unit.tiles,
         entries.bit_length() - 1,
-        KINDS[table.dtype],
+        kind,
+        KINDS[x.dtype],
         int(hash_seed is not None),
         parallel,
     )
@@ -83,16 +88,18 @@ def decode(
         hash_seed or 0,
         rows,
         x.data_ptr(),
+        wide.data_ptr(),
+        copies,
+        sums.data_ptr(),
         y.data_ptr(),
-        numba.get_num_threads() if parallel else 1,
+        tokens,
+        shares,
     )
-    return y if dtype == torch.float32 else y.to(dtype)
+    return y
 
 
 def _rounded(table: Tensor, dtype: torch.dtype, bounds: Any) -> Tensor:
     """Return tables in another dtype. Those of experts without tokens have any value."""
-    if table.dtype == dtype:
-        return table
     rounded = torch.empty_like(table, dtype=dtype, memory_format=torch.contiguous_format)
     for expert in np.flatnonzero(np.diff(bounds)).tolist():
         rounded[expert] = table[expert]
@@ -101,30 +108,43 @@ def _rounded(table: Tensor, dtype: torch.dtype, bounds: Any) -> Tensor:
 
 @functools.cache
 def _product(
-    unit: str, rows_of: tuple[int, int, int], bits: int, kind: str, hashed: int, parallel: bool
+    unit: str,
+    tiles: tuple[int, int, int, int, int],
+    bits: int,
+    kind: str,
+    x_kind: str,
+    hashed: int,
+    parallel: bool,
 ) -> Callable[..., None]:
     """Return the compiled products for a kind of sketch. Numba keeps them on disk."""
-    high, middle, low = rows_of
+    high, middle, low, tall, many = tiles
+    size = 4 if x_kind == "float32" else 2
 
     def multiply(  # type: ignore[no-untyped-def]
-        bounds, codes, code_stride, table, groups, width, seed, rows, x, y, shares
+        bounds, codes, code_stride, table, groups, width, seed, rows, x, wide, copies, sums, y,
+        all_tokens, shares
     ):  # fmt: skip
-        experts = np.flatnonzero(bounds[1:] - bounds[:-1])
-        blocks = (rows + ROWS - 1) // ROWS
-        # The first thread gets the first share of every expert, and so on.
-        for task in numba.prange(shares * len(experts)):
-            # Numba may count tasks unsigned, and makes floats of a sum with signed numbers.
-            share, place = divmod(np.int64(task), len(experts))
-            expert = experts[place]
-            start, tokens = bounds[expert], bounds[expert + 1] - bounds[expert]
-            # Rows are numbered through all experts, so y is addressed as if it had all of them.
-            row = expert * rows
-            for block in range(share * blocks // shares, (share + 1) * blocks // shares):
-                multiply_rows(
-                    codes, code_stride, table, groups, width, seed,
-                    row + block * ROWS, row + min(rows, (block + 1) * ROWS),
-                    x + start * 4 * groups * width, y + 4 * (start * rows - row), 4 * rows, tokens,
-                    unit, high, middle, low, bits, kind, hashed
-                )  # fmt: skip
+        count, blocks = all_tokens * groups * width, (rows + ROWS - 1) // ROWS
+        widen_once(x, wide, count, copies, x_kind)
+        # Every thread gets a share of each expert.
+        for share in numba.prange(shares):
+            own = own_inputs(x, wide, count, copies, share, x_kind)
+            for expert in range(len(bounds) - 1):
+                start, tokens = bounds[expert], bounds[expert + 1] - bounds[expert]
+                if tokens == 0:
+                    continue
+                # Rows are numbered through all experts, so y is addressed as if it had all of them.
+                row = expert * rows
+                for block in range(share * blocks // shares, (share + 1) * blocks // shares):
+                    first, end = block * ROWS, min(rows, (block + 1) * ROWS)
+                    multiply_rows(
+                        codes, code_stride, table, groups, width, seed, row + first, row + end,
+                        own + start * 4 * groups * width, sums + 4 * (start * rows - row), 4 * rows,
+                        tokens, unit, high, middle, low, tall, many, bits, kind, hashed
+                    )  # fmt: skip
+                    finish_rows(
+                        sums + 4 * start * rows, 0, y + size * start * rows, rows, first, end,
+                        tokens, x_kind
+                    )  # fmt: skip
 
     return compiled(multiply, parallel)

@@ -74,12 +74,13 @@ def decode(
         y [tokens, out_features], in the dtype of x.
     """
     dtype = x.dtype
+    if dtype != torch.float32 and table.dtype not in vectorized.KINDS:
+        table = table.to(dtype)
+    if vectorized.supports(table, x.shape[1], hash_seed):
+        return vectorized.decode(x, index_map, table, hash_seed, bias)
     if dtype != torch.float32:
         table, x = table.to(dtype), x.float()
-    if vectorized.supports(table, x.shape[1], hash_seed):
-        y = vectorized.decode(x, index_map, table, hash_seed)
-    else:
-        y = portable.decode(x, index_map, table, hash_seed)
+    y = portable.decode(x, index_map, table, hash_seed)
     if bias is not None:
         y += bias
     return y if dtype == torch.float32 else y.to(dtype)

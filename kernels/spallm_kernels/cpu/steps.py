@@ -57,6 +57,8 @@ ENTRY_BYTES = {
     "rounded_float16": 4,
     "rounded_bfloat16": 4,
 }
+_ROUNDED = "rounded_"
+_BFLOAT16_NAN = 0x7FC0
 
 
 @dataclass(frozen=True)
@@ -166,31 +168,47 @@ def entries_of(builder: Any, address: Value, bits: int, kind: str) -> Value:
         kind: Kind of an entry, see `ENTRY_BYTES`.
     """
     count = 1 << bits
-    if ENTRY_BYTES[kind] == 4:
+    if kind == "float32":
+        return load(builder, address, vector(FLOAT, count))
+    if kind.startswith(_ROUNDED):
         found = load(builder, address, vector(FLOAT, count))
-        return found if kind == "float32" else _rounded(builder, found, kind)
-    if kind == "float16":
-        return builder.fpext(load(builder, address, vector(HALF, count)), vector(FLOAT, count))
-    wide = builder.zext(load(builder, address, vector(INT16, count)), vector(INT32, count))
-    if kind == "bfloat16":
-        wide = builder.shl(wide, constants(INT32, [16] * count))
-    return builder.bitcast(wide, vector(FLOAT, count))
+        kind = kind.removeprefix(_ROUNDED)
+        return _widened(builder, rounded_entries(builder, found, kind), kind)
+    stored = HALF if kind == "float16" else INT16
+    return _widened(builder, load(builder, address, vector(stored, count)), kind)
 
 
-def _rounded(builder: Any, entries: Value, kind: str) -> Value:
-    """Return float32 entries, rounded to the nearest value of a dtype of 16 bits, ties to even."""
+def rounded_entries(builder: Any, entries: Value, kind: str) -> Value:
+    """Return float32 entries in a dtype of 16 bits, rounded to the nearest value, ties to even.
+
+    Args:
+        builder: Builder of llvmlite.
+        entries: A float32 vector.
+        kind: `float16` or `bfloat16`; the latter is returned as int16.
+    """
     count = entries.type.count
-    if kind == "rounded_float16":
-        return builder.fpext(builder.fptrunc(entries, vector(HALF, count)), entries.type)
+    if kind == "float16":
+        return builder.fptrunc(entries, vector(HALF, count))
     bits = builder.bitcast(entries, vector(INT32, count))
-    last = builder.and_(
-        builder.lshr(bits, constants(INT32, [16] * count)), constants(INT32, [1] * count)
-    )
+    high = builder.lshr(bits, constants(INT32, [16] * count))
+    last = builder.and_(high, constants(INT32, [1] * count))
     carried = builder.add(builder.add(bits, last), constants(INT32, [0x7FFF] * count))
-    kept = builder.and_(carried, constants(INT32, [-1 << 16] * count))
-    # A carry could turn a NaN into a number.
+    rounded = builder.lshr(carried, constants(INT32, [16] * count))
+    # A carry could turn a NaN into a number, and its upper bits alone could be those of infinity.
     finite = builder.fcmp_ordered("ord", entries, entries)
-    return builder.select(finite, builder.bitcast(kept, entries.type), entries)
+    kept = builder.select(finite, rounded, constants(INT32, [_BFLOAT16_NAN] * count))
+    return builder.trunc(kept, vector(INT16, count))
+
+
+def _widened(builder: Any, entries: Value, kind: str) -> Value:
+    """Return `float16` entries, or the bits of other ones, as float32; `raw16` in low halves."""
+    floats = vector(FLOAT, entries.type.count)
+    if kind == "float16":
+        return builder.fpext(entries, floats)
+    wide = builder.zext(entries, vector(INT32, floats.count))
+    if kind == "bfloat16":
+        wide = builder.shl(wide, constants(INT32, [16] * floats.count))
+    return builder.bitcast(wide, floats)
 
 
 def copied(builder: Any, source: Value, count: Value, kind: Any, most: int) -> Value:

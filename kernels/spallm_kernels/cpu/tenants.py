@@ -20,12 +20,10 @@ from torch import Tensor
 
 from . import linear, vectorized
 from .mixed_tiles import FIELDS, NUMBER_BYTES, multiply_mixed_tile
+from .rows import ROWS, compiled, multiply_rows
 from .vector_units import host_unit
-from .vectorized import KINDS, ROWS, SERIAL, compiled, multiply_rows
+from .vectorized import KINDS, SERIAL, kind_of
 
-#: Kinds of float32 entries that are rounded to the dtype of the inputs in registers. A copy of the
-#: tables of 16 sets would take a tenth of the time of the products.
-_ROUNDED = {torch.float16: "rounded_float16", torch.bfloat16: "rounded_bfloat16"}
 #: Tokens of a tile of `multiply_rows`.
 _TILE = 4
 
@@ -102,7 +100,7 @@ def decode(
     assert unit is not None
     kernel = _product(
         unit.key,
-        unit.rows,
+        unit.tiles,
         entries.bit_length() - 1,
         kind,
         int(hash_seed is not None),
@@ -127,9 +125,7 @@ def decode(
 
 def _readable(table: Tensor, tables: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, str]:
     """Return tables as the kernel reads them, copied only if they must be, and their kind."""
-    kind = KINDS.get(table.dtype) if dtype in (torch.float32, table.dtype) else None
-    if kind is None and table.dtype == torch.float32:
-        kind = _ROUNDED[dtype]
+    kind = kind_of(table.dtype, dtype)
     if kind is None:
         table, tables, kind = table.to(dtype), tables.to(dtype), KINDS[dtype]
     # Sets may be apart, as in a view of the tables of several layers.
@@ -212,10 +208,15 @@ def _multiply_mixed(  # type: ignore[no-untyped-def]
 
 @functools.cache
 def _product(
-    unit: str, rows_of: tuple[int, int, int], bits: int, kind: str, hashed: int, parallel: bool
+    unit: str,
+    tiles: tuple[int, int, int, int, int],
+    bits: int,
+    kind: str,
+    hashed: int,
+    parallel: bool,
 ) -> Callable[..., Any]:
     """Return the compiled products for a kind of sketch. Numba keeps them on disk."""
-    high, middle_rows, low = rows_of
+    high, middle_rows, low, tall, many = tiles
 
     def multiply(  # type: ignore[no-untyped-def]
         places, alike, codes, code_stride, groups, width, seed, rows
@@ -233,7 +234,7 @@ def _product(
                     codes, code_stride, places[run, 0], groups, width, seed,
                     first if run < alike else middle, end,
                     places[run, 1], places[run, 2], 4 * rows, places[run, 3],
-                    unit, high, middle_rows, low, bits, kind, hashed
+                    unit, high, middle_rows, low, tall, many, bits, kind, hashed
                 )  # fmt: skip
 
     return compiled(multiply, parallel)

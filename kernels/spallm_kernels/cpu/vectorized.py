@@ -9,14 +9,16 @@ import numba
 import torch
 from torch import Tensor
 
-from .tiles import add_rest, look_up_rest, look_up_steps, multiply_tile
+from .rows import ROWS, compiled, finish_rows, multiply_rows, own_inputs, widen_once, widened
+from .tiles import look_up_rest, look_up_steps
 from .vector_units import host_unit
 
-#: Kinds of table entries that a product converts to float32 in registers.
+#: Kinds of inputs, and of table entries that a product converts to float32 in registers.
 KINDS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+#: Kinds of float32 entries that are rounded to the dtype of the inputs in registers. A copy of the
+#: tables of 16 sets would take a tenth of the time of the products.
+_ROUNDED = {torch.float16: "rounded_float16", torch.bfloat16: "rounded_bfloat16"}
 _BITS = (2, 3, 4)
-#: Rows of a task for one thread: enough for the largest tiles.
-ROWS = 16
 #: Multiplications below which a second thread costs more time than it saves.
 SERIAL = 1 << 18
 
@@ -36,31 +38,60 @@ def supports(table: Tensor, in_features: int, hash_seed: int | None) -> bool:
     return groups == 1 or hash_seed is not None or in_features // groups * bits % 8 == 0
 
 
-def decode(x: Tensor, index_map: Tensor, table: Tensor, hash_seed: int | None) -> Tensor:
-    """Compute x W^T, with weights that exist in registers only.
+def kind_of(table: torch.dtype, x: torch.dtype) -> str | None:
+    """Return as what entries of a dtype are read for inputs of a dtype; None if they cannot be.
 
     Args:
-        x: float32 [tokens, in_features].
+        table: Dtype of the tables.
+        x: Dtype of the inputs. Entries are rounded to it if it has 16 bits.
+    """
+    if x in (torch.float32, table):
+        return KINDS.get(table)
+    return _ROUNDED[x] if table == torch.float32 else None
+
+
+def decode(
+    x: Tensor,
+    index_map: Tensor,
+    table: Tensor,
+    hash_seed: int | None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Compute x W^T + bias, with weights that exist in registers only.
+
+    Args:
+        x: float32, float16 or bfloat16 [tokens, in_features].
         index_map: Packed codes, uint8 [out_features, row_bytes]; ignored with `hash_seed`.
         table: Tables, float [out_features, groups, 2^bits] for which `supports` returned True.
         hash_seed: Seed of the `hash` mapping; None if codes are stored.
+        bias: Float [out_features], rounded to the dtype of x, or None.
 
     Returns:
-        float32 [tokens, out_features].
+        y [tokens, out_features] in the dtype of x. Products are summed in float32.
     """
+    kind = kind_of(table.dtype, x.dtype)
+    if kind is None:
+        table, kind = table.to(x.dtype), KINDS[x.dtype]
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
     x, table, index_map = x.contiguous(), table.contiguous(), index_map.contiguous()
     (tokens, columns), (rows, groups, entries) = x.shape, table.shape
     # Not torch's default dtype and device, which a caller may have set.
     y = x.new_empty(tokens, rows)
+    sums = y if x.dtype == torch.float32 else y.new_empty(tokens, rows, dtype=torch.float32)
+    parallel = rows * columns * tokens > SERIAL
+    shares = numba.get_num_threads() if parallel else 1
+    wide, copies = widened(x, shares)
     unit = host_unit()
     assert unit is not None
     kernel = _product(
         unit.key,
-        unit.rows,
+        unit.tiles,
         entries.bit_length() - 1,
-        KINDS[table.dtype],
+        kind,
+        KINDS[x.dtype],
         int(hash_seed is not None),
-        rows * columns * tokens > SERIAL,
+        parallel,
     )
     kernel(
         index_map.data_ptr(),
@@ -71,8 +102,13 @@ def decode(x: Tensor, index_map: Tensor, table: Tensor, hash_seed: int | None) -
         hash_seed or 0,
         rows,
         x.data_ptr(),
+        wide.data_ptr(),
+        copies,
+        0 if bias is None else bias.data_ptr(),
+        sums.data_ptr(),
         y.data_ptr(),
         tokens,
+        shares,
     )
     return y
 
@@ -121,82 +157,34 @@ def dequantize(
     return weight
 
 
-# Numba copies the code to where it is called, so that constants stay constants.
-@numba.njit(inline="always")
-def multiply_rows(  # type: ignore[no-untyped-def]
-    codes, code_stride, table, groups, width, seed, first, end, x, y, y_stride, tokens,
-    unit, high, middle, low, bits, kind, hashed
-):  # fmt: skip
-    """Multiply tokens with the rows from `first` to `end` of a sketched weight.
-
-    The other arguments have the meaning of those of `multiply_tile`.
-
-    Args:
-        tokens: Number of tokens, int64.
-        high: Rows of a tile with 1 token, a constant.
-        middle: Rows of a tile with 2 tokens, a constant.
-        low: Rows of a tile with 4 tokens, a constant.
-    """
-    x_stride = 4 * groups * width
-    whole = end - (end - first) % 4
-    token = 0
-    while token + 4 <= tokens:
-        for row in range(first, whole, low):
-            multiply_tile(
-                codes, code_stride, table, groups, width, seed, row,
-                x + token * x_stride, y + token * y_stride, y_stride,
-                unit, bits, kind, hashed, low, 4
-            )  # fmt: skip
-        token += 4
-    while token + 2 <= tokens:
-        for row in range(first, whole, middle):
-            multiply_tile(
-                codes, code_stride, table, groups, width, seed, row,
-                x + token * x_stride, y + token * y_stride, y_stride,
-                unit, bits, kind, hashed, middle, 2
-            )  # fmt: skip
-        token += 2
-    if token < tokens:
-        for row in range(first, whole, high):
-            multiply_tile(
-                codes, code_stride, table, groups, width, seed, row,
-                x + token * x_stride, y + token * y_stride, y_stride,
-                unit, bits, kind, hashed, high, 1
-            )  # fmt: skip
-    for row in range(whole, end):
-        for token in range(tokens):
-            multiply_tile(
-                codes, code_stride, table, groups, width, seed, row,
-                x + token * x_stride, y + token * y_stride, y_stride,
-                unit, bits, kind, hashed, 1, 1
-            )  # fmt: skip
-    if width % 16:
-        for row in range(first, end):
-            for token in range(tokens):
-                add_rest(
-                    codes, code_stride, table, groups, width, seed, row,
-                    x + token * x_stride, y + token * y_stride,
-                    unit, bits, kind, hashed
-                )  # fmt: skip
-
-
 @functools.cache
 def _product(
-    unit: str, rows_of: tuple[int, int, int], bits: int, kind: str, hashed: int, parallel: bool
+    unit: str,
+    tiles: tuple[int, int, int, int, int],
+    bits: int,
+    kind: str,
+    x_kind: str,
+    hashed: int,
+    parallel: bool,
 ) -> Callable[..., None]:
     """Return the compiled product for a kind of sketch. Numba keeps it on disk."""
-    high, middle, low = rows_of
+    high, middle, low, tall, many = tiles
 
     def multiply(
         codes: int, code_stride: int, table: int, groups: int, width: int, seed: int, rows: int,
-        x: int, y: int, tokens: int
+        x: int, wide: int, copies: int, bias: int, sums: int, y: int, tokens: int, shares: int
     ) -> None:  # fmt: skip
-        for task in numba.prange((rows + ROWS - 1) // ROWS):
-            multiply_rows(
-                codes, code_stride, table, groups, width, seed,
-                task * ROWS, min(rows, (task + 1) * ROWS), x, y, 4 * rows, tokens,
-                unit, high, middle, low, bits, kind, hashed
-            )  # fmt: skip
+        count, blocks = tokens * groups * width, (rows + ROWS - 1) // ROWS
+        widen_once(x, wide, count, copies, x_kind)
+        for share in numba.prange(shares):
+            own = own_inputs(x, wide, count, copies, share, x_kind)
+            for block in range(share * blocks // shares, (share + 1) * blocks // shares):
+                first, end = block * ROWS, min(rows, (block + 1) * ROWS)
+                multiply_rows(
+                    codes, code_stride, table, groups, width, seed, first, end, own, sums, 4 * rows,
+                    tokens, unit, high, middle, low, tall, many, bits, kind, hashed
+                )  # fmt: skip
+                finish_rows(sums, bias, y, rows, first, end, tokens, x_kind)
 
     return compiled(multiply, parallel)
 
@@ -225,13 +213,3 @@ def _look_up(unit: str, bits: int, kind: str, hashed: int, parallel: bool) -> Ca
                     )  # fmt: skip
 
     return compiled(look_up, parallel)
-
-
-def compiled(function: Callable[..., None], parallel: bool) -> Callable[..., None]:
-    """Return a compiled function, with a name of its own for parallel code.
-
-    Numba's cache on disk knows a function by its name and code, not by its options: it would load
-    parallel code for small products, or code for one thread for large ones.
-    """
-    function.__qualname__ += "_parallel" if parallel else "_serial"
-    return numba.njit(cache=True, parallel=parallel, nogil=True)(function)
