@@ -82,7 +82,8 @@ def measure(job: Job) -> dict[str, float]:
         )
         return time.perf_counter() - start
 
-    seconds(_FEW)  # compiles kernels and starts threads
+    for tokens in (_FEW, _FEW + job.tokens):  # compiles kernels and starts threads
+        seconds(tokens)
     few = min(seconds(_FEW) for _ in range(2))
     many = min(seconds(_FEW + job.tokens) for _ in range(2))
     found = {"tokens_per_second": job.batch * job.tokens / (many - few)}

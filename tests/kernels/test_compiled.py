@@ -55,7 +55,7 @@ def test_weights_stay_in_registers_on_their_way_to_the_tensor_cores(report):
 def test_twelve_warps_share_a_multiprocessor_for_one_token(report):
     """By registers and by shared memory, of which an A100 has 164 KiB and an H100 228 KiB."""
     found = {name: code for name, code in report.items() if name.endswith(" bits, 1 tokens")}
-    assert len(found) == 2 * 3
+    assert len(found) == 2 * 3 + 1  # sets of tables at 4 bits only
     for name, code in found.items():
         by_registers = (64 << 10) // (32 * code["warps"] * code["registers"])
         by_memory = (164 << 10) // (code["shared_bytes"] + 1024)
