@@ -112,7 +112,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--group", type=int, default=8, help="answers to each prompt")
     parser.add_argument("--tokens", type=int, default=24, help="longest answer")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     return parser.parse_args()
 
 
