@@ -40,7 +40,7 @@ def main() -> None:
     # After the engine has started: vLLM for CPUs does not start if numba has been imported.
     from spallm_convert import load_sketched, set_trainable
 
-    model = load_sketched(options.model, dtype=torch.bfloat16 if gpu else torch.float32)
+    model: Any = load_sketched(options.model, dtype=torch.bfloat16 if gpu else torch.float32)
     model.to("cuda" if gpu else "cpu")
     print(set_trainable(model))
     tables = [p for p in model.parameters() if p.requires_grad]
@@ -54,7 +54,7 @@ def main() -> None:
         apart = 0.0
         for group, advantage in zip(groups, advantages, strict=True):
             loss, distance = grpo_loss(model, group, advantage)
-            (loss / len(groups)).backward()
+            torch.autograd.backward(loss / len(groups))
             apart = max(apart, distance)
         torch.nn.utils.clip_grad_norm_(tables, 1.0)
         optimizer.step()
