@@ -115,7 +115,7 @@ def main(model: Path, turns: int, tokens: int, output: Path) -> None:
             name: {"tokens_per_second": [], "seconds_to_read": [], "elsewhere": []}
             for name in wanted
         }
-        for turn in range(turns):
+        for turn in range(1, turns + 1):
             for name, job in wanted.items():
                 load = Load()
                 found = run_in_process(_RUN, asdict(job) | {"tokens": tokens}, folder)
@@ -124,17 +124,22 @@ def main(model: Path, turns: int, tokens: int, output: Path) -> None:
                 for key, value in found.items():
                     rows[name][key].append(value)
                 rows[name]["elsewhere"].append(load.elsewhere())
-                click.echo(f"turn {turn + 1}: {name:36}{found['tokens_per_second']:8.1f} tokens/s")
-    document = {
+                click.echo(f"turn {turn}: {name:36}{found['tokens_per_second']:8.1f} tokens/s")
+            settings = {"turns": turn, "tokens": tokens, "threads": cores(), "dtype": "bfloat16"}
+            write_results(output, describe(settings, rows))  # a turn takes minutes
+
+
+def describe(settings: Row, rows: dict[str, Row]) -> Row:
+    """Return what the results file holds."""
+    return {
         "benchmark": "serving",
-        "settings": {"turns": turns, "tokens": tokens, "threads": cores(), "dtype": "bfloat16"},
+        "settings": settings,
         "machine": machine(),
         "versions": versions("torch", "transformers", "numba", "spallm-convert")
         | {"vllm": vllm_version()},
         "rows": rows,
         "bars": judge(rows),
     }
-    write_results(output, document)
 
 
 if __name__ == "__main__":
