@@ -20,7 +20,7 @@ HOMES = {
 
 #: Rooms of spallm_convert from top to bottom. Rooms of one floor do not import each other.
 FLOORS = (
-    ("cli",),
+    ("cli", "serving"),
     ("conversion",),
     ("calibration", "evaluation"),
     ("sketch", "runtime"),
@@ -48,6 +48,23 @@ IN_FUNCTIONS = {
     ),
     ("spallm_convert.runtime.registration", "spallm_convert.runtime.quantizer"): (
         "importing the package must not import transformers"
+    ),
+    **dict.fromkeys(
+        [
+            ("spallm_convert.serving", "spallm_formats"),
+            *(
+                ("spallm_convert.serving", f"spallm_convert.serving.{name}")
+                for name in ("config", "loading", "manager", "server", "versions")
+            ),
+        ],
+        "vLLM runs the plugin in every process, whatever it serves",
+    ),
+    **dict.fromkeys(
+        [
+            ("spallm_convert.runtime.sketch", "spallm_kernels"),
+            ("spallm_convert.serving.labels", "spallm_kernels"),
+        ],
+        "vLLM for CPUs does not start if numba has been imported",
     ),
     ("spallm_formats.packing", "spallm_formats.bitstream"): "headers are read without numba",
     ("spallm_kernels.batched.compensate", "spallm_kernels.triton.compensate"): (

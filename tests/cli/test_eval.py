@@ -73,11 +73,12 @@ def test_the_command_says_if_a_text_is_cut(evaluated, tmp_path, monkeypatch, cap
 def test_the_command_measures_a_gguf_file(run, tmp_path):
     """A tiny one: the test of the demo measures a real model."""
     path = save_tiny_gguf(tmp_path / "model.gguf")
-    document = json.loads(run("eval", path, "--text=builtin", "--tokens=256", "--json"))
+    windows = ["--window=64", "--stride=32"]
+    document = json.loads(run("eval", path, "--text=builtin", "--tokens=256", *windows, "--json"))
     model, tokenizer = load_any(str(path), device="cpu")
     tokens = torch.tensor(tokenizer(english_text(), verbose=False)["input_ids"][:256])
     assert document["tokens"] == 255
-    assert document["perplexity"] == perplexity(model, tokens)
+    assert document["perplexity"] == perplexity(model, tokens, window=64, stride=32)
     assert document["bits_per_byte"] > 0
 
 
