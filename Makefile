@@ -114,7 +114,7 @@ $(VLLM_ENV)/.installed:
 	touch $@
 
 # The checkout is installed in an environment of its own, which looks into the shared one.
-.venv-vllm/.installed: pyproject.toml $(VLLM_ENV)/.installed
+.venv-vllm/.installed: pyproject.toml Makefile $(VLLM_ENV)/.installed
 	$(PYTHON) -m venv --clear .venv-vllm
 	echo $(VLLM_ENV)/lib/python*/site-packages > $$(echo .venv-vllm/lib/python*/site-packages)/vllm.pth
 	.venv-vllm/bin/pip install $(PIP_QUIET) --no-deps --editable .
