@@ -43,6 +43,7 @@ _TEST_FILES = (
     "test_gpu.py",
     "kernels/test_triton.py",
     "kernels/test_triton_tenants.py",
+    "kernels/test_triton_experts.py",
     "kernels/test_columns.py",
 )
 _TEST_COMMAND = [

@@ -70,6 +70,7 @@ def random_sketch(
     layer: Layer,
     *,
     bits: int = BITS,
+    groups: int = GROUPS,
     dtype: torch.dtype = torch.bfloat16,
     hashed: bool = False,
 ) -> Sketch:
@@ -77,7 +78,7 @@ def random_sketch(
     rows, columns = bench.size(layer.out_features), bench.size(layer.in_features)
     packed = 0 if hashed else row_bytes(columns, bits)
     codes = torch.randint(0, 256, (rows, packed), device=bench.device, dtype=torch.uint8)
-    return Sketch(codes, bench.randn(rows, GROUPS, 1 << bits, dtype=dtype))
+    return Sketch(codes, bench.randn(rows, groups, 1 << bits, dtype=dtype))
 
 
 def random_sketches(bench: Bench, layer: Layer, **options: Any) -> list[Sketch]:

@@ -25,12 +25,13 @@ from spallm_kernels import choose_backend
 
 from .bars import add_shares, judge
 from .conversion import conversion
+from .experts import experts
 from .layers import block, ceilings, forward, widths
 from .model import model
 from .numerics import numerics
 from .operands import Task, UnavailableError
 from .rivals import nf4, published
-from .tenants import tenants
+from .tenants import affine, tenants
 from .timing import Bench
 from .training import backward, memory
 
@@ -59,6 +60,8 @@ SECTIONS = {
     "model": Section(model, 60),
     "numerics": Section(numerics, 10),
     "tenants": Section(tenants, 15),
+    "affine": Section(affine, 10),
+    "experts": Section(experts, 10),
     "conversion": Section(conversion, 60),
     "nf4": Section(nf4, 15),
 }
