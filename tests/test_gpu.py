@@ -59,10 +59,10 @@ def test_the_kernels_pass_their_check_on_the_device(bits):
 
 def test_a_first_call_while_a_graph_is_captured(monkeypatch, tmp_path):
     """No check runs there; the first call after it runs the check."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     sketched, x = layer(4, 64, 512, 1), torch.ones(1, 512, dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():
         expected = sketched(x)  # compiled before
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         fallback._decide.cache_clear()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 
 from .codes import hashed_unit, row_keys, stored_unit
+from .expert_blocks import to_expert
 from .lookup import look_up, prepare, stack
-from .set_blocks import line_of, to_block
+from .set_blocks import line_of, to_set
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -62,12 +63,19 @@ def decode_kernel(
 ):
     STEP: tl.constexpr = UNITS * CODES
     first_row = 0
-    if EXPERTS:
-        x, words, table, y, order, first_row, tokens = to_block(
-            x, words, table, tables, y, offsets, order, tokens, rows, columns, row_words,
-            columns // width, EXPERTS, SETS, PADDED, 1 if ONE else TOKENS, TOKENS, ROWS, 2**BITS,
-            WORD_ALIGN
+    SIZE: tl.constexpr = 1 if ONE else TOKENS
+    if SETS:
+        table, first, tokens = to_set(
+            table, tables, offsets, tokens, rows * (columns // width) * 2**BITS, EXPERTS, PADDED,
+            SIZE
         )  # fmt: skip
+        order += first
+    elif EXPERTS:
+        x, words, table, y, first_row, tokens = to_expert(
+            x, words, table, y, offsets, tokens, rows, columns, row_words, columns // width,
+            EXPERTS, PADDED, SIZE, TOKENS, ROWS, 2**BITS, WORD_ALIGN
+        )  # fmt: skip
+    if EXPERTS:
         if tokens <= 0:
             return
     row = tl.program_id(1 if SETS else 0) * ROWS + tl.arange(0, ROWS)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import on
-from .expert_blocks import find_block, to_expert
+from .expert_blocks import find_block
 
 #: The most tokens that one launch sorts. It compares every token with all others; for more tokens,
 #: torch sorts in several launches.
@@ -64,48 +64,27 @@ def sort_tokens_kernel(sets, order, offsets, tokens, bounds, BLOCK: tl.constexpr
 
 
 @triton.jit
-def to_block(
-    x,
-    words,
+def to_set(
     table,
     tables,
-    y,
     offsets,
-    order,
     tokens,
-    rows,
-    columns,
-    row_words,
-    groups,
-    EXPERTS: tl.constexpr,
+    entries,
     SETS: tl.constexpr,
     PADDED: tl.constexpr,
     SIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    WORD_ALIGN: tl.constexpr,
 ):
-    """Move pointers to the expert, or the set, of the block of tokens that a program processes.
+    """Return the table of the set of the block of tokens that a program processes, the place of its
+    first token in the order, and how many tokens there are: none for a set that does not exist.
 
-    Return them, the number of the expert's first row, and the number of tokens to process, which is
-    zero for tokens of a set that does not exist. See `decode_kernel` and `to_expert`.
-
-    Blocks of sets are numbered along the first dimension of the grid.
+    Blocks are numbered along the first dimension of the grid. entries: of all tables of a set. See
+    `decode_kernel` and `find_block` for the other arguments.
     """
-    if not SETS:
-        x, words, table, y, first_row, tokens = to_expert(
-            x, words, table, y, offsets, tokens, rows, columns, row_words, groups,
-            EXPERTS, PADDED, SIZE, TOKENS, ROWS, ENTRIES, WORD_ALIGN
-        )  # fmt: skip
-        return x, words, table, y, order, first_row, tokens
-    else:
-        number, first, tokens = find_block(offsets, tokens, tl.program_id(0), EXPERTS, PADDED, SIZE)
-        # All rows of all sets may have more than 2^31 entries.
-        slot = tables + (number.to(tl.int64) - 1) * rows * groups * ENTRIES
-        table = tl.where(number == 0, table, slot)
-        tokens = tl.where(number == EXPERTS, 0, tokens)
-        return x, words, table, y, order + first, 0, tokens
+    number, first, tokens = find_block(offsets, tokens, tl.program_id(0), SETS, PADDED, SIZE)
+    # All tables of all sets may have more than 2^31 entries.
+    slot = tables + (number.to(tl.int64) - 1) * entries
+    table = tl.where(number == 0, table, slot)
+    return table, first, tl.where(number == SETS, 0, tokens)
 
 
 @triton.jit
