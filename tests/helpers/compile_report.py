@@ -19,16 +19,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers.compiled import compile_launch, count, disassemble, loop, recorded
 from spallm_kernels.batched.compensate import BLOCK
-from spallm_kernels.triton import compensate, descend, experts, linear, set_blocks, tenants
+from spallm_kernels.triton import (
+    compensate,
+    decode,
+    descend,
+    entry_sums,
+    experts,
+    linear,
+    set_blocks,
+    tenants,
+)
 
 KERNELS = (
-    (
-        linear,
-        "decode_kernel",
-        "dequantize_units_kernel",
-        "dequantize_any_kernel",
-        "table_grad_kernel",
-    ),
+    (decode, "decode_kernel"),
+    (linear, "dequantize_units_kernel", "dequantize_any_kernel", "table_grad_kernel"),
+    (entry_sums, "entry_sums_kernel"),
     (set_blocks, "sort_tokens_kernel"),
     (compensate, "compensate_kernel"),
     (descend, "descend_kernel"),
@@ -40,22 +45,26 @@ EXPERTS_TOKENS = {1: 8, 8: 4 * EXPERTS, 64: 32 * EXPERTS}
 SLOTS = 15
 #: Bits, tokens of a program, and tokens of all sets of tables.
 TENANTS = ((4, 1, 1), (4, 8, 8), (4, 16, 16), (4, 64, 512), (3, 16, 16), (2, 16, 16))
+#: Tokens of a program that sums inputs by table entry.
+SUMS_TOKENS = (8, 16, 32)
 
 
 def main() -> None:
     capability = int(sys.argv[1])
-    linear._generation = lambda device: capability // 10  # tiles follow the GPU
+    decode._generation = lambda device: capability // 10  # tiles follow the GPU
     found = {}
     with contextlib.ExitStack() as stack:
         recordings = [stack.enter_context(recorded(*kernels)) for kernels in KERNELS]
         for name, call in cases().items():
             call()
-            # Sets of tables take two launches; the first sorts the tokens.
-            *before, launch = (launch for launches in recordings[::-1] for launch in launches)
-            assert len(before) == name.startswith("tenants")
+            launches = {launch.kernel.__name__: launch for each in recordings for launch in each}
+            # Sets of tables take three launches; the first sorts the tokens.
+            several = {"tenants": "decode_kernel", "sums": "entry_sums_kernel"}
+            kernel = several.get(name.partition(",")[0])
+            (launch,) = launches.values() if kernel is None else (launches[kernel],)
             found[name] = compile_launch(launch, capability), launch.options
-            for launches in recordings:
-                launches.clear()
+            for each in recordings:
+                each.clear()
     disassembled = disassemble([code for code, _ in found.values()], capability)
     report = {
         name: describe(code, instructions, options)
@@ -69,13 +78,13 @@ def cases():
     found = {}
     for bits in (2, 3, 4):
         for tokens in (1, 2, 16, 32, 64):
-            found[f"decode, {bits} bits, {tokens} tokens"] = decode(bits, tokens)
+            found[f"decode, {bits} bits, {tokens} tokens"] = decode_layer(bits, tokens)
         for tokens in (1, 16):
-            found[f"decode, {bits} bits, {tokens} tokens, hashed"] = decode(
+            found[f"decode, {bits} bits, {tokens} tokens, hashed"] = decode_layer(
                 bits, tokens, hash_seed=7
             )
-        found[f"decode, {bits} bits, ragged"] = decode(bits, 1, columns=4000, groups=1)
-        found[f"decode, {bits} bits, float16 and float32 tables"] = decode(
+        found[f"decode, {bits} bits, ragged"] = decode_layer(bits, 1, columns=4000, groups=1)
+        found[f"decode, {bits} bits, float16 and float32 tables"] = decode_layer(
             bits, 1, dtype=torch.float16, table_dtype=torch.float32
         )
         for size, tokens in EXPERTS_TOKENS.items():
@@ -88,6 +97,9 @@ def cases():
         found[f"dequantize, {bits} bits, float32"] = dequantize(bits, torch.float32)
         found[f"table_grad, {bits} bits"] = table_grad(bits)
         found[f"compensate, {bits} bits"], found[f"descend, {bits} bits"] = columns(bits)
+        for tokens in SUMS_TOKENS:
+            found[f"sums, {bits} bits, {tokens} tokens"] = decode_tenants(bits, tokens)
+        found[f"sums, {bits} bits, 16 tokens, hashed"] = decode_tenants(bits, 16, hash_seed=7)
     for bits, size, tokens in TENANTS:
         found[f"tenants, {bits} bits, {size} tokens"] = decode_tenants(bits, tokens)
     found["tenants, 4 bits, 16 tokens, hashed"] = decode_tenants(4, 16, hash_seed=7)
@@ -96,7 +108,7 @@ def cases():
     return found
 
 
-def decode(
+def decode_layer(
     bits,
     tokens,
     *,
@@ -167,6 +179,8 @@ def describe(code, instructions, options):
     if "SLOTS" in options:
         inner = loop(instructions, "HMMA")
         weights = options["ROWS"] * options["UNITS"] * options["CODES"] / 32  # of a thread
+        if "EXPERTS" not in options:  # the kernel of sums: a row has a line for each entry
+            weights *= 2 ** options["BITS"]
         facts |= {
             "instructions_per_weight": len(inner) / weights,
             "permutes_per_weight": count(inner, "PRMT") / weights,

@@ -9,6 +9,7 @@ them, and because `tl.gather` can abort the process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import asdict
@@ -19,19 +20,25 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers.compiled import compile_for_amd, compile_launch, disassemble, recorded
-from spallm_kernels.triton import linear, portable, portable_tenants, set_blocks
+from spallm_kernels.triton import decode, linear, portable, portable_tenants, set_blocks
 
-KERNELS = ("decode_kernel", "dequantize_units_kernel", "dequantize_any_kernel", "table_grad_kernel")
+KERNELS = (
+    (decode, "decode_kernel"),
+    (linear, "dequantize_units_kernel", "dequantize_any_kernel", "table_grad_kernel"),
+)
 ROWS, COLUMNS, GROUPS = 4096, 4096, 4
 
 
 def main() -> None:
     launches = {}
-    with recorded(linear, *KERNELS) as recording, recorded(set_blocks, "sort_tokens_kernel"):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(recorded(set_blocks, "sort_tokens_kernel"))
+        recordings = [stack.enter_context(recorded(*kernels)) for kernels in KERNELS]
         for name, call in cases():
             call()
-            (launches[name],) = recording
-            recording.clear()
+            (launches[name],) = (launch for each in recordings for launch in each)
+            for each in recordings:
+                each.clear()
     facts = compiled(list(launches.values()), *sys.argv[1:])
     report = {
         name: found

@@ -102,6 +102,8 @@ _OPERATIONS = {
     "mad.lo.u32": _mad,
     "shf.r.clamp.b32": _shf,
     "and.b32": _binary(lambda a, b: a & b),
+    "or.b32": _binary(lambda a, b: a | b),
+    "xor.b32": _binary(lambda a, b: a ^ b),
     "shl.b32": _binary(lambda a, b: a << b),
     "shr.u32": _binary(lambda a, b: a >> b),
 }

@@ -45,9 +45,9 @@ def test_weights_stay_in_registers_on_their_way_to_the_tensor_cores(report):
     stored = {
         name: code["shared_stores_in_loop"]
         for name, code in report.items()
-        if name.startswith(("decode", "experts", "tenants")) and "hashed" not in name
+        if name.startswith(("decode", "experts", "tenants", "sums")) and "hashed" not in name
     }
-    assert len(stored) == 3 * (7 + 3) + 6
+    assert len(stored) == 3 * (7 + 3 + 3) + 6
     # If loads do not run ahead, inputs may take a few stores; weights would take tens.
     assert max(stored.values()) < 8
 
@@ -86,6 +86,14 @@ def test_tenants_take_the_instructions_of_a_layer(report):
         theirs = report[f"decode, {bits} bits, {tokens} tokens"]
         most = 1.1 * theirs["instructions_per_weight"]
         assert ours["instructions_per_weight"] <= most, (bits, tokens)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_instructions_of_sums_per_line_and_code(report, bits):
+    """One mark costs less than looking a weight up, and each program makes 2^bits as many."""
+    for tokens in (8, 16):
+        code = report[f"sums, {bits} bits, {tokens} tokens"]
+        assert code["instructions_per_weight"] <= {4: 2.6, 3: 3.5, 2: 2.2}[bits], tokens
 
 
 def test_codes_and_inputs_are_loaded_16_bytes_at_a_time(report):

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from helpers import ptx_model
 from spallm_formats import pack
@@ -55,6 +56,28 @@ def test_every_bit_of_every_entry_is_carried(bits):
         codes = np.repeat(np.arange(entries, dtype=np.uint8)[:, None], ptx.UNIT_CODES[bits], axis=1)
         expected = np.where(codes == entry, np.uint16(1 << bit), np.uint16(0))
         assert np.array_equal(look_up(codes, tables, bits), expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_marks_of_every_entry_in_every_place(bits):
+    """Random codes; each entry is compared with all of them."""
+    codes = np.random.default_rng(0).integers(
+        0, 1 << bits, (300, ptx.UNIT_CODES[bits]), dtype=np.uint8
+    )
+    words = pack(codes, bits)[:, : 4 * ptx.UNIT_WORDS[bits]].view("<u4")
+    assembly, constraints = ptx.one_hot(bits)
+    assert constraints.count("r") == words.shape[1] + 1
+    for entry in range(1 << bits):
+        field = np.uint32(entry * (0x55555555 if bits == 2 else 0x11111111))
+        inputs = [*words.T, np.full(len(words), field)]
+        found = np.stack(ptx_model.run(assembly, ptx.UNIT_CODES[bits], inputs), axis=1)
+        assert np.array_equal(found, np.where(codes == entry, 0x4040, 0))
+
+
+def test_a_mark_is_a_number_that_both_formats_hold():
+    bits = torch.tensor([0x4040], dtype=torch.int16)
+    assert bits.view(torch.bfloat16).item() == ptx.BFLOAT16_MARK
+    assert bits.view(torch.float16).item() == ptx.FLOAT16_MARK
 
 
 @pytest.mark.parametrize("bits", BITS)

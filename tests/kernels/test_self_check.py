@@ -116,7 +116,7 @@ def test_kernels_compiled_for_the_check_serve_real_layers(bits):
     """Triton compiles once for constants and for what it specialises: dtypes, ones, multiples of
     16. So most of the time of a check is not lost."""
     from helpers.compiled import recorded
-    from spallm_kernels.triton import linear
+    from spallm_kernels.triton import decode, linear
 
     def launches(rows, columns, groups):
         index_map = torch.empty(rows, columns * bits // 8, dtype=torch.uint8)
@@ -127,8 +127,9 @@ def test_kernels_compiled_for_the_check_serve_real_layers(bits):
         linear.dequantize(index_map, table, columns)
         weight_grad = torch.empty(rows, columns, dtype=torch.bfloat16)
         linear.table_grad(weight_grad, index_map, table)
-        made = [(launch.arguments, launch.options) for launch in recording]
-        recording.clear()
+        made = [(launch.arguments, launch.options) for launch in (*decoding, *others)]
+        decoding.clear()
+        others.clear()
         return [([special(a) for a in arguments], options) for arguments, options in made]
 
     def special(value):
@@ -136,8 +137,8 @@ def test_kernels_compiled_for_the_check_serve_real_layers(bits):
             return value == 1, value % 16 == 0
         return value if value is None else value.dtype
 
-    names = ("decode_kernel", "dequantize_units_kernel", "table_grad_kernel")
-    with recorded(linear, *names) as recording:
+    names = ("dequantize_units_kernel", "table_grad_kernel")
+    with recorded(decode, "decode_kernel") as decoding, recorded(linear, *names) as others:
         first = LAYERS[0]
         ours = launches(first.rows, first.columns, first.groups)
         assert len(ours) == 4

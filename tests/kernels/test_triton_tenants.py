@@ -41,6 +41,14 @@ def decoded(monkeypatch):
     return calls
 
 
+@pytest.fixture(params=["look up", "sum by entry"])
+def way(request, monkeypatch):
+    """Every product in one of the two ways, whatever sets the tokens have."""
+    most = {"look up": 1 << 20, "sum by entry": 0}[request.param]
+    monkeypatch.setattr(triton_tenants, "most_set_blocks", lambda bits, tokens: most)
+    return request.param
+
+
 @pytest.mark.parametrize("sets", SETS)
 @pytest.mark.parametrize(
     ("bits", "dtype", "rows", "columns", "groups", "hash_seed"),
@@ -50,7 +58,7 @@ def decoded(monkeypatch):
         (2, torch.float16, 19, 64, 1, 2**32 - 5),
     ],
 )
-def test_decoding(decoded, bits, dtype, rows, columns, groups, hash_seed, sets):
+def test_decoding(way, decoded, bits, dtype, rows, columns, groups, hash_seed, sets):
     numbers = SETS[sets]
     made = random_tenants(bits, groups, rows, columns, dtype=dtype, hash_seed=hash_seed)
     x, bias = random(len(numbers), columns, dtype=dtype), random(rows, dtype=dtype, seed=1)
@@ -60,7 +68,7 @@ def test_decoding(decoded, bits, dtype, rows, columns, groups, hash_seed, sets):
     assert decoded == [len(numbers)]
 
 
-def test_several_blocks_of_a_set(decoded):
+def test_several_blocks_of_a_set(way, decoded):
     numbers = [0, 2] * 15 + [0] * 40
     made = random_tenants(4, 1, 17, 64, dtype=torch.float16, slots=9)
     x = random(len(numbers), 64, dtype=torch.float16)
@@ -94,7 +102,35 @@ def test_dtypes_that_the_tensor_cores_do_not_take(decoded):
     assert decoded == []
 
 
-def test_slots_that_no_token_names_may_hold_anything():
+@pytest.mark.parametrize("most", [3, 4])
+def test_the_number_of_sets_decides(monkeypatch, most):
+    """Four sets: with at most three to look up, only the sums are computed, and otherwise none."""
+    calls, original = [], triton_tenants.launch_sums
+    monkeypatch.setattr(triton_tenants, "most_set_blocks", lambda bits, tokens: most)
+
+    def launch_sums(*operands, y, **options):
+        y.fill_(torch.nan)  # what was looked up
+        original(*operands, y=y, **options)
+        calls.append(y.isnan().all().item())
+
+    monkeypatch.setattr(triton_tenants, "launch_sums", launch_sums)
+    made, numbers = random_tenants(4, 1, 9, 64, dtype=torch.float16), [-1, 3, 0, 2, 3]
+    x = random(len(numbers), 64, dtype=torch.float16)
+    y = products(made, x, numbers, torch.float16, backend="triton")
+    assert calls == [most == 4]
+    if most == 3:
+        assert relative_error(y, made.products(x, numbers)) < TOLERANCE[torch.float16]
+
+
+def test_more_tokens_than_a_program_sums(way):
+    numbers = [number % 5 - 1 for number in range(70)]
+    made = random_tenants(3, 1, 11, 96, dtype=torch.float16)
+    x = random(len(numbers), 96, dtype=torch.float16)
+    y = products(made, x, numbers, torch.float16, backend="triton")
+    assert relative_error(y, made.products(x, numbers)) < TOLERANCE[torch.float16]
+
+
+def test_slots_that_no_token_names_may_hold_anything(way):
     made = random_tenants(4, 1, 9, 64, dtype=torch.float16)
     made.tables[1] = made.sketch.table[:] = torch.nan
     x = random(3, 64, dtype=torch.float16)
@@ -118,7 +154,7 @@ def test_tokens_are_sorted_by_set(tokens, slots, kind, monkeypatch):
         assert torch.equal(offsets.diff().long(), counts)
 
 
-def test_a_set_that_does_not_exist_harms_no_other():
+def test_a_set_that_does_not_exist_harms_no_other(way):
     """Values are not checked on a GPU. Only the token's own product is undefined."""
     made, x = random_tenants(4, 1, 9, 64, dtype=torch.float16), random(3, 64, dtype=torch.float16)
     given = (

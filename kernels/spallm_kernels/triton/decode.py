@@ -15,13 +15,30 @@ expert (see `expert_blocks.py`).
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .codes import hashed_unit, row_keys, stored_unit
+from .device import on
 from .expert_blocks import to_expert
-from .lookup import look_up, prepare, stack
+from .launching import (
+    HALVES,
+    INTERPRETED,
+    K_PER_LANE,
+    OPTIONS,
+    new_result,
+    packed_words,
+    register_limit,
+    words_per_row,
+)
+from .lookup import by_lane, look_up, prepare, stack
+from .ptx import UNIT_CODES, UNIT_WORDS
 from .set_blocks import line_of, to_set
+from .tiles import DecodeTile, decode_tile, portable_decode_tile, table_span
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -65,17 +82,18 @@ def decode_kernel(
     first_row = 0
     SIZE: tl.constexpr = 1 if ONE else TOKENS
     if SETS:
+        entries_of_set = rows * (columns // width) * 2**BITS
         table, first, tokens = to_set(
-            table, tables, offsets, tokens, rows * (columns // width) * 2**BITS, EXPERTS, PADDED,
-            SIZE
-        )  # fmt: skip
+            table, tables, offsets, tokens, entries_of_set, EXPERTS, PADDED, SIZE
+        )
         order += first
+        if tokens <= 0:
+            return
     elif EXPERTS:
         x, words, table, y, first_row, tokens = to_expert(
             x, words, table, y, offsets, tokens, rows, columns, row_words, columns // width,
             EXPERTS, PADDED, SIZE, TOKENS, ROWS, 2**BITS, WORD_ALIGN
         )  # fmt: skip
-    if EXPERTS:
         if tokens <= 0:
             return
     row = tl.program_id(1 if SETS else 0) * ROWS + tl.arange(0, ROWS)
@@ -124,8 +142,8 @@ def decode_kernel(
             if ONE:
                 values = tl.broadcast_to(values, (SLOTS, TOKENS, STEP))
             weights = stack(look_up(packed, prepared, DTYPE, BITS, ASM))
-            weights = _by_lane(weights, SLOTS, ROWS, UNITS, CODES, K_PER_LANE)
-            values = _by_lane(values, SLOTS, TOKENS, UNITS, CODES, K_PER_LANE)
+            weights = by_lane(weights, SLOTS, ROWS, UNITS, CODES, K_PER_LANE)
+            values = by_lane(values, SLOTS, TOKENS, UNITS, CODES, K_PER_LANE)
             total = tl.dot(weights, values.permute(0, 2, 1), total, input_precision="ieee")
     result = tl.sum(total, axis=0)
     if HAS_BIAS:
@@ -137,15 +155,136 @@ def decode_kernel(
     )
 
 
-@triton.jit
-def _by_lane(
-    tensor,
-    SLOTS: tl.constexpr,
-    LINES: tl.constexpr,
-    UNITS: tl.constexpr,
-    CODES: tl.constexpr,
-    K_PER_LANE: tl.constexpr,
-):
-    """Reorder columns of [SLOTS, LINES, ...]: four units side by side, K_PER_LANE codes each."""
-    split = tensor.reshape(SLOTS, LINES, UNITS // 4, 4, CODES // K_PER_LANE, K_PER_LANE)
-    return split.permute(0, 1, 2, 4, 3, 5).reshape(SLOTS, LINES, UNITS * CODES)
+def choose_tile(
+    bits: int,
+    tokens: int,
+    columns: int,
+    width: int,
+    index_map: Tensor,
+    *,
+    hashed: bool,
+    portable: bool,
+) -> DecodeTile:
+    """Return the tile of the decode kernel on the device of an index map.
+
+    Args:
+        bits: Bits of a code, 2 to 4.
+        tokens: Number of inputs.
+        columns: Columns of the layer.
+        width: Columns of a group.
+        index_map: Packed codes, uint8 [..., row_bytes].
+        hashed: Whether codes are computed, not stored.
+        portable: Whether weights are looked up without assembly.
+    """
+    if portable:
+        return _portable_tile(tokens, columns, width)
+    generation, aligned = _generation(index_map.device), words_per_row(index_map) % 4 == 0
+    return _tile(bits, tokens, columns, width, generation, hashed=hashed, aligned=aligned)
+
+
+def launch_decode(
+    x: Tensor,
+    index_map: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    hash_seed: int | None,
+    tile: DecodeTile,
+    *,
+    one: bool,
+    portable: bool,
+    offsets: Tensor | None = None,
+    blocks: int = 1,
+    tables: Tensor | None = None,
+    order: Tensor | None = None,
+    y: Tensor | None = None,
+) -> Tensor:
+    """Launch the decode kernel for one weight, for those of experts, or for sets of tables.
+
+    Args:
+        x: float16 or bfloat16 [tokens, in_features].
+        index_map: Packed codes, uint8 [all rows, row_bytes]; ignored with `hash_seed`.
+        table: Tables, any float [all rows, groups, 2^bits], rounded to the dtype of x.
+        bias: Float [rows], or None.
+        rows: Rows of a weight.
+        hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
+        tile: Share of one program.
+        one: Whether a program has one token, not `tile.tokens`.
+        portable: Whether to look weights up by `tl.gather`, without assembly.
+        offsets: Tokens of each expert (see `expert_blocks.py`); None if there is one weight.
+        blocks: Blocks of tokens, each of one expert or set. If sets make more blocks, nothing is
+            computed.
+        tables: Tables of the sets behind the first one, float [slots, rows, groups, 2^bits] in the
+            dtype of `table`; None if tokens have no sets.
+        order: Tokens sorted by set, int [tokens]; `offsets` then counts in this order.
+        y: Where the result goes, as `new_result` makes it; None: anew.
+
+    Returns:
+        y [tokens, rows], in the dtype of x.
+    """
+    (tokens, columns), (all_rows, groups, entries) = x.shape, table.shape
+    bits, width = entries.bit_length() - 1, columns // groups
+    experts = 0 if offsets is None else all_rows // rows
+    if tables is not None:
+        experts = 1 + tables.shape[0]
+        tables = (tables.to(x.dtype) if INTERPRETED else tables).contiguous()
+    words, row_words = packed_words(index_map), words_per_row(index_map)
+    quad = 4 if tile.quads else 1
+    codes = quad * UNIT_CODES[bits]
+    # The interpreter truncates to bfloat16 instead of rounding, so torch rounds the table first.
+    table = table.to(x.dtype) if INTERPRETED else table
+    y = new_result(x, rows) if y is None else y
+    span = table_span(columns, width, tile.slots)
+    grid = triton.cdiv(rows, tile.rows), blocks
+    with on(x.device):
+        # Programs of the same rows run one after another if they share codes.
+        decode_kernel[grid if tables is None else grid[::-1]](
+            x.contiguous(),
+            words,
+            table.contiguous(),
+            tables,
+            None if bias is None else bias.contiguous(),
+            y,
+            offsets,
+            order,
+            tokens,
+            rows,
+            columns,
+            row_words,
+            width,
+            span,
+            hash_seed or 0,
+            BITS=bits,
+            CODES=codes,
+            WORDS=quad * UNIT_WORDS[bits],
+            HASHED=hash_seed is not None,
+            HAS_BIAS=bias is not None,
+            EXPERTS=experts,
+            SETS=tables is not None,
+            PADDED=triton.next_power_of_2(experts + 1),
+            EVEN=span % tile.columns == 0,
+            WORD_ALIGN=4 if row_words % 4 == 0 and span * bits % 128 == 0 else 1,
+            ASM=not (INTERPRETED or portable),
+            DTYPE=tl.float32 if INTERPRETED else HALVES[x.dtype],
+            K_PER_LANE=K_PER_LANE,
+            SLOTS=tile.slots,
+            ROWS=tile.rows,
+            UNITS=tile.columns // codes,
+            TOKENS=tile.tokens,
+            ONE=one,
+            STAGES=tile.stages,
+            num_warps=tile.slots,
+            **register_limit(tile.registers),
+            **OPTIONS,
+        )
+    return y.to(x.dtype) if INTERPRETED else y
+
+
+#: Tiles depend on a few numbers per layer, and computing one takes half as long as a launch.
+_tile = functools.lru_cache(maxsize=1024)(decode_tile)
+_portable_tile = functools.lru_cache(maxsize=1024)(portable_decode_tile)
+
+
+@functools.cache
+def _generation(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9

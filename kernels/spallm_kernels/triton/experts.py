@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import linear
+from .decode import choose_tile, launch_decode
 from .expert_blocks import most_blocks
 from .tiles import (
     DECODE_TOKENS,
@@ -68,9 +69,9 @@ def decode(
     if tile is None:
         sizes = entries.bit_length() - 1, size, columns, columns // groups
         hashed = hash_seed is not None
-        tile = linear.choose_tile(*sizes, index_map, hashed=hashed, portable=portable)
+        tile = choose_tile(*sizes, index_map, hashed=hashed, portable=portable)
     size = 1 if size == 1 else tile.tokens
-    return linear.launch_decode(
+    return launch_decode(
         x,
         index_map.flatten(0, 1),
         table.flatten(0, 1),

@@ -8,16 +8,15 @@ permutes either (see `portable.py`).
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode import decode_kernel
+from .decode import choose_tile, launch_decode
 from .dequantize import dequantize_any_kernel, dequantize_units_kernel
 from .device import on
+from .launching import HALVES, INTERPRETED, OPTIONS, packed_words, words_per_row
 from .ptx import UNIT_CODES, UNIT_WORDS
 from .table_grad import table_grad_kernel
 from .tiles import (
@@ -29,20 +28,8 @@ from .tiles import (
     TABLE_GRAD,
     BlockTile,
     DecodeTile,
-    decode_tile,
-    portable_decode_tile,
-    table_span,
 )
 
-#: Whether Triton runs in its interpreter, on CPU tensors.
-INTERPRETED = not isinstance(decode_kernel, triton.runtime.JITFunction)
-#: Neighbouring columns that a thread of an `mma` holds. Triton chooses the number from how the
-#: operand is made, and treats a chain of joins differently since 3.8. Any value gives correct
-#: results; a wrong one is slow.
-_K_PER_LANE = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
-#: Set explicitly, because Triton's default is about to change.
-_OPTIONS = {"enable_fp_fusion": True}
-_HALVES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _INTEGER_OF_BYTES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -54,7 +41,7 @@ def can_decode(x: Tensor, table: Tensor) -> bool:
     (tokens, columns), groups = x.shape, table.shape[1]
     return (
         0 < tokens <= DECODE_TOKENS
-        and x.dtype in _HALVES
+        and x.dtype in HALVES
         and table.shape[-1].bit_length() - 1 in UNIT_CODES
         and columns // groups % ALIGNMENT == 0
     )
@@ -97,129 +84,6 @@ def decode(
     return launch_decode(*operands, hash_seed, tile, one=tokens == 1, portable=portable)
 
 
-def choose_tile(
-    bits: int,
-    tokens: int,
-    columns: int,
-    width: int,
-    index_map: Tensor,
-    *,
-    hashed: bool,
-    portable: bool,
-) -> DecodeTile:
-    """Return the tile of the decode kernel on the device of an index map.
-
-    Args:
-        bits: Bits of a code, 2 to 4.
-        tokens: Number of inputs.
-        columns: Columns of the layer.
-        width: Columns of a group.
-        index_map: Packed codes, uint8 [..., row_bytes].
-        hashed: Whether codes are computed, not stored.
-        portable: Whether weights are looked up without assembly.
-    """
-    if portable:
-        return _portable_tile(tokens, columns, width)
-    generation, aligned = _generation(index_map.device), _row_words(index_map) % 4 == 0
-    return _tile(bits, tokens, columns, width, generation, hashed=hashed, aligned=aligned)
-
-
-def launch_decode(
-    x: Tensor,
-    index_map: Tensor,
-    table: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    hash_seed: int | None,
-    tile: DecodeTile,
-    *,
-    one: bool,
-    portable: bool,
-    offsets: Tensor | None = None,
-    blocks: int = 1,
-    tables: Tensor | None = None,
-    order: Tensor | None = None,
-) -> Tensor:
-    """Launch the decode kernel for one weight, for those of experts, or for sets of tables.
-
-    Args:
-        x: float16 or bfloat16 [tokens, in_features].
-        index_map: Packed codes, uint8 [all rows, row_bytes]; ignored with `hash_seed`.
-        table: Tables, any float [all rows, groups, 2^bits], rounded to the dtype of x.
-        bias: Float [rows], or None.
-        rows: Rows of a weight.
-        hash_seed: Seed of the `hash` mapping, whose codes are computed; None if codes are stored.
-        tile: Share of one program.
-        one: Whether a program has one token, not `tile.tokens`.
-        portable: Whether to look weights up by `tl.gather`, without assembly.
-        offsets: Tokens of each expert (see `expert_blocks.py`); None if there is one weight.
-        blocks: Blocks of tokens, each of one expert or set.
-        tables: Tables of the sets behind the first one, float [slots, rows, groups, 2^bits] in the
-            dtype of `table`; None if tokens have no sets.
-        order: Tokens sorted by set, int [tokens]; `offsets` then counts in this order.
-
-    Returns:
-        y [tokens, rows], in the dtype of x.
-    """
-    (tokens, columns), (all_rows, groups, entries) = x.shape, table.shape
-    bits, width = entries.bit_length() - 1, columns // groups
-    experts = 0 if offsets is None else all_rows // rows
-    if tables is not None:
-        experts = 1 + tables.shape[0]
-        tables = (tables.to(x.dtype) if INTERPRETED else tables).contiguous()
-    words, row_words = _words(index_map), _row_words(index_map)
-    quad = 4 if tile.quads else 1
-    codes = quad * UNIT_CODES[bits]
-    # The interpreter truncates to bfloat16 instead of rounding, so torch rounds the table first.
-    table = table.to(x.dtype) if INTERPRETED else table
-    exact = torch.float32 if INTERPRETED else x.dtype
-    y = torch.empty(tokens, rows, dtype=exact, device=x.device)
-    span = table_span(columns, width, tile.slots)
-    grid = triton.cdiv(rows, tile.rows), blocks
-    with on(x.device):
-        # Programs of the same rows run one after another if they share codes.
-        decode_kernel[grid if tables is None else grid[::-1]](
-            x.contiguous(),
-            words,
-            table.contiguous(),
-            tables,
-            None if bias is None else bias.contiguous(),
-            y,
-            offsets,
-            order,
-            tokens,
-            rows,
-            columns,
-            row_words,
-            width,
-            span,
-            hash_seed or 0,
-            BITS=bits,
-            CODES=codes,
-            WORDS=quad * UNIT_WORDS[bits],
-            HASHED=hash_seed is not None,
-            HAS_BIAS=bias is not None,
-            EXPERTS=experts,
-            SETS=tables is not None,
-            PADDED=triton.next_power_of_2(experts + 1),
-            EVEN=span % tile.columns == 0,
-            WORD_ALIGN=4 if row_words % 4 == 0 and span * bits % 128 == 0 else 1,
-            ASM=not (INTERPRETED or portable),
-            DTYPE=tl.float32 if INTERPRETED else _HALVES[x.dtype],
-            K_PER_LANE=_K_PER_LANE,
-            SLOTS=tile.slots,
-            ROWS=tile.rows,
-            UNITS=tile.columns // codes,
-            TOKENS=tile.tokens,
-            ONE=one,
-            STAGES=tile.stages,
-            num_warps=tile.slots,
-            **_register_limit(tile.registers),
-            **_OPTIONS,
-        )
-    return y.to(x.dtype) if INTERPRETED else y
-
-
 def dequantize(
     index_map: Tensor,
     table: Tensor,
@@ -247,10 +111,10 @@ def dequantize(
     rows, groups, entries = table.shape
     bits, width = entries.bit_length() - 1, in_features // groups
     weight = torch.empty(rows, in_features, dtype=table.dtype, device=table.device)
-    words, row_words = _words(index_map), _row_words(index_map)
+    words, row_words = packed_words(index_map), words_per_row(index_map)
     sizes = (rows, in_features, row_words, width, first_row, hash_seed or 0)
     hashed = hash_seed is not None
-    in_units = bits in UNIT_CODES and table.dtype in _HALVES and width % ALIGNMENT == 0
+    in_units = bits in UNIT_CODES and table.dtype in HALVES and width % ALIGNMENT == 0
     with on(table.device):
         if in_units and not portable:
             tile = tile or DEQUANTIZE_UNITS
@@ -267,7 +131,7 @@ def dequantize(
                 ROWS=tile.rows,
                 UNITS=tile.columns // UNIT_CODES[bits],
                 num_warps=tile.warps,
-                **_OPTIONS,
+                **OPTIONS,
             )
         else:
             integers = _INTEGER_OF_BYTES[table.element_size()]
@@ -283,7 +147,7 @@ def dequantize(
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,
                 num_warps=tile.warps,
-                **_OPTIONS,
+                **OPTIONS,
             )
     return weight
 
@@ -315,7 +179,7 @@ def table_grad(
     columns = weight_grad.shape[1]
     wide = torch.promote_types(weight_grad.dtype, torch.float32)
     sums = torch.empty(table.shape, dtype=wide, device=table.device)
-    words, row_words = _words(index_map), _row_words(index_map)
+    words, row_words = packed_words(index_map), words_per_row(index_map)
     with on(table.device):
         table_grad_kernel[(triton.cdiv(rows, tile.rows), groups)](
             words,
@@ -333,36 +197,6 @@ def table_grad(
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             num_warps=tile.warps,
-            **_OPTIONS,
+            **OPTIONS,
         )
     return sums
-
-
-def _words(index_map: Tensor) -> Tensor:
-    """Return an index map as 32-bit words. Stored maps are whole words already."""
-    rows, row_bytes = index_map.shape
-    if row_bytes % 4:
-        index_map = torch.nn.functional.pad(index_map, (0, -row_bytes % 4))
-    elif row_bytes == 0:  # hashed; an empty tensor of bytes cannot be viewed as words
-        return index_map.new_empty(rows, 0, dtype=torch.int32)
-    return index_map.contiguous().view(torch.int32)
-
-
-def _row_words(index_map: Tensor) -> int:
-    """Return the words of a row of an index map."""
-    return -(-index_map.shape[-1] // 4)
-
-
-def _register_limit(registers: int) -> dict[str, int]:
-    """Return the option that limits registers, which Triton's compiler for AMD GPUs refuses."""
-    return {"maxnreg": registers} if torch.version.hip is None else {}
-
-
-#: Tiles depend on a few numbers per layer, and computing one takes half as long as a launch.
-_tile = functools.lru_cache(maxsize=1024)(decode_tile)
-_portable_tile = functools.lru_cache(maxsize=1024)(portable_decode_tile)
-
-
-@functools.cache
-def _generation(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9

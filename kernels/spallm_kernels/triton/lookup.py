@@ -13,6 +13,7 @@ from . import ptx
 from .codes import unit_code
 
 _SPLIT_2, _SPLIT_3, _SPLIT_4 = (tl.constexpr(ptx.split_table(bits)) for bits in (2, 3, 4))
+_ONE_HOT_2, _ONE_HOT_3, _ONE_HOT_4 = (tl.constexpr(ptx.one_hot(bits)) for bits in (2, 3, 4))
 _LOOK_UP_2, _LOOK_UP_3, _LOOK_UP_4 = (tl.constexpr(ptx.look_up(bits)) for bits in (2, 3, 4))
 
 
@@ -85,3 +86,58 @@ def look_up(unit, prepared, DTYPE: tl.constexpr, BITS: tl.constexpr, ASM: tl.con
             found = unit_code(unit, code, BITS)
             weights = weights + (tl.gather(table, found, len(table.shape) - 1),)
         return weights
+
+
+@triton.jit
+def one_hot(unit, entry, DTYPE: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Compare codes with entries: return a tuple of one tensor of DTYPE per code of a unit.
+
+    A value is zero where the code is not the entry, and elsewhere `ptx.ONE` of DTYPE, or 1 without
+    ASM.
+
+    unit: a tuple of tensors [slots, rows, units]. entry: int [rows * 2^BITS], numbers of entries.
+    The results are [slots, rows * 2^BITS, units].
+    """
+    slots: tl.constexpr = unit[0].shape[0]
+    rows: tl.constexpr = unit[0].shape[1]
+    units: tl.constexpr = unit[0].shape[2]
+    lines = ()
+    for number in tl.static_range(len(unit)):
+        repeated = tl.broadcast_to(tl.expand_dims(unit[number], 2), (slots, rows, 2**BITS, units))
+        lines = lines + (repeated.reshape(slots, rows * 2**BITS, units),)
+    entry = entry[None, :, None]
+    marks = ()
+    if ASM:
+        asm: tl.constexpr = _ONE_HOT_4 if BITS == 4 else (_ONE_HOT_3 if BITS == 3 else _ONE_HOT_2)
+        words: tl.constexpr = 3 if BITS == 3 else 1
+        codes: tl.constexpr = 32 * words // BITS
+        pattern = (entry * (0x55555555 if BITS == 2 else 0x11111111)).to(tl.uint32, bitcast=True)
+        for first in tl.static_range(0, len(unit), words):
+            halves = tl.inline_asm_elementwise(
+                asm[0],
+                asm[1],
+                lines[first : first + words] + (pattern,),
+                dtype=(tl.int16,) * codes,
+                is_pure=True,
+                pack=1,
+            )
+            for code in tl.static_range(codes):
+                marks = marks + (halves[code].to(DTYPE, bitcast=True),)
+    else:
+        for code in tl.static_range(32 * len(unit) // BITS):
+            marks = marks + ((unit_code(lines, code, BITS) == entry).to(DTYPE),)
+    return marks
+
+
+@triton.jit
+def by_lane(
+    tensor,
+    SLOTS: tl.constexpr,
+    LINES: tl.constexpr,
+    UNITS: tl.constexpr,
+    CODES: tl.constexpr,
+    K_PER_LANE: tl.constexpr,
+):
+    """Reorder columns of [SLOTS, LINES, ...]: four units side by side, K_PER_LANE codes each."""
+    split = tensor.reshape(SLOTS, LINES, UNITS // 4, 4, CODES // K_PER_LANE, K_PER_LANE)
+    return split.permute(0, 1, 2, 4, 3, 5).reshape(SLOTS, LINES, UNITS * CODES)

@@ -14,6 +14,10 @@ from __future__ import annotations
 
 UNIT_CODES = {2: 16, 3: 32, 4: 8}
 UNIT_WORDS = {2: 1, 3: 3, 4: 1}
+#: The bytes that `one_hot` writes for a code that is the entry. Both come from the same byte, so
+#: they are equal. As bfloat16 and float16 they are exactly these numbers.
+_MARKS = "0x40404040"
+BFLOAT16_MARK, FLOAT16_MARK = 3.0, 2.125
 
 
 def byte_registers(bits: int) -> int:
@@ -54,6 +58,78 @@ def look_up(bits: int) -> tuple[str, str]:
     return _block(body), ",".join(["=&h"] * codes + ["r"] * (words + registers))
 
 
+def one_hot(bits: int) -> tuple[str, str]:
+    """Return the assembly that compares the codes of a unit with an entry, and its constraints.
+
+    It takes the words of the unit and the number of the entry, repeated in every field of a word
+    (of four bits for 3 bits), and writes a mark where they are equal, else
+    zero (see BFLOAT16_MARK).
+    """
+    codes, words = UNIT_CODES[bits], UNIT_WORDS[bits]
+    word, entry = [f"${codes + number}" for number in range(words)], f"${codes + words}"
+    body = {2: _mark_two_bits, 3: _mark_three_bits, 4: _mark_four_bits}[bits](word, entry)
+    return _block(body), ",".join(["=&h"] * codes + ["r"] * (words + 1))
+
+
+def _mark_four_bits(word: list[str], entry: str) -> list[str]:
+    lines = [".reg .b32 s, t, a, b, c;"]
+    return [*lines, f"xor.b32 s, {word[0]}, {entry};", *_mark_nibbles(0)]
+
+
+def _mark_three_bits(word: list[str], entry: str) -> list[str]:
+    lines = [".reg .b32 s, t, a, b, c;"]
+    for number in range(4):
+        lines += [*_spread_eight(word, number), f"xor.b32 s, s, {entry};"]
+        lines += _mark_nibbles(8 * number)
+    return lines
+
+
+def _mark_two_bits(word: list[str], entry: str) -> list[str]:
+    lines = [
+        ".reg .b32 s, t, a, b, c, d, e;",
+        f"xor.b32 s, {word[0]}, {entry};",
+        "shl.b32 t, s, 1;",
+        "or.b32 s, s, t;",  # the upper bit of a field: whether the code is another
+    ]
+    for register, shift in zip(
+        "abcd",
+        ("shl.b32 t, s, 5;", "shl.b32 t, s, 3;", "shl.b32 t, s, 1;", "shr.u32 t, s, 1;"),
+        strict=True,
+    ):
+        lines += [shift, f"lop3.b32 {register}, t, {_MARKS}, 0, {_NOT_AND};"]
+    for byte in range(4):
+        for number, pair in enumerate(("a, b", "c, d")):
+            first = 4 * byte + 2 * number
+            lines += _pair(pair, byte, first)
+    return lines
+
+
+def _mark_nibbles(first: int) -> list[str]:
+    """Write the marks of eight codes, where the nibbles of s are zero."""
+    lines = [
+        "shl.b32 t, s, 1;",
+        "or.b32 s, s, t;",
+        "shl.b32 t, s, 2;",
+        "or.b32 s, s, t;",  # the upper bit of a nibble: whether it is not zero
+        "shl.b32 t, s, 3;",
+        f"lop3.b32 a, t, {_MARKS}, 0, {_NOT_AND};",
+        "shr.u32 t, s, 1;",
+        f"lop3.b32 b, t, {_MARKS}, 0, {_NOT_AND};",
+    ]
+    for byte in range(4):
+        lines += _pair("a, b", byte, first + 2 * byte)
+    return lines
+
+
+def _pair(registers: str, byte: int, first: int) -> list[str]:
+    """Repeat a byte of each of two registers, and write both as neighbouring marks."""
+    selector = f"0x{4 + byte}{4 + byte}{byte}{byte}"
+    return [
+        f"prmt.b32 t, {registers}, {selector};",
+        f"mov.b32 {{${first}, ${first + 1}}}, t;",
+    ]
+
+
 def _four_bits(word: list[str], low: list[str], high: list[str]) -> list[str]:
     lines = [
         ".reg .b32 s, t, a, b, c, d;",
@@ -78,20 +154,9 @@ def _four_bits(word: list[str], low: list[str], high: list[str]) -> list[str]:
 
 
 def _three_bits(word: list[str], low: list[str], high: list[str]) -> list[str]:
-    eights = [  # 24 bits of the three words, from bit 0 of s on
-        f"mov.b32 s, {word[0]};",
-        f"shf.r.clamp.b32 s, {word[0]}, {word[1]}, 24;",
-        f"shf.r.clamp.b32 s, {word[1]}, {word[2]}, 16;",
-        f"shr.u32 s, {word[2]}, 8;",
-    ]
     lines = [".reg .b32 s, t, a, b, c, d;"]
-    for number, eight in enumerate(eights):
-        lines.append(eight)
-        # Spread eight codes to nibbles: first halves, then quarters, then eighths. Bits above the
-        # codes move with them and are removed at the end.
-        for shift, mask in ((4, "0x0000ffff"), (2, "0x00ff00ff"), (1, "0x0f0f0f0f")):
-            lines += [f"shl.b32 t, s, {shift};", f"lop3.b32 s, s, t, {mask}, {_SELECT};"]
-        lines.append("and.b32 s, s, 0x77777777;")
+    for number in range(4):
+        lines += _spread_eight(word, number)
         for half in range(2):
             if half:
                 lines.append("shr.u32 s, s, 16;")
@@ -101,6 +166,23 @@ def _three_bits(word: list[str], low: list[str], high: list[str]) -> list[str]:
                 *_interleave(8 * number + 4 * half),
             ]
     return lines
+
+
+def _spread_eight(word: list[str], number: int) -> list[str]:
+    """Write the codes 8 number to 8 number + 7 of a unit of 3 bits to the nibbles of s."""
+    lines = [
+        (  # 24 bits of the three words, from bit 0 of s on
+            f"mov.b32 s, {word[0]};",
+            f"shf.r.clamp.b32 s, {word[0]}, {word[1]}, 24;",
+            f"shf.r.clamp.b32 s, {word[1]}, {word[2]}, 16;",
+            f"shr.u32 s, {word[2]}, 8;",
+        )[number]
+    ]
+    # First halves, then quarters, then eighths. Bits above the codes move with them and are removed
+    # at the end.
+    for shift, mask in ((4, "0x0000ffff"), (2, "0x00ff00ff"), (1, "0x0f0f0f0f")):
+        lines += [f"shl.b32 t, s, {shift};", f"lop3.b32 s, s, t, {mask}, {_SELECT};"]
+    return [*lines, "and.b32 s, s, 0x77777777;"]
 
 
 def _two_bits(word: list[str], low: list[str], high: list[str]) -> list[str]:
@@ -131,6 +213,7 @@ def _two_bits(word: list[str], low: list[str], high: list[str]) -> list[str]:
 
 
 _AND_OR = "0xea"  # lop3: the first operand and the second, or the third
+_NOT_AND = "0x0c"  # lop3: the second operand where the first has no bit
 _SELECT = "0xe4"  # lop3: the first operand where the third has a bit, else the second
 
 

@@ -64,6 +64,16 @@ def sort_tokens_kernel(sets, order, offsets, tokens, bounds, BLOCK: tl.constexpr
 
 
 @triton.jit
+def count_blocks(offsets, SETS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr):
+    """Return how many blocks the tokens of sets that exist make. See `find_block`."""
+    number = tl.arange(0, PADDED)
+    there = number < SETS
+    start = tl.load(offsets + number, mask=there, other=0).to(tl.int32)
+    end = tl.load(offsets + number + 1, mask=there, other=0).to(tl.int32)
+    return tl.sum((end - start + SIZE - 1) // SIZE, 0)
+
+
+@triton.jit
 def to_set(
     table,
     tables,
@@ -74,17 +84,20 @@ def to_set(
     PADDED: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Return the table of the set of the block of tokens that a program processes, the place of its
-    first token in the order, and how many tokens there are: none for a set that does not exist.
+    """Find the set of the block of tokens that a program processes.
+
+    Return its table, the place of the first token in the order, and how many tokens there are: none
+    for a set that does not exist, and none if the sets make more blocks than there are programs.
 
     Blocks are numbered along the first dimension of the grid. entries: of all tables of a set. See
     `decode_kernel` and `find_block` for the other arguments.
     """
-    number, first, tokens = find_block(offsets, tokens, tl.program_id(0), SETS, PADDED, SIZE)
+    number, first, count = find_block(offsets, tokens, tl.program_id(0), SETS, PADDED, SIZE)
+    many = count_blocks(offsets, SETS, PADDED, SIZE) > tl.num_programs(0)
     # All tables of all sets may have more than 2^31 entries.
     slot = tables + (number.to(tl.int64) - 1) * entries
     table = tl.where(number == 0, table, slot)
-    return table, first, tl.where(number == SETS, 0, tokens)
+    return table, first, tl.where(many | (number == SETS), 0, count)
 
 
 @triton.jit

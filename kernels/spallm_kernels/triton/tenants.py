@@ -1,14 +1,16 @@
 """Multiply tokens with a sketched weight on a GPU, each with the tables of its set.
 
-Programs take a tile of rows and a block of tokens of one set, and run the kernel of a layer
-(`decode.py`). Two launches serve all sets, of which the first sorts the tokens. The host does not
-wait for the device.
+There are two ways, and both are launched. How many sets the tokens have decides on the device which
+of them computes and which returns at once, so the host does not wait:
 
-The kernel looks codes up again for every block of at most 64 tokens. For thousands of tokens of few
-sets, a dense weight for each is faster, but then the host must know how many tokens there are of
-each. So only calls with more than GRAPH_TOKENS tokens wait for that, and none while a CUDA graph is
-captured. Before a graph for more tokens is captured, the kernel must have been compiled by a call
-with fewer.
+* Few sets: programs take a tile of rows and a block of tokens of one set, and look weights up, as
+  for a layer (`decode.py`). The tokens are sorted by set before, in a launch of its own.
+* Many sets: inputs are summed by table entry, for all tokens alike (`entry_sums.py`).
+
+For thousands of tokens of few sets, a dense weight for each is faster than both, but then the host
+must know how many tokens there are of each. So only calls with more than GRAPH_TOKENS tokens wait
+for that, and none while a CUDA graph is captured. Before a graph for more tokens is captured, the
+kernels must have been compiled by a call with fewer.
 """
 
 from __future__ import annotations
@@ -19,12 +21,16 @@ import torch
 from torch import Tensor
 
 from . import linear
+from .decode import choose_tile, launch_decode
+from .entry_sums import launch_sums
 from .expert_blocks import most_blocks
+from .launching import new_result
 from .set_blocks import sort_tokens
 from .tiles import (
     DECODE_TOKENS,
     HASHED_DECODE_TOKENS,
     PORTABLE_DECODE_TOKENS,
+    most_set_blocks,
     set_block_tokens,
 )
 
@@ -90,18 +96,21 @@ def decode(
         y [tokens, out_features], in the dtype of x.
     """
     (tokens, columns), (rows, groups, entries) = x.shape, table.shape
-    slots, hashed = tables.shape[0], hash_seed is not None
+    bits, slots, hashed = entries.bit_length() - 1, tables.shape[0], hash_seed is not None
     most = PORTABLE_DECODE_TOKENS if portable else DECODE_TOKENS
     size = set_block_tokens(tokens, 1 + slots, most)
-    sizes = entries.bit_length() - 1, size, columns, columns // groups
-    tile = linear.choose_tile(*sizes, index_map, hashed=hashed, portable=portable)
+    sizes = bits, size, columns, columns // groups
+    tile = choose_tile(*sizes, index_map, hashed=hashed, portable=portable)
     if tile.tokens == 16:
         # The tile of a layer would spill registers at 3 bits. Shared memory allows two of these
         # programs per multiprocessor, so there are enough.
         tile = dataclasses.replace(tile, registers=_MOST_REGISTERS)
     size = 1 if size == 1 else tile.tokens
     order, offsets = sort_tokens(sets, slots)
-    return linear.launch_decode(
+    blocks = most_blocks(tokens, 1 + slots, size)
+    few = blocks if portable else min(blocks, most_set_blocks(bits, tokens))
+    y = new_result(x, rows)
+    launch_decode(
         x,
         index_map,
         table,
@@ -112,7 +121,12 @@ def decode(
         one=size == 1,
         portable=portable,
         offsets=offsets,
-        blocks=most_blocks(tokens, 1 + slots, size),
+        blocks=few,
         tables=tables,
         order=order,
+        y=y,
     )
+    if few < blocks:
+        operands = x, sets, index_map, table, tables, bias, hash_seed
+        launch_sums(*operands, offsets=offsets, most=few, size=size, y=y)
+    return y.to(x.dtype)

@@ -173,6 +173,51 @@ def set_block_tokens(tokens: int, sets: int, most: int) -> int:
     return min(most, max(8, min(16, tokens), 2 * -(-tokens // sets)))
 
 
+#: For sums of inputs by table entry, by padded tokens: columns of a step, and registers. Measured
+#: on an H100 over 27 tiles.
+_SUMS = {8: (128, 128), 16: (128, 168), 32: (64, 255)}
+
+
+def sums_tile(bits: int, tokens: int, columns: int, width: int) -> DecodeTile:
+    """Return the tile of `entry_sums.py`. Each row has 2^bits lines, of which a program takes 64.
+
+    Args:
+        bits: Bits of a code, 2 to 4.
+        tokens: Number of inputs.
+        columns: Columns of the layer.
+        width: Columns of a group.
+
+    Returns:
+        The tile. With 2 bits it has 32 lines, which need fewer registers.
+    """
+    padded = next((size for size in _SUMS if size >= tokens), max(_SUMS))
+    step, registers = _SUMS[padded]
+    slots = 4
+    while slots > 1 and not _shares_tables(columns, width, slots):
+        slots //= 2
+    return DecodeTile(
+        slots=slots,
+        rows={4: 4, 3: 8, 2: 8}[bits],
+        tokens=padded,
+        columns=max(step, 4 * UNIT_CODES[bits]),
+        stages=3,
+        registers=registers,
+    )
+
+
+def most_set_blocks(bits: int, tokens: int) -> int:
+    """Return the most blocks of one set each for which looking up weights is the faster way.
+
+    Looking up costs as much per block, whatever the number of its tokens; sums by entry cost as
+    much per token, whatever its set.
+
+    Args:
+        bits: Bits of a code, 2 to 4.
+        tokens: Number of inputs.
+    """
+    return max(5, tokens // 3)
+
+
 def portable_decode_tile(tokens: int, columns: int, width: int) -> DecodeTile:
     """Return the tile of the decode kernel without assembly, for any GPU.
 
