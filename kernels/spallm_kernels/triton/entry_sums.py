@@ -169,7 +169,7 @@ def launch_sums(
     """
     (tokens, columns), (rows, groups, entries) = x.shape, table.shape
     bits, width, slots = entries.bit_length() - 1, columns // groups, tables.shape[0]
-    tile = sums_tile(bits, tokens, columns, width)
+    tile = sums_tile(bits, tokens, columns, width, hashed=hash_seed is not None)
     if INTERPRETED:  # it truncates to bfloat16 instead of rounding
         table, tables = table.to(x.dtype), tables.to(x.dtype)
     row_words, span = words_per_row(index_map), table_span(columns, width, tile.slots)

@@ -3,7 +3,7 @@
 For few tokens, weights are looked up by `tl.gather`. The dense weight is read from the tables in
 memory. Compiled for compute capability 9.0, decoding one token takes 5 instructions per weight at 4
 bits and 11 to 13 at 3 and 2, where the byte permutes take 2.5 to 3.5. The kernels are compiled for
-NVIDIA and AMD GPUs in the tests, and have not been run on a device.
+NVIDIA and AMD GPUs in the tests. Of devices, they have been run on NVIDIA's only.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import functools
 
 from torch import Tensor
 
-from . import linear
+from . import launching, linear
 from .tiles import PORTABLE_DECODE_TOKENS
 
-INTERPRETED = linear.INTERPRETED
+INTERPRETED = launching.INTERPRETED
 decode = functools.partial(linear.decode, portable=True)
 dequantize = functools.partial(linear.dequantize, portable=True)
 table_grad = linear.table_grad  # has no assembly

@@ -178,7 +178,9 @@ def set_block_tokens(tokens: int, sets: int, most: int) -> int:
 _SUMS = {8: (128, 128), 16: (128, 168), 32: (64, 255)}
 
 
-def sums_tile(bits: int, tokens: int, columns: int, width: int) -> DecodeTile:
+def sums_tile(
+    bits: int, tokens: int, columns: int, width: int, *, hashed: bool = False
+) -> DecodeTile:
     """Return the tile of `entry_sums.py`. Each row has 2^bits lines, of which a program takes 64.
 
     Args:
@@ -186,6 +188,7 @@ def sums_tile(bits: int, tokens: int, columns: int, width: int) -> DecodeTile:
         tokens: Number of inputs.
         columns: Columns of the layer.
         width: Columns of a group.
+        hashed: Whether codes are computed, which takes registers.
 
     Returns:
         The tile. With 2 bits it has 32 lines, which need fewer registers.
@@ -201,8 +204,13 @@ def sums_tile(bits: int, tokens: int, columns: int, width: int) -> DecodeTile:
         tokens=padded,
         columns=max(step, 4 * UNIT_CODES[bits]),
         stages=3,
-        registers=registers,
+        registers=255 if hashed else registers,
     )
+
+
+#: By bits: so many blocks take no longer than the sums of a few tokens. This and the number 52 were
+#: measured on an H200, for 2 to 256 tokens.
+_FEW_BLOCKS = {4: 6, 3: 2, 2: 2}
 
 
 def most_set_blocks(bits: int, tokens: int) -> int:
@@ -215,7 +223,7 @@ def most_set_blocks(bits: int, tokens: int) -> int:
         bits: Bits of a code, 2 to 4.
         tokens: Number of inputs.
     """
-    return max(5, tokens // 3)
+    return max(_FEW_BLOCKS[bits], tokens * 2**bits // 52)
 
 
 def portable_decode_tile(tokens: int, columns: int, width: int) -> DecodeTile:
