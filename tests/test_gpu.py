@@ -10,14 +10,24 @@ import spallm_kernels
 from helpers.architectures import save_tiny
 from helpers.calibration import contents, options
 from helpers.exact_layers import exact_layer
+from helpers.experts import random_experts
 from helpers.hessians import correlated_hessian, sorted_tables, weight_rows
-from helpers.sketches import TOLERANCE, relative_error
+from helpers.sketches import TOLERANCE, random, relative_error
 from spallm_convert import SketchConfig, convert, load_sketched
 from spallm_convert.calibration import backends
 from spallm_convert.devices import full_float32
 from spallm_convert.runtime.linear import SketchedLinear
 from spallm_formats import SketchedModule
-from spallm_kernels import batched, choose_backend, dispatch, fallback, lut_linear, lut_linear_sets
+from spallm_kernels import (
+    batched,
+    choose_backend,
+    dispatch,
+    fallback,
+    grouped,
+    lut_experts,
+    lut_linear,
+    lut_linear_sets,
+)
 from spallm_kernels.self_check import find_fault
 
 pytestmark = [
@@ -245,6 +255,28 @@ def test_experts_on_the_gpu_give_the_cpus_logits_and_gradients(name, tmp_path):
     assert len(found[0]) == len(found[1]) > 1
     for cpu, gpu in zip(*found, strict=True):
         assert relative_error(gpu, cpu.double()) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hash_seed", [None, 7])
+def test_many_tokens_of_experts(dtype, hash_seed, monkeypatch):
+    """Several experts at a time, by grouped products in bfloat16; two have no tokens."""
+    monkeypatch.setattr(grouped, "GROUPED_ELEMENTS", 3 * 256 * 512)
+    counts = [700, 0, 100, 300, 1, 0, 900, 200]
+    made = random_experts(4, 2, counts, 256, 512, dtype=dtype, hash_seed=hash_seed)
+    x, y_grad = random(2201, 512, dtype=dtype), random(2201, 256, dtype=dtype, seed=1)
+    exact = [x.clone().requires_grad_(), made.table.clone().requires_grad_()]
+    expected = made.products(*exact)
+    expected.backward(y_grad)
+    ours = [x.cuda().to(dtype).requires_grad_(), made.table.cuda().float().requires_grad_()]
+    y = lut_experts(
+        ours[0], made.offsets.cuda(), made.index_map.cuda(), ours[1], hash_seed=hash_seed
+    )
+    y.backward(y_grad.cuda().to(dtype))
+    assert relative_error(y.detach(), expected.detach()) < TOLERANCE[dtype]
+    for found, wanted in zip(ours, exact, strict=True):
+        assert relative_error(found.grad, wanted.grad) < TOLERANCE[dtype]
+    assert not ours[1].grad[1].any()
 
 
 def test_a_whole_decoding_step_replays_from_a_cuda_graph(folder):

@@ -1,8 +1,9 @@
 """Multiply tokens with the sketched weights of the experts that they belong to (`lut_experts`).
 
 For few tokens per expert, one call of the backend serves all experts. For many tokens, and for
-gradients, each expert that has tokens is a sketched layer of its own (see `operators.py`): then a
-dense weight, or its gradient, exists for one expert at a time, or for less.
+gradients, a GPU takes several experts at a time (`grouped.py`). On the CPU, each expert that has
+tokens is a sketched layer of its own (see `operators.py`): then a dense weight, or its gradient,
+exists for one expert at a time, or for less.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import grouped
 from .dispatch import choose_backend, load_experts
 from .operators import (
     bits_of,
@@ -128,6 +130,8 @@ def _lut_experts(
     decoder = load_experts(name)
     if x.shape[0] and decoder.can_decode(x, table, hashed=hash_seed is not None):
         return decoder.decode(x, offsets, index_map, table, hash_seed=hash_seed)
+    if x.device.type != "cpu":
+        return grouped.multiply(x, offsets, index_map, table, hash_seed, name)
     rows = table.shape[1]
     y = x.new_zeros(x.shape[0], rows)
     for expert, tokens in _used(offsets):
@@ -146,6 +150,9 @@ def _experts_input_grad(
     backend: str | None,
 ) -> Tensor:
     name = choose_backend(y_grad.device, bits_of(table), backend)
+    if y_grad.device.type != "cpu":
+        how = (in_features, hash_seed, name)
+        return grouped.input_grad(y_grad, offsets, index_map, table, *how)
     x_grad = y_grad.new_zeros(y_grad.shape[0], in_features)
     for expert, tokens in _used(offsets):
         sketch = index_map[expert], table[expert], in_features
@@ -164,6 +171,8 @@ def _experts_table_grad(
     backend: str | None,
 ) -> Tensor:
     name = choose_backend(x.device, bits_of(table), backend)
+    if x.device.type != "cpu":
+        return grouped.table_grad(y_grad, x, offsets, index_map, table, hash_seed, name)
     sums = torch.zeros(table.shape, dtype=wide(x.dtype), device=x.device)
     for expert, tokens in _used(offsets):
         sketch = index_map[expert], table[expert]
