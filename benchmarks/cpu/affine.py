@@ -25,6 +25,8 @@ from benchmarks.shared.machine import RESULTS, machine, quantiles, versions, wri
 from spallm_formats import row_bytes
 from spallm_kernels import lut_linear, lut_linear_affine
 
+from .turns import Row
+
 ROWS = COLUMNS = 4096
 BITS = 4
 TENANTS = 64
@@ -46,8 +48,7 @@ def main() -> None:
         for name, row in found.items():
             milliseconds, relative = row["milliseconds"]["p50"], row["relative"]["p50"]
             print(f"groups: {number}  {name:32} {milliseconds:8.2f} ms, {relative:5.2f} x base")
-    figure = groups["1"]["affine tenants"]["relative"]["p50"]
-    bars = [judged(f"{TENANTS} affine tenants, times the base", "<=", LIMIT, figure)]
+    bars = judge(groups)
     print(bars_table("affine sets", bars))
     write_results(
         output,
@@ -69,6 +70,12 @@ def main() -> None:
             "bars": bars,
         },
     )
+
+
+def judge(groups: dict[str, dict[str, Row]]) -> list[Row]:
+    """Return the bar, for one group."""
+    figure = groups["1"]["affine tenants"]["relative"]["p50"]
+    return [judged(f"{TENANTS} affine tenants, times the base", "<=", LIMIT, figure)]
 
 
 def time_in_turn(

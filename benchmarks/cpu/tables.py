@@ -97,12 +97,28 @@ def tenants_tables(document: Document) -> list[str]:
     return [markdown(head, body), bars_table("tenants", document["bars"])]
 
 
+def affine_tables(document: Document) -> list[str]:
+    """Return products of tokens of the base, of affine sets and of full tables, and bars."""
+    groups = document["groups_per_row"]
+    body = []
+    for name in next(iter(groups.values())):
+        cells = [
+            (f"{row[name]['milliseconds']['p50']:.2f}", f"{row[name]['relative']['p50']:.2f} x")
+            for row in groups.values()
+        ]
+        body.append((name, *(cell for pair in cells for cell in pair)))
+    columns = ((f"{number} groups, ms", "compared with the base") for number in groups)
+    head = ("affine sets", *(cell for pair in columns for cell in pair))
+    return [markdown(head, body), bars_table("affine sets", document["bars"])]
+
+
 #: Tables by benchmark, with the results file that they show.
 TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
     "linear": ("linear.json", linear_tables),
     "generate": ("generate.json", generate_tables),
     "training": ("training_cpu.json", training_tables),
     "tenants": ("tenants.json", tenants_tables),
+    "affine": ("affine.json", affine_tables),
 }
 
 

@@ -33,7 +33,7 @@ def main() -> int:
 
 
 def tables(document: dict[str, Any]) -> list[str]:
-    """Return all tables: products, widths, training, other runtimes, the model, sketching, bars."""
+    """Return all tables, in the order of the page."""
     rows = {name: section["rows"] for name, section in document["sections"].items()}
     return [
         _products(rows["forward"]),
@@ -41,6 +41,9 @@ def tables(document: dict[str, Any]) -> list[str]:
         _training(rows["backward"], rows["memory"]),
         _rivals(rows["published"], rows["nf4"]),
         _model(rows["model"][0], rows["block"][0]),
+        _tenants(rows["tenants"]),
+        _affine(rows["affine"]),
+        _experts(rows["experts"]),
         _sketching(rows["conversion"]),
         _bars(document["bars"]),
     ]
@@ -105,6 +108,46 @@ def _model(model: Row, block: Row) -> str:
         ("parameters, GB", f"{size['ours'] / 1e9:.2f}", f"{size['dense'] / 1e9:.2f}"),
     ]
     return markdown(("Llama-3-8B, 4 bits, one sequence", "sketched", "dense bf16"), body)
+
+
+def _tenants(rows: list[Row]) -> str:
+    names = list(rows[0]["us"])
+    body = [
+        (
+            row["layer"],
+            str(row["tokens"]),
+            *(f"{row['us'][name]['p50']:.1f}" for name in names),
+            f"{row['times_one_set']:.2f} x",
+        )
+        for row in rows
+    ]
+    return markdown(("layer", "tokens", *names, "compared with one set"), body)
+
+
+def _affine(rows: list[Row]) -> str:
+    body = [
+        (
+            row["layer"],
+            str(row["groups_per_row"]),
+            *_both(row["us"], "lut_linear", "affine", ".1f"),
+            f"{row['times_lut_linear']:.2f} x",
+        )
+        for row in rows
+    ]
+    return markdown(("layer", "groups", "lut_linear, us", "affine sets, us", "ratio"), body)
+
+
+def _experts(rows: list[Row]) -> str:
+    names = list(rows[0]["us"])
+    body = [
+        (
+            str(row["tokens"]),
+            *(f"{row['us'][name]['p50']:.1f}" for name in names),
+            f"{row['speedup']['dense, grouped']:.2f} x",
+        )
+        for row in rows
+    ]
+    return markdown(("tokens", *names, "ours, compared with dense"), body)
 
 
 def _sketching(rows: list[Row]) -> str:

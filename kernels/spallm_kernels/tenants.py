@@ -41,8 +41,10 @@ def lut_linear_sets(
     long as `lut_linear` decodes in vector registers, it has the same bits, whatever other tokens
     there are. If all tokens have one set, `lut_linear` computes them.
 
-    On a GPU, a product of 16-bit inputs with up to 512 tokens is two launches that do not wait for
-    the device, so a CUDA graph can hold it; during capture, this holds for any number of tokens.
+    On a GPU, a product of 16-bit inputs with up to 512 tokens is three launches that do not wait
+    for the device, so a CUDA graph can hold it; during capture, this holds for any number of
+    tokens. How many sets the tokens have decides on the device in which of two ways it is
+    computed, so the last bits of a token's result depend on the others.
     More tokens, and other tensors, read `sets` on the host first: each set with more than 64 tokens
     then gets a dense weight, one after another (16 tokens if codes are hashed).
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks.cpu import generate, linear, linear_turns, tenants, training, turns
+from benchmarks.cpu import affine, generate, linear, linear_turns, tenants, training, turns
 from benchmarks.cpu.bars import judged
 from benchmarks.cpu.generate_parts import Parts
 from benchmarks.cpu.tables import PAGE, TABLES, replaced
@@ -25,6 +25,7 @@ JUDGES = {
     "generate": lambda document: generate.judge(document["speeds"]),
     "training": lambda document: training.judge(document["results"]),
     "tenants": lambda document: tenants.judge(document["rows"]),
+    "affine": lambda document: affine.judge(document["groups_per_row"]),
 }
 
 

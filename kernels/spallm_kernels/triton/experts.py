@@ -1,8 +1,8 @@
 """Multiply tokens with the sketched weights of their experts on a GPU, in one launch.
 
 Programs take a tile of rows and a block of tokens of one expert, and run the kernel of a layer
-(`decode.py`). The host does not wait for the offsets. With more tokens than `can_decode` accepts, a
-loop over the experts is faster, with a dense weight for each (`spallm_kernels/experts.py`).
+(`decode.py`). The host does not wait for the offsets. With more tokens than `can_decode` accepts,
+dense weights of several experts at a time are faster (`spallm_kernels/grouped.py`).
 """
 
 from __future__ import annotations

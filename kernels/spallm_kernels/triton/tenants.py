@@ -35,7 +35,7 @@ from .tiles import (
 )
 
 #: The most tokens of a call that never waits for the device. Servers capture graphs of up to 512
-#: tokens. Not measured.
+#: tokens.
 GRAPH_TOKENS = 512
 _MOST_REGISTERS = 255  # of a thread
 _MOST_ELEMENTS = 1 << 31  # of inputs or products: the kernel addresses them with 32 bits
