@@ -98,7 +98,9 @@ def input_grad(
         return shaped(x_grad, *y_grad.shape[:-1], in_features)
     # Sums in 16 bits would be rounded once per block.
     block = _elements(y_grad.device, sys.maxsize) if y_grad.element_size() > 2 else sys.maxsize
-    x_grad = y_grad.new_zeros(y_rows.shape[0], in_features)
+    # The first block overwrites what is there; without rows there is none.
+    new = y_grad.new_empty if table.shape[0] else y_grad.new_zeros
+    x_grad = new(y_rows.shape[0], in_features)
     for rows, weight in _weights(
         name, y_grad.dtype, index_map, table, in_features, hash_seed, block, first_row
     ):

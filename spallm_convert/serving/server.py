@@ -8,6 +8,9 @@ from typing import Any
 
 from .set_file import REFUSED
 
+#: What vLLM puts behind the error of a worker process.
+_TAIL = "', please check the stack trace"
+
 
 def install() -> None:
     """Change vLLM's answer to `/v1/load_lora_adapter` for refused tables, which is 500."""
@@ -22,7 +25,8 @@ def install() -> None:
         answer = await stock(self, *arguments, **options)
         error = getattr(answer, "error", None)
         if error is not None and REFUSED in error.message:
-            error.message = error.message[error.message.index(REFUSED) :]
+            reason = error.message[error.message.index(REFUSED) :]
+            error.message = reason.partition(_TAIL)[0]
             error.code, error.type = HTTPStatus.BAD_REQUEST.value, "BadRequestError"
         return answer
 

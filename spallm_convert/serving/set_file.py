@@ -110,13 +110,16 @@ class SetFile:
                 expected[module.table_name(name)] = module.table_shape
         tensors = self._found.tensors
         problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
+        if others := [name for name in tensors if name not in expected]:
+            more = f" and {len(others) - 1} more are" if len(others) > 1 else " is"
+            problems.append(
+                f"{shown(others[0])}{more} no tables; only tables are served by request, so train "
+                f"without norms, or serve the model as a checkpoint of its own"
+            )
         for name, spec in tensors.items():
-            if name not in expected:
-                problems.append(
-                    f"{shown(name)} is no table; only tables are served by request, so train "
-                    f"without norms, or serve the model as a checkpoint of its own"
-                )
-            elif spec.shape != expected[name]:
+            if name in others:
+                continue
+            if spec.shape != expected[name]:
                 problems.append(
                     f"{name} has the shape {list(spec.shape)}, expected {list(expected[name])}"
                 )

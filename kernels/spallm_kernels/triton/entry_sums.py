@@ -7,8 +7,8 @@ tables, group by group:
 
 The inner sums do not depend on tables. They are products with a weight of zeros and ones, which the
 tensor cores compute for all tokens at once, whatever sets they have: 2^bits times as many
-operations as the product of one set, and no lookups. Tokens need no sorting, and it is one launch.
-The sums are float32, and entries are multiplied once per group.
+operations as the product of one set, and no lookups. Tokens may come in any order. The sums are
+float32, and entries are multiplied once per group.
 
 Programs are those of `decode.py`, with a line of the product for each entry of each row.
 """
