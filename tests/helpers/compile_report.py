@@ -29,6 +29,7 @@ from spallm_kernels.triton import (
     set_blocks,
     tenants,
 )
+from spallm_kernels.triton.launching import KEEPS_MARKS
 
 KERNELS = (
     (decode, "decode_kernel"),
@@ -97,9 +98,10 @@ def cases():
         found[f"dequantize, {bits} bits, float32"] = dequantize(bits, torch.float32)
         found[f"table_grad, {bits} bits"] = table_grad(bits)
         found[f"compensate, {bits} bits"], found[f"descend, {bits} bits"] = columns(bits)
-        for tokens in SUMS_TOKENS:
+        for tokens in SUMS_TOKENS if KEEPS_MARKS else ():
             found[f"sums, {bits} bits, {tokens} tokens"] = decode_tenants(bits, tokens)
-        found[f"sums, {bits} bits, 16 tokens, hashed"] = decode_tenants(bits, 16, hash_seed=7)
+        if KEEPS_MARKS:
+            found[f"sums, {bits} bits, 16 tokens, hashed"] = decode_tenants(bits, 16, hash_seed=7)
     for bits, size, tokens in TENANTS:
         found[f"tenants, {bits} bits, {size} tokens"] = decode_tenants(bits, tokens)
     found["tenants, 4 bits, 16 tokens, hashed"] = decode_tenants(4, 16, hash_seed=7)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.tiny_models import save_tiny_llama
 from helpers.tuning import TOKENS, logits, train
 from spallm_convert import (
     OptionError,
@@ -158,6 +159,17 @@ def test_a_changed_index_map_changes_the_fingerprint(tiny_llama, tmp_path):
     with torch.no_grad():
         layer.weight[0, 0] ^= 1
     assert StoredModules.of(model).fingerprint() != before
+
+
+def test_a_set_takes_the_bytes_of_its_tables(tmp_path):
+    """In bfloat16, rows x groups x 2^bits x 2 bytes, and at most 5 % more."""
+    source = save_tiny_llama(tmp_path / "source", hidden_size=256, intermediate_size=1024)
+    convert(source.folder, tmp_path / "out", SketchConfig(effort="fast", groups_per_row=1))
+    model = load_sketched(tmp_path / "out")
+    folder = save_tables(model, tmp_path / "set")
+    rows = sum(m.out_features for m in model.modules() if isinstance(m, SketchedLinear))
+    taken = sum(file.stat().st_size for file in folder.iterdir())
+    assert rows * 2**4 * 2 < taken <= 1.05 * rows * 2**4 * 2
 
 
 def test_dense_models_are_refused():

@@ -9,12 +9,16 @@ from torch import Tensor
 
 from .codes import mix
 
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 #: Whether Triton runs in its interpreter, on CPU tensors.
 INTERPRETED = not isinstance(mix, triton.runtime.JITFunction)
 #: Neighbouring columns that a thread of an `mma` holds. Triton chooses the number from how the
 #: operand is made, and treats a chain of joins differently since 3.8. Any value gives correct
 #: results; a wrong one is slow.
-K_PER_LANE = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else 2
+K_PER_LANE = 4 if _TRITON < (3, 8) else 2
+#: Whether marks of entries (`entry_sums.py`) stay in registers. Before Triton 3.6 they take a detour
+#: through shared memory, which costs more than looking weights up.
+KEEPS_MARKS = _TRITON >= (3, 6)
 #: Set explicitly, because Triton's default is about to change.
 OPTIONS = {"enable_fp_fusion": True}
 HALVES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -24,7 +24,7 @@ from . import linear
 from .decode import choose_tile, launch_decode
 from .entry_sums import launch_sums
 from .expert_blocks import most_blocks
-from .launching import new_result
+from .launching import KEEPS_MARKS, new_result
 from .set_blocks import sort_tokens
 from .tiles import (
     DECODE_TOKENS,
@@ -108,7 +108,7 @@ def decode(
     size = 1 if size == 1 else tile.tokens
     order, offsets = sort_tokens(sets, slots)
     blocks = most_blocks(tokens, 1 + slots, size)
-    few = blocks if portable else min(blocks, most_set_blocks(bits, tokens))
+    few = min(blocks, most_set_blocks(bits, tokens)) if KEEPS_MARKS and not portable else blocks
     y = new_result(x, rows)
     launch_decode(
         x,
