@@ -1,6 +1,6 @@
-# Four commands need nothing but Python 3.11 or newer: `make demo`, `make test`, `make test-oldest`
-# and `make test-vllm`. Each makes its own virtual environment, with the versions in constraints.txt,
-# constraints-oldest.txt or tests/engine/requirements.txt.
+# Five commands need nothing but Python 3.11 or newer: `make demo`, `make test`, `make test-apart`,
+# `make test-oldest` and `make test-vllm`. Each makes its own virtual environment, with the versions
+# in constraints.txt, constraints-oldest.txt or tests/engine/requirements.txt.
 PYTHON ?= python3
 PIP_QUIET = --quiet --disable-pip-version-check
 PIP_FLAGS = $(PIP_QUIET) --constraint constraints.txt
@@ -17,16 +17,20 @@ OLDEST_TRITON = shared_memory or per_weight or a_layer
 NEWER_DTYPES = --deselect tests/source/test_quantized.py::test_blocks_of_fp8_as_transformers_dequantizes_them \
 	--deselect tests/source/test_quantized.py::test_experts_of_deepseek_v4
 
-.PHONY: demo test test-fast test-oldest test-vllm lint docs bench bench-finetune bench-quality gpu clean
+.PHONY: demo test test-fast test-apart test-oldest test-vllm lint docs bench bench-finetune bench-quality gpu clean
 
 demo: .venv-demo/.installed
 	.venv-demo/bin/spallm-convert demo --output-dir demo-output
 
 test: .venv/.installed
-	.venv/bin/python -m pytest -q $(PARALLEL)
+	.venv/bin/python -m pytest -q $(PARALLEL) -m "not apart"
+
+# Kernels compiled for GPUs that are not here, thousands of spoiled files, every example of the docs.
+test-apart: .venv/.installed
+	.venv/bin/python -m pytest -q $(PARALLEL) -m apart
 
 test-fast: .venv/.installed
-	.venv/bin/python -m pytest -q $(PARALLEL) -m "not slow"
+	.venv/bin/python -m pytest -q $(PARALLEL) -m "not slow and not apart"
 
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -q $(PARALLEL) $(OLDEST_TESTS)

@@ -33,6 +33,7 @@ def laid_out(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.apart
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 # PEFT 0.21 asks transformers 5.23 by the former name.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")

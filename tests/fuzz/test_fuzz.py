@@ -57,6 +57,7 @@ def test_case(results, case):
 
 
 @pytest.mark.slow
+@pytest.mark.apart
 def test_thousands_of_cases(results):
     assert len(set(THOUSANDS)) == 3_000
     found = [results[case] for case in THOUSANDS]

@@ -10,7 +10,7 @@ import pytest
 
 from helpers.triton_needed import needs_triton
 
-pytestmark = [pytest.mark.slow, needs_triton]
+pytestmark = [pytest.mark.slow, pytest.mark.apart, needs_triton]
 HELPERS = Path(__file__).parents[1] / "helpers"
 
 #: Instructions of the inner loop per weight, for one token. At 5 on an H100, issuing them takes as

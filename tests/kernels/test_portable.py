@@ -86,6 +86,7 @@ def report(request, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.apart
 def test_kernels_compile_without_assembly_spills_or_much_shared_memory(report):
     """AMD GPUs have 64 KiB of shared memory, and several programs should fit in it."""
     assert len(report) == 3 * 8

@@ -16,8 +16,8 @@ INTERPRETED = not isinstance(mix, triton.runtime.JITFunction)
 #: operand is made, and treats a chain of joins differently since 3.8. Any value gives correct
 #: results; a wrong one is slow.
 K_PER_LANE = 4 if _TRITON < (3, 8) else 2
-#: Whether marks of entries (`entry_sums.py`) stay in registers. Before Triton 3.6 they take a detour
-#: through shared memory, which costs more than looking weights up.
+#: Whether marks of entries (`entry_sums.py`) stay in registers. Before Triton 3.6 they pass through
+#: shared memory, which costs more than looking weights up.
 KEEPS_MARKS = _TRITON >= (3, 6)
 #: Set explicitly, because Triton's default is about to change.
 OPTIONS = {"enable_fp_fusion": True}
