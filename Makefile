@@ -25,7 +25,8 @@ demo: .venv-demo/.installed
 test: .venv/.installed
 	.venv/bin/python -m pytest -q $(PARALLEL) -m "not apart"
 
-# Kernels compiled for GPUs that are not here, thousands of spoiled files, every example of the docs.
+# Kernels compiled for GPUs that are not here, thousands of spoiled files, every example of the docs,
+# the demo, and training in several processes.
 test-apart: .venv/.installed
 	.venv/bin/python -m pytest -q $(PARALLEL) -m apart
 

@@ -11,6 +11,7 @@ from spallm_formats import SketchedCheckpoint
 
 
 @pytest.mark.slow
+@pytest.mark.apart
 @pytest.mark.filterwarnings("default")  # GGUF reading is transformers' and gguf's own
 def test_demo_compares_a_real_model_with_its_sketch(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(terminal.stdout, "width", 160)

@@ -19,6 +19,7 @@ FSDP = {
     "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
 }
 pytestmark = [
+    pytest.mark.apart,
     # transformers 5.23 still calls its own gradient_checkpointing_enable, by its new name.
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
 ]
