@@ -279,6 +279,23 @@ def test_many_tokens_of_experts(dtype, hash_seed, monkeypatch):
     assert not ours[1].grad[1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layouts_that_the_grouped_product_refuses(dtype):
+    """Rows of a wider matrix, some of no expert, and the gradient of a sum, with strides of 0."""
+    made = random_experts(4, 4, [512] * 7 + [505], 512, 512, dtype=dtype)
+    inputs = random(4096, 513, dtype=dtype)
+    exact = [inputs[:, 1:].clone().requires_grad_(), made.table.clone().requires_grad_()]
+    expected = made.products(*exact)
+    expected.sum().backward()
+    ours = [inputs.cuda().to(dtype).requires_grad_(), made.table.cuda().float().requires_grad_()]
+    y = lut_experts(ours[0][:, 1:], made.offsets.cuda(), made.index_map.cuda(), ours[1])
+    y.sum().backward()
+    assert relative_error(y.detach(), expected.detach()) < TOLERANCE[dtype]
+    assert not y[-7:].any()
+    for found, wanted in zip((ours[0].grad[:, 1:], ours[1].grad), exact, strict=True):
+        assert relative_error(found, wanted.grad) < TOLERANCE[dtype]
+
+
 def test_a_whole_decoding_step_replays_from_a_cuda_graph(folder):
     model = load_sketched(folder, dtype=torch.bfloat16, device_map="cuda").eval()
     prompt = torch.arange(2, 14, device="cuda")[None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,8 +22,12 @@ from .operators import wide
 
 #: Elements of dense weights, or of their gradients, that exist at once: 128 MiB of 16-bit floats.
 GROUPED_ELEMENTS = 1 << 26
-#: grouped_mm needs strides of 16 bytes.
+#: grouped_mm refuses 1024 experts.
+_MOST_EXPERTS = 1023
+#: grouped_mm needs addresses and strides of whole 16 bytes: 8 elements.
 _ALIGNMENT = 8
+#: Major compute capabilities with a kernel. Elsewhere grouped_mm is a loop that reads the offsets.
+_CAPABILITIES = (9, 10)
 _grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
 
 
@@ -60,7 +65,7 @@ def multiply(
     `experts.lut_experts` explains the arguments and the result.
     """
     rows, columns = table.shape[1], x.shape[1]
-    y = x.new_zeros(x.shape[0], rows)
+    x, y = _aligned(x), x.new_zeros(x.shape[0], rows)
     for chunk in _chunks(offsets, rows * columns):
         weight = _weight(chunk, x.dtype, index_map, table, columns, hash_seed, backend)
         _products(x, weight.transpose(1, 2), chunk, y)
@@ -77,7 +82,7 @@ def input_grad(
     backend: str,
 ) -> Tensor:
     """Return the gradient of the inputs, float [tokens, in_features]. It waits for the device."""
-    x_grad = y_grad.new_zeros(y_grad.shape[0], in_features)
+    y_grad, x_grad = _aligned(y_grad), y_grad.new_zeros(y_grad.shape[0], in_features)
     for chunk in _chunks(offsets, table.shape[1] * in_features):
         weight = _weight(chunk, y_grad.dtype, index_map, table, in_features, hash_seed, backend)
         _products(y_grad, weight, chunk, x_grad)
@@ -95,6 +100,7 @@ def table_grad(
 ) -> Tensor:
     """Return the gradient of the tables, float32 or wider. It waits for the device."""
     rows, columns = table.shape[1], x.shape[1]
+    y_grad, x = _aligned(y_grad), _aligned(x)
     sums = torch.zeros(table.shape, dtype=wide(x.dtype), device=x.device)
     for chunk in _chunks(offsets, rows * columns):
         count = len(chunk.bounds) - 1
@@ -126,7 +132,7 @@ def _chunks(offsets: Tensor, elements: int) -> Iterator[Chunk]:
         elements: Elements of a dense weight.
     """
     bounds = offsets.tolist()
-    most = max(1, GROUPED_ELEMENTS // elements)
+    most = min(max(1, GROUPED_ELEMENTS // elements), _MOST_EXPERTS)
     last = len(bounds) - 1
     first = 0
     while first < last:
@@ -179,6 +185,18 @@ def _products(x: Tensor, weights: Tensor, chunk: Chunk, y: Tensor) -> None:
         torch.mm(x[tokens], weights[number], out=y[tokens])
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return a matrix in the layout that a grouped product needs, as a copy if it has another.
+
+    The gradient of a sum, for example, is a single number with strides of zero.
+    """
+    # A matrix of one row is contiguous with any stride, so `contiguous` would not copy it.
+    rows = tensor.stride() == (tensor.shape[1], 1)
+    if rows and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _is_grouped(dtype: torch.dtype, device: torch.device, *sizes: int) -> bool:
     """Return whether torch has a kernel for grouped products, and not only a loop of its own."""
     aligned = all(size % _ALIGNMENT == 0 for size in sizes)
@@ -187,4 +205,7 @@ def _is_grouped(dtype: torch.dtype, device: torch.device, *sizes: int) -> bool:
 
 @functools.cache
 def _has_kernel(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    # torch for ROCm calls its devices so, too. torch for Windows is built without the kernel.
+    if device.type != "cuda" or torch.version.hip is not None or sys.platform != "linux":
+        return False
+    return torch.cuda.get_device_capability(device)[0] in _CAPABILITIES
