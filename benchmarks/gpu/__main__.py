@@ -41,6 +41,7 @@ _NO_FIGURES = (
 #: Warnings of the machine's libraries are not failures.
 _TEST_FILES = (
     "test_gpu.py",
+    "test_gpu_sketching.py",
     "kernels/test_triton.py",
     "kernels/test_triton_tenants.py",
     "kernels/test_triton_experts.py",
