@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import bins, panels, portable, vectorized
+from . import bfloat16, bins, panels, portable, vectorized
 from .vector_units import PORTABLE, host_unit
 
 #: The most tokens to decode for, for float32 inputs and for 16-bit ones, by
@@ -77,6 +77,9 @@ def decode(
     if dtype != torch.float32 and table.dtype not in vectorized.KINDS:
         table = table.to(dtype)
     if vectorized.supports(table, x.shape[1], hash_seed):
+        if bfloat16.supports(x, table, hash_seed):
+            bias = None if bias is None else bias.to(dtype).contiguous()
+            return bfloat16.decode(x, index_map, table, bias)
         return vectorized.decode(x, index_map, table, hash_seed, bias)
     if dtype != torch.float32:
         table, x = table.to(dtype), x.float()

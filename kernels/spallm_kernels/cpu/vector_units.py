@@ -6,12 +6,15 @@ A table of up to 16 entries fits in the registers of each unit:
 * AVX2: `vpermps` reads 8 entries. For 16, two results are blended by bit 3 of the code.
 * NEON: `tbl` reads bytes from up to four registers of 16 bytes. A code becomes four indices.
 
-All of them look entries up exactly, whatever their bits mean. `emit` functions append LLVM
+All of them look entries up exactly, whatever their bits mean. Two more units are AVX-512 with
+instructions for bfloat16 (see `bfloat16.py`). `emit` functions append LLVM
 instructions. Registers and codes are vectors of `lanes` elements.
 """
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import functools
 import hashlib
 import os
@@ -28,6 +31,8 @@ from .llvm import FLOAT, INT8, INT32, call, constants, shuffle, vector
 #: Set it to the name of a unit, or to `portable`, to choose another path than the fastest one.
 CHOICE = "SPALLM_CPU"
 PORTABLE = "portable"
+#: Numbers of Linux on x86-64: of the call, of what it is to do, and of what is asked for.
+_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_STATE = 158, 0x1023, 18
 
 Value = Any  # llvmlite's values have no types
 
@@ -49,6 +54,9 @@ class VectorUnit:
         spread: Return the registers of a table, given its 2^bits entries as a float32 vector.
         look_up: Return the entries for codes, given the registers and an int32 vector. Only the
             low bits of a code count.
+        base: Name of the unit whose vector instructions it has too; None if those are its own.
+        has_dot: Whether bfloat16 is multiplied by dot products (see `bfloat16.py`).
+        has_matrix: Whether bfloat16 is multiplied in tile registers as well.
     """
 
     name: str
@@ -60,6 +68,9 @@ class VectorUnit:
     panel: tuple[int, int]
     spread: Callable[[Any, Value], list[Value]]
     look_up: Callable[[Any, Sequence[Value], Value], Value]
+    base: str | None = None
+    has_dot: bool = False
+    has_matrix: bool = False
 
     @property
     def tiles(self) -> tuple[int, int, int, int, int]:
@@ -72,7 +83,7 @@ class VectorUnit:
 
         Numba keeps a function until its own file changes. Its instructions come from other files.
         """
-        return f"{self.name} {_digest()}"
+        return f"{self.base or self.name} {_digest()}"
 
 
 def unit_of(key: str) -> VectorUnit:
@@ -113,7 +124,20 @@ def available_units() -> dict[str, VectorUnit]:
         for unit in UNITS
         if platform.machine() in unit.machines
         and all(features.get(feature, False) for feature in unit.features)
+        and (not unit.has_matrix or permit_matrix())
     }
+
+
+@functools.cache
+def permit_matrix() -> bool:
+    """Ask the system to let this process use the tile registers of AMX, and return whether it does.
+
+    Linux keeps 8 KiB more for each thread of a process that uses them, so it wants to be asked.
+    Source: docs.kernel.org/arch/x86/xstate.html.
+    """
+    if platform.system() != "Linux":
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_STATE) == 0
 
 
 def _avx512_spread(builder: Any, entries: Value) -> list[Value]:
@@ -164,18 +188,34 @@ def _neon_look_up(builder: Any, registers: Sequence[Value], codes: Value) -> Val
     return builder.bitcast(found, vector(FLOAT, 4))
 
 
+_AVX512 = VectorUnit(
+    name="avx512",
+    lanes=16,
+    features=("avx512f", "avx512bw", "avx512vl", "avx512dq", "f16c"),
+    machines=("x86_64", "AMD64"),
+    rows=(4, 4, 4),
+    block=(2, 8),
+    panel=(6, 4),
+    spread=_avx512_spread,
+    look_up=_avx512_look_up,
+)
+_AVX512_BF16 = dataclasses.replace(
+    _AVX512,
+    name="avx512_bf16",
+    features=(*_AVX512.features, "avx512bf16"),
+    base="avx512",
+    has_dot=True,
+)
+
 UNITS = (
-    VectorUnit(
-        name="avx512",
-        lanes=16,
-        features=("avx512f", "avx512bw", "avx512vl", "avx512dq", "f16c"),
-        machines=("x86_64", "AMD64"),
-        rows=(4, 4, 4),
-        block=(2, 8),
-        panel=(6, 4),
-        spread=_avx512_spread,
-        look_up=_avx512_look_up,
+    dataclasses.replace(
+        _AVX512_BF16,
+        name="amx",
+        features=(*_AVX512_BF16.features, "amx-tile", "amx-bf16"),
+        has_matrix=True,
     ),
+    _AVX512_BF16,
+    _AVX512,
     VectorUnit(
         name="avx2",
         lanes=8,
