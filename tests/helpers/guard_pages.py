@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from helpers.sketches import random, random_sketch
-from spallm_kernels.cpu import bins, panels, vectorized
+from spallm_kernels.cpu import bins, matrix, panels, vectorized
 from spallm_kernels.cpu.vector_units import CHOICE
 
 _PAGE = mmap.PAGESIZE
@@ -72,7 +72,9 @@ class Guarded:
     def __enter__(self) -> Guarded:
         """Let the kernels' outputs and copies lie there too."""
         torch.empty, torch.zeros = self.empty, self.zeros
-        torch.Tensor.new_empty = lambda tensor, *shape: self.empty(*shape, dtype=tensor.dtype)
+        torch.Tensor.new_empty = lambda tensor, *shape, dtype=None: self.empty(
+            *shape, dtype=dtype or tensor.dtype
+        )
         torch.Tensor.contiguous = lambda tensor: self.copy(_CONTIGUOUS(tensor))
         return self
 
@@ -99,6 +101,9 @@ def run_kernels(guarded: Guarded, bits: int) -> None:
             x, index_map, table = random(tokens, columns).float(), sketch.index_map, sketch.table
             assert vectorized.supports(table.float(), columns, seed)
             compare("decode", partial(_decode, seed), x, index_map, table.to(dtype))
+            half, half_table = x.bfloat16(), table.bfloat16()
+            if matrix.supports(half, half_table, seed):
+                compare("matrix", matrix.decode, half, index_map, half_table)
             # Hashed codes are looked up by the same code. A kernel takes a second to compile.
             for moved in (torch.float32, torch.float16) if seed is None else ():
                 compare("dequantize", partial(_dequantize, columns), index_map, table.to(moved))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -23,9 +23,13 @@ from spallm_kernels.cpu.tiles import Sketch, emit_last_step, emit_rest, emit_ste
 from spallm_kernels.cpu.vector_units import available_units, unit_of
 
 EMULATED = "neon"  # on ARM too, to notice accesses beyond the end of an array
-#: Units to test on this machine.
-UNITS = [*(name for name in available_units() if name != EMULATED), EMULATED]
+#: Units to test on this machine: those with vector instructions of their own.
+UNITS = [
+    *(name for name, unit in available_units().items() if not unit.base and name != EMULATED),
+    EMULATED,
+]
 ARM_TRIPLE = "aarch64-unknown-linux-gnu"
+X86_TRIPLE = "x86_64-unknown-linux-gnu"
 
 #: Kinds of entries that lookups use. Products convert the entries of others.
 LOOKED_UP = ("float32", "raw16")
@@ -159,6 +163,15 @@ class Machine:
 def assembly(unit: str, bodies: dict[str, Body]) -> str:
     """Return the text of compiled functions."""
     target = _target_machine(unit != EMULATED)
+    return target.emit_assembly(_compiled(target, bodies))
+
+
+def x86_assembly(features: Sequence[str], bodies: dict[str, Body]) -> str:
+    """Return the text of functions compiled for an x86-64 processor with some features."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    wanted = ",".join(f"+{feature}" for feature in features)
+    target = llvm.Target.from_triple(X86_TRIPLE).create_target_machine("x86-64", wanted, opt=3)
     return target.emit_assembly(_compiled(target, bodies))
 
 

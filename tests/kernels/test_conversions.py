@@ -6,7 +6,7 @@ import torch
 
 from helpers.experts import random_experts
 from helpers.sketches import random, random_sketch
-from spallm_kernels import lut_experts, lut_linear
+from spallm_kernels import lut_experts
 from spallm_kernels.cpu import experts, rows, vectorized
 from spallm_kernels.cpu.conversions import add_bias, narrow, widen
 
@@ -84,7 +84,7 @@ def test_products_have_the_bits_of_those_in_float32(unit, kind, table, monkeypat
         for bias in (None, random(19, dtype=dtype).to(dtype)):
             sums = vectorized.decode(x.float(), sketch.index_map, own.to(dtype).float(), None)
             sums = sums if bias is None else sums + bias
-            y = lut_linear(x, sketch.index_map, own, bias, path="decode")
+            y = vectorized.decode(x, sketch.index_map, own, None, bias)
             assert y.dtype == dtype
             assert torch.equal(y, sums.to(dtype))
             rounding += int((sums != sums.to(dtype)).sum())
@@ -108,7 +108,8 @@ def test_threads_may_share_inputs_or_widen_their_own(monkeypatch, most, threads)
         wide = lut_experts(x.float(), sketch.offsets, sketch.index_map, table.float())
         assert torch.equal(y, wide.bfloat16())
         for expert, (start, end) in {0: (0, 3), 2: (3, 12)}.items():
-            alone = lut_linear(x[start:end], sketch.index_map[expert], table[expert])
+            given = sketch.index_map[expert], table[expert]
+            alone = vectorized.decode(x[start:end], *given, None)
             assert torch.equal(alone, y[start:end])
     finally:
         numba.set_num_threads(before)

@@ -13,8 +13,8 @@ from helpers.sketches import TOLERANCE, passes, random, random_sketch, relative_
 from spallm_formats import pack
 from spallm_kernels import choose_backend, dequantize, dispatch, lut_linear, operators
 from spallm_kernels.cpu import linear as cpu_linear
-from spallm_kernels.cpu import vectorized
-from spallm_kernels.cpu.vector_units import UNITS
+from spallm_kernels.cpu import matrix, vectorized
+from spallm_kernels.cpu.vector_units import AMX, AVX512
 
 BACKENDS = ["reference", "cpu"]
 BITS = [1, 2, 3, 4, 5, 8]
@@ -209,9 +209,10 @@ def test_path_by_shape_and_dtype():
         path(1, path="quick")
 
 
-def test_path_in_vector_registers(monkeypatch):
-    for module in (cpu_linear, vectorized):
-        monkeypatch.setattr(module, "host_unit", lambda: UNITS[0])
+@pytest.mark.parametrize("unit", [AVX512, AMX])
+def test_path_in_vector_registers(monkeypatch, unit):
+    for module in (cpu_linear, matrix, vectorized):
+        monkeypatch.setattr(module, "host_unit", lambda: unit)
     table = random_sketch(4, 1).table.float()
 
     def path(tokens, dtype, hashed):
@@ -219,7 +220,10 @@ def test_path_in_vector_registers(monkeypatch):
         return dispatch.choose_path("cpu", x, table, hashed=hashed)
 
     assert path(100_000, torch.float32, False) == "decode"
-    for hashed, limits in ((False, cpu_linear.STORED_TOKENS), (True, cpu_linear.HASHED_TOKENS)):
+    stored = cpu_linear.STORED_TOKENS
+    if unit is AMX:
+        stored = stored[0], cpu_linear.MATRIX_TOKENS
+    for hashed, limits in ((False, stored), (True, cpu_linear.HASHED_TOKENS)):
         for dtype, most in zip((torch.float32, torch.bfloat16), limits, strict=True):
             if most < math.inf:
                 assert path(most, dtype, hashed) == "decode"

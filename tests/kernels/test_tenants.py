@@ -1,6 +1,7 @@
 """Products of tokens with their own tables match float64, on CPU backends, and `lut_linear`."""
 
 import functools
+from types import SimpleNamespace
 
 import numba
 import pytest
@@ -131,6 +132,17 @@ def test_only_sets_with_many_tokens_of_16_bits_are_left_to_the_library(monkeypat
     )
     check([1, 0] * 40 + [2, -1, 2], 3, 2, 21, 96, torch.bfloat16)
     assert calls == [(3, 96)] * 2  # with a bias and without
+
+
+@needs_vectors
+def test_sets_with_several_tokens_are_left_to_tile_registers(monkeypatch):
+    calls, original = [], cpu_tenants.decode
+    monkeypatch.setattr(
+        cpu_tenants, "decode", lambda *a, **k: calls.append(a[1].tolist()) or original(*a, **k)
+    )
+    monkeypatch.setattr(cpu_tenants, "matrix", SimpleNamespace(supports=lambda *given: True))
+    check([1] * 5 + [0] * 4 + [2, -1, 2], 3, 2, 21, 96, torch.bfloat16)
+    assert [sorted(sets) for sets in calls] == 2 * [[-1, 0, 0, 0, 0, 2, 2]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -7,7 +7,17 @@ import torch
 from helpers.sketches import random_sketch
 from spallm_kernels import lut_linear
 from spallm_kernels.cpu import linear, portable, vector_units, vectorized
-from spallm_kernels.cpu.vector_units import CHOICE, PORTABLE, UNITS, available_units, host_unit
+from spallm_kernels.cpu.vector_units import (
+    AMX,
+    AVX512,
+    CHOICE,
+    PORTABLE,
+    available_units,
+    host_unit,
+    unit_of,
+)
+
+AVX2 = unit_of("avx2").features
 
 
 @pytest.fixture
@@ -79,9 +89,10 @@ def test_without_a_choice_the_first_unit_is_used(choose):
 @pytest.mark.parametrize(
     ("machine", "features", "names"),
     [
-        ("x86_64", UNITS[0].features + UNITS[1].features, ["avx512", "avx2"]),
-        ("AMD64", UNITS[1].features, ["avx2"]),
-        ("x86_64", UNITS[1].features[:-1], []),
+        ("x86_64", AMX.features + AVX2, ["amx", "avx512", "avx2"]),
+        ("x86_64", AVX512.features + AVX2, ["avx512", "avx2"]),
+        ("AMD64", AVX2, ["avx2"]),
+        ("x86_64", AVX2[:-1], []),
         ("x86_64", ("neon",), []),
         ("aarch64", ("neon",), ["neon"]),
         ("arm64", (), ["neon"]),  # LLVM does not always name it
@@ -90,14 +101,27 @@ def test_without_a_choice_the_first_unit_is_used(choose):
 )
 def test_units_by_machine(choose, monkeypatch, machine, features, names):
     pretend(monkeypatch, machine, *features)
+    monkeypatch.setattr(vector_units, "permit_matrix", lambda: True)
     choose(None)
     assert list(available_units()) == names
     assert (host_unit().name if host_unit() else None) == next(iter(names), None)
 
 
-@pytest.mark.parametrize("name", ["avx512", "AVX2", "sse", ""])
+def test_amx_needs_the_permission_of_the_system(choose, monkeypatch):
+    pretend(monkeypatch, "x86_64", *AMX.features)
+    monkeypatch.setattr(vector_units, "permit_matrix", lambda: False)
+    choose(None)
+    assert list(available_units()) == ["avx512"]
+
+
+def test_units_with_the_same_vector_instructions_share_compiled_code():
+    assert AMX.key == AVX512.key
+    assert unit_of(AMX.key) is AVX512
+
+
+@pytest.mark.parametrize("name", ["amx", "avx512", "AVX2", "sse", ""])
 def test_a_unit_that_this_machine_lacks_is_refused(choose, monkeypatch, name):
-    pretend(monkeypatch, "x86_64", *UNITS[1].features)
+    pretend(monkeypatch, "x86_64", *AVX2)
     choose(name)
     message = f"SPALLM_CPU='{name}' cannot be used; on this machine, accepted are avx2, portable"
     sketch = random_sketch(4, 1, columns=47)

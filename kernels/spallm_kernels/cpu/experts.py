@@ -35,7 +35,7 @@ def can_decode(x: Tensor, table: Tensor, *, hashed: bool) -> bool:
     return (
         linear.can_decode(x, one)
         and vectorized.supports(rounded, x.shape[1], 0 if hashed else None)
-        and tokens <= linear.decode_tokens(x, one, hashed=hashed)
+        and tokens <= linear.vector_tokens(x, one, hashed=hashed)
     )
 
 

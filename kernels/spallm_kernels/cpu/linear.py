@@ -1,7 +1,7 @@
 """Compute the sketched linear layer on the CPU: in vector registers, or else in portable loops.
 
-`vectorized.py` serves 2, 3 and 4 bits on processors with AVX2, AVX-512 or NEON. `portable.py`
-serves everything else.
+`vectorized.py` serves 2, 3 and 4 bits on processors with AVX2, AVX-512 or NEON. On those with AMX,
+`matrix.py` serves bfloat16 inputs of several tokens. `portable.py` serves everything else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import bfloat16, bins, panels, portable, vectorized
+from . import bins, matrix, panels, portable, vectorized
 from .vector_units import PORTABLE, host_unit
 
 #: The most tokens to decode for, for float32 inputs and for 16-bit ones, by
@@ -20,6 +20,8 @@ from .vector_units import PORTABLE, host_unit
 PORTABLE_TOKENS = (32, 8)
 HASHED_TOKENS = (48, 16)
 STORED_TOKENS = (math.inf, 32)
+#: The most tokens to decode for in tile registers.
+MATRIX_TOKENS = 256
 _SINGLE_OR_LESS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -34,6 +36,13 @@ def decode_tokens(x: Tensor, table: Tensor, *, hashed: bool) -> float:
     In vector registers, float32 products are as fast as those of a library with a dense weight,
     whatever their number. Products of 16-bit inputs are faster in the library.
     """
+    if matrix.supports(x, table, 0 if hashed else None):
+        return MATRIX_TOKENS
+    return vector_tokens(x, table, hashed=hashed)
+
+
+def vector_tokens(x: Tensor, table: Tensor, *, hashed: bool) -> float:
+    """Return what `decode_tokens` returns on a machine without tile registers."""
     single, half = HASHED_TOKENS if hashed else STORED_TOKENS
     if path_name(table, x.shape[1], 0 if hashed else None) == PORTABLE:
         single, half = PORTABLE_TOKENS
@@ -76,10 +85,9 @@ def decode(
     dtype = x.dtype
     if dtype != torch.float32 and table.dtype not in vectorized.KINDS:
         table = table.to(dtype)
+    if matrix.supports(x, table, hash_seed):
+        return matrix.decode(x, index_map, table, bias)
     if vectorized.supports(table, x.shape[1], hash_seed):
-        if bfloat16.supports(x, table, hash_seed):
-            bias = None if bias is None else bias.to(dtype).contiguous()
-            return bfloat16.decode(x, index_map, table, bias)
         return vectorized.decode(x, index_map, table, hash_seed, bias)
     if dtype != torch.float32:
         table, x = table.to(dtype), x.float()

@@ -36,11 +36,11 @@ from .llvm import (
     variable,
     vector,
 )
-from .packing import transposed
+from .packing import TOKENS, transposed
 from .steps import move
 
-#: Rows of a tile of weights, and tokens of a tile of inputs.
-ROWS = TOKENS = 16
+#: Rows of a tile.
+ROWS = 16
 #: The most blocks of 16 tokens that are multiplied at once: their sums fill the tile registers.
 MOST_BLOCKS = 3
 TILE_BYTES = ROWS * STEP_BYTES
@@ -103,11 +103,10 @@ def multiply_matrix(  # type: ignore[no-untyped-def]
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes, code_stride, table, groups, width, *rest = arguments[:12]
-        sketch = BFloat16Sketch(
-            codes, code_stride, groups, width, bits.literal_value, kind.literal_value
-        )
-        emit_multiply(builder, sketch, table, *rest, blocks.literal_value)
+        codes, code_stride, table, groups, width = arguments[:5]
+        described = codes, code_stride, groups, width
+        sketch = BFloat16Sketch(*described, bits.literal_value, kind.literal_value)
+        emit_multiply(builder, sketch, table, arguments[5:12], blocks.literal_value)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 12, bits, kind, blocks), generate
@@ -126,19 +125,10 @@ def emit_configure(builder: Any) -> None:
 
 
 def emit_multiply(
-    builder: Any,
-    sketch: BFloat16Sketch,
-    table: Value,
-    row: Value,
-    last: Value,
-    x: Value,
-    x_stride: Value,
-    y: Value,
-    y_stride: Value,
-    tokens: Value,
-    blocks: int,
+    builder: Any, sketch: BFloat16Sketch, table: Value, places: Sequence[Value], blocks: int
 ) -> None:
-    """Append the instructions of `multiply_matrix`."""
+    """Append the instructions of `multiply_matrix`. `places` are its arguments from `row` on."""
+    row, last, x, x_stride, y, y_stride, tokens = places
     rows = [_smaller(builder, builder.add(row, number(index)), last) for index in range(ROWS)]
     steps, whole = sketch.all_steps(builder), sketch.whole_steps(builder)
     batches = builder.udiv(builder.add(steps, number(_STEPS - 1)), number(_STEPS))
@@ -205,9 +195,7 @@ def _multiply_steps(
 
     with cgutils.for_range(builder, builder.udiv(count, number(CHAINS))) as pair:
         for chain in range(CHAINS):
-            multiply(
-                builder.add(builder.mul(pair.index, number(CHAINS)), number(chain)), chain
-            )
+            multiply(builder.add(builder.mul(pair.index, number(CHAINS)), number(chain)), chain)
     with builder.if_then(builder.trunc(count, ir.IntType(1))):
         multiply(builder.sub(count, number(1)), 0)
 

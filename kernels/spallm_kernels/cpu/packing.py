@@ -1,8 +1,8 @@
-"""Define a numba function that brings bfloat16 inputs into the order in which weights are decoded.
+"""Define a numba function that brings bfloat16 inputs into the order in which AMX reads them.
 
-`bfloat16_steps.py` explains the order. Blocks of 16 tokens are written as tiles for AMX (see
-`matrix_tiles.py`): pairs of a token's elements, the first pairs of all tokens, then their second
-pairs, and so on. A step of a block of one token is 32 elements.
+Blocks of 16 tokens are written as tiles. A tile has the inputs of 32 columns, in the order in which
+`bfloat16_steps.py` decodes weights, as pairs: the first pairs of all tokens, then their second
+pairs, and so on.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from .llvm import (
 )
 from .steps import move
 
-_SIZE = 16
+#: Tokens of a block.
+TOKENS = 16
 
 
 @native
-def pack(context, x, exist, groups, width, target, bits, tokens):  # type: ignore[no-untyped-def]
-    """Write the inputs of a block of tokens in the order in which weights are decoded.
+def pack(context, x, exist, groups, width, target, bits):  # type: ignore[no-untyped-def]
+    """Write the inputs of a block of 16 tokens as tiles.
 
     Args:
         context: Numba's typing context.
@@ -41,24 +42,23 @@ def pack(context, x, exist, groups, width, target, bits, tokens):  # type: ignor
         exist: Tokens that exist, int64. The others become zeros.
         groups: Groups of a row, int64.
         width: Columns of a group, int64. Behind them, zeros fill the last step.
-        target: Address where to write, bfloat16 [groups, steps, 16, tokens, 2], int64.
+        target: Address where to write, bfloat16 [groups, steps, 16 pairs, 16 tokens, 2], int64.
         bits: Bits of a code, a constant.
-        tokens: Tokens of a block, a constant: 1 or 16.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        emit_pack(builder, arguments[:5], bits.literal_value, tokens.literal_value)
+        emit_pack(builder, arguments[:5], bits.literal_value)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5, bits, tokens), generate
+    return types.void(*[types.int64] * 5, bits), generate
 
 
-def emit_pack(builder: Any, arguments: Any, bits: int, tokens: int) -> None:
+def emit_pack(builder: Any, arguments: Any, bits: int) -> None:
     """Append the instructions of `pack`, given its arguments."""
     x, exist, groups, width, target = arguments
     stride = builder.mul(builder.mul(groups, width), number(WORD_BYTES))
     steps = builder.udiv(builder.add(width, number(WIDE_STEP - 1)), number(WIDE_STEP))
-    lines = ir.ArrayType(WORDS, tokens)
+    lines = ir.ArrayType(WORDS, TOKENS)
     place = variable(builder, lines)
     builder.store(lines(None), place)
     first_line = builder.ptrtoint(place, INT64)
@@ -78,24 +78,25 @@ def emit_pack(builder: Any, arguments: Any, bits: int, tokens: int) -> None:
                     store(builder, WORDS(None), line)
                     move(builder, found, line, left, INT16)
         ordered = []
-        for token in range(tokens):
+        for token in range(TOKENS):
             some = load(builder, element(builder, first_line, number(token), STEP_BYTES), WORDS)
             some = shuffle(builder, some, lane_columns(bits))
             ordered.append(builder.bitcast(some, DWORDS))
         at = builder.add(builder.mul(group.index, steps), step.index)
-        written = element(builder, target, at, STEP_BYTES * tokens)
-        for index, some in enumerate(ordered if tokens == 1 else transposed(builder, ordered)):
+        written = element(builder, target, at, STEP_BYTES * TOKENS)
+        for index, some in enumerate(transposed(builder, ordered)):
             store(builder, some, element(builder, written, number(index), STEP_BYTES))
 
 
 def transposed(builder: Any, lines: list[Value]) -> list[Value]:
     """Return the columns of a matrix of 16 vectors of 16 elements."""
-    columns, distance = list(lines), _SIZE // 2
+    size = len(lines)
+    columns, distance = list(lines), size // 2
     # A bit of the number of a line changes places with the same bit of the number of an element.
     while distance:
-        lower = [i + (_SIZE - distance if i & distance else 0) for i in range(_SIZE)]
-        upper = [i + (_SIZE if i & distance else distance) for i in range(_SIZE)]
-        for one in range(_SIZE):
+        lower = [i + (size - distance if i & distance else 0) for i in range(size)]
+        upper = [i + (size if i & distance else distance) for i in range(size)]
+        for one in range(size):
             if not one & distance:
                 other = one + distance
                 pair = columns[one], columns[other]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import linear, vectorized
+from . import linear, matrix, vectorized
 from .mixed_tiles import FIELDS, NUMBER_BYTES, multiply_mixed_tile
 from .rows import ROWS, compiled, multiply_rows
 from .vector_units import host_unit
@@ -26,6 +26,8 @@ from .vectorized import KINDS, SERIAL, kind_of
 
 #: Tokens of a tile of `multiply_rows`.
 _TILE = 4
+#: The most tokens of a set that are not faster in tile registers (`benchmarks/cpu/tenants.py`).
+_BEFORE_MATRIX = 4
 
 
 def can_decode(x: Tensor, table: Tensor, *, hashed: bool) -> bool:
@@ -49,7 +51,9 @@ def counts_first(x: Tensor) -> bool:
 
 def most_tokens(x: Tensor, table: Tensor, *, hashed: bool) -> float:
     """Return the most tokens of a set for which `decode` is the faster path."""
-    return linear.decode_tokens(x, table, hashed=hashed)
+    if matrix.supports(x, table, 0 if hashed else None):
+        return _BEFORE_MATRIX
+    return linear.vector_tokens(x, table, hashed=hashed)
 
 
 def decode(

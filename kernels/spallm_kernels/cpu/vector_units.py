@@ -6,8 +6,8 @@ A table of up to 16 entries fits in the registers of each unit:
 * AVX2: `vpermps` reads 8 entries. For 16, two results are blended by bit 3 of the code.
 * NEON: `tbl` reads bytes from up to four registers of 16 bytes. A code becomes four indices.
 
-All of them look entries up exactly, whatever their bits mean. Two more units are AVX-512 with
-instructions for bfloat16 (see `bfloat16.py`). `emit` functions append LLVM
+All of them look entries up exactly, whatever their bits mean. AMX multiplies bfloat16 in tile
+registers of its own (see `matrix.py`), beside AVX-512. `emit` functions append LLVM
 instructions. Registers and codes are vectors of `lanes` elements.
 """
 
@@ -55,8 +55,7 @@ class VectorUnit:
         look_up: Return the entries for codes, given the registers and an int32 vector. Only the
             low bits of a code count.
         base: Name of the unit whose vector instructions it has too; None if those are its own.
-        has_dot: Whether bfloat16 is multiplied by dot products (see `bfloat16.py`).
-        has_matrix: Whether bfloat16 is multiplied in tile registers as well.
+        has_matrix: Whether it multiplies bfloat16 in tile registers (see `matrix.py`).
     """
 
     name: str
@@ -69,7 +68,6 @@ class VectorUnit:
     spread: Callable[[Any, Value], list[Value]]
     look_up: Callable[[Any, Sequence[Value], Value], Value]
     base: str | None = None
-    has_dot: bool = False
     has_matrix: bool = False
 
     @property
@@ -188,7 +186,7 @@ def _neon_look_up(builder: Any, registers: Sequence[Value], codes: Value) -> Val
     return builder.bitcast(found, vector(FLOAT, 4))
 
 
-_AVX512 = VectorUnit(
+AVX512 = VectorUnit(
     name="avx512",
     lanes=16,
     features=("avx512f", "avx512bw", "avx512vl", "avx512dq", "f16c"),
@@ -199,23 +197,16 @@ _AVX512 = VectorUnit(
     spread=_avx512_spread,
     look_up=_avx512_look_up,
 )
-_AVX512_BF16 = dataclasses.replace(
-    _AVX512,
-    name="avx512_bf16",
-    features=(*_AVX512.features, "avx512bf16"),
-    base="avx512",
-    has_dot=True,
+AMX = dataclasses.replace(
+    AVX512,
+    name="amx",
+    features=(*AVX512.features, "amx-tile", "amx-bf16"),
+    base=AVX512.name,
+    has_matrix=True,
 )
-
 UNITS = (
-    dataclasses.replace(
-        _AVX512_BF16,
-        name="amx",
-        features=(*_AVX512_BF16.features, "amx-tile", "amx-bf16"),
-        has_matrix=True,
-    ),
-    _AVX512_BF16,
-    _AVX512,
+    AMX,
+    AVX512,
     VectorUnit(
         name="avx2",
         lanes=8,
