@@ -1,8 +1,8 @@
-"""Print the figures of four results files as the Markdown tables that docs/performance.md shows.
+"""Print the figures of results files as the Markdown tables that docs/performance.md shows.
 
 A test compares the page with these tables, so the page holds no figure that was not measured.
 
-    python -m benchmarks.cpu.tables [linear] [generate] [training] [tenants]
+    python -m benchmarks.cpu.tables [linear] [amx] [generate] [training] [tenants] [affine]
     python -m benchmarks.cpu.tables --write        replaces the tables on the page
 """
 
@@ -37,6 +37,16 @@ def linear_tables(document: Document) -> list[str]:
         _gradients(fastest),
         _paths(document["units"]),
         bars_table("the layer", document["bars"]),
+    ]
+
+
+def amx_tables(document: Document) -> list[str]:
+    """Return products with AMX, where either path is used, and bars."""
+    fastest = document["units"][0]
+    return [
+        _products(fastest, "with AMX, tokens"),
+        _paths(document["units"], "with AMX, decode is faster"),
+        bars_table("with AMX", document["bars"]),
     ]
 
 
@@ -115,6 +125,7 @@ def affine_tables(document: Document) -> list[str]:
 #: Tables by benchmark, with the results file that they show.
 TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
     "linear": ("linear.json", linear_tables),
+    "amx": ("linear_amx.json", amx_tables),
     "generate": ("generate.json", generate_tables),
     "training": ("training_cpu.json", training_tables),
     "tenants": ("tenants.json", tenants_tables),
@@ -122,7 +133,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], list[str]]]] = {
 }
 
 
-def _products(unit: Row) -> str:
+def _products(unit: Row, title: str = "products, tokens") -> str:
     body = []
     for row in _rows(unit, "products"):
         cells = [str(row["tokens"])]
@@ -131,7 +142,7 @@ def _products(unit: Row) -> str:
             cells += [_ms(row, dense), _ms(row, ours), f"{ratio(row, dense, ours):.2f} x"]
         cells.append(f"{ratio(row, 'dense float32', 'sketch bfloat16'):.2f} x")
         body.append(tuple(cells))
-    head = ["products, tokens"]
+    head = [title]
     for dtype in _DTYPES:
         head += [f"dense {dtype}, ms", "sketch, ms", "faster"]
     return markdown([*head, "sketch bfloat16, dense float32"], body)
@@ -167,7 +178,7 @@ def _gradients(unit: Row) -> str:
     return markdown((*head, "inputs, dense, ms", "inputs, sketch, ms", "ratio"), body)
 
 
-def _paths(units: Iterable[Row]) -> str:
+def _paths(units: Iterable[Row], title: str = "decode is faster, by tokens") -> str:
     """Return the dense path's time over the decode path's: above 1, decode is the faster path."""
     body, counts = [], []
     for unit in units:
@@ -178,7 +189,7 @@ def _paths(units: Iterable[Row]) -> str:
         for name, rows in found.items():
             body.append((name, *(f"{ratio(row, 'dense', 'decode'):.2f} x" for row in rows)))
             counts = [str(row["tokens"]) for row in rows]
-    return markdown(("decode is faster, by tokens", *counts), body)
+    return markdown((title, *counts), body)
 
 
 def _rows(unit: Row, section: str) -> list[Row]:

@@ -22,6 +22,7 @@ from spallm_kernels.reference.linear import dequantize, table_grad
 #: Judged by the files' own figures below.
 JUDGES = {
     "linear": lambda document: linear.judge(document["units"][0]),
+    "amx": lambda document: linear.judge(document["units"][0]),
     "generate": lambda document: generate.judge(document["speeds"]),
     "training": lambda document: training.judge(document["results"]),
     "tenants": lambda document: tenants.judge(document["rows"]),

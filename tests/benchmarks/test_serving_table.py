@@ -1,12 +1,12 @@
-"""docs/serving.md shows the figures of benchmarks/results/serving.json, and no others."""
+"""docs/serving.md shows the figures of the results files, and no others."""
 
-import json
+import pytest
 
-from benchmarks.serving.table import PAGE, tables
-from benchmarks.shared.machine import RESULTS
+from benchmarks.serving.table import PAGE, TITLES, tables
 
 
-def test_the_page_shows_the_tables_of_the_results():
+@pytest.mark.parametrize("file", TITLES)
+def test_the_page_shows_the_tables_of_the_results(file):
     page = PAGE.read_text()
-    for table in tables(json.loads((RESULTS / "serving.json").read_text())):
+    for table in tables(file):
         assert table in page

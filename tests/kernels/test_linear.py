@@ -219,10 +219,10 @@ def test_path_in_vector_registers(monkeypatch, unit):
         x = torch.ones(1, 48, dtype=dtype).expand(tokens, 48)
         return dispatch.choose_path("cpu", x, table, hashed=hashed)
 
-    assert path(100_000, torch.float32, False) == "decode"
     stored = cpu_linear.STORED_TOKENS
     if unit is AMX:
-        stored = stored[0], cpu_linear.MATRIX_TOKENS
+        stored = cpu_linear.BESIDE_MATRIX_TOKENS[0], cpu_linear.MATRIX_TOKENS
+    assert path(100_000, torch.float32, False) == ("dense" if unit is AMX else "decode")
     for hashed, limits in ((False, stored), (True, cpu_linear.HASHED_TOKENS)):
         for dtype, most in zip((torch.float32, torch.bfloat16), limits, strict=True):
             if most < math.inf:

@@ -20,6 +20,8 @@ from .vector_units import PORTABLE, host_unit
 PORTABLE_TOKENS = (32, 8)
 HASHED_TOKENS = (48, 16)
 STORED_TOKENS = (math.inf, 32)
+#: The same for stored codes beside AMX: the library's float32 products are faster there.
+BESIDE_MATRIX_TOKENS = (64, 32)
 #: The most tokens to decode for in tile registers.
 MATRIX_TOKENS = 256
 _SINGLE_OR_LESS = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,7 +36,8 @@ def decode_tokens(x: Tensor, table: Tensor, *, hashed: bool) -> float:
     """Return the most tokens for which `decode` is the faster path (`benchmarks/cpu/linear.py`).
 
     In vector registers, float32 products are as fast as those of a library with a dense weight,
-    whatever their number. Products of 16-bit inputs are faster in the library.
+    whatever their number, unless the processor has AMX. Products of 16-bit inputs are faster in the
+    library than in vector registers.
     """
     if matrix.supports(x, table, 0 if hashed else None):
         return MATRIX_TOKENS
@@ -42,10 +45,14 @@ def decode_tokens(x: Tensor, table: Tensor, *, hashed: bool) -> float:
 
 
 def vector_tokens(x: Tensor, table: Tensor, *, hashed: bool) -> float:
-    """Return what `decode_tokens` returns on a machine without tile registers."""
-    single, half = HASHED_TOKENS if hashed else STORED_TOKENS
+    """Return what `decode_tokens` would return if nothing were computed in tile registers."""
+    unit = host_unit()
+    limits: tuple[float, float] = HASHED_TOKENS if hashed else STORED_TOKENS
     if path_name(table, x.shape[1], 0 if hashed else None) == PORTABLE:
-        single, half = PORTABLE_TOKENS
+        limits = PORTABLE_TOKENS
+    elif unit is not None and unit.has_matrix and not hashed:
+        limits = BESIDE_MATRIX_TOKENS
+    single, half = limits
     return single if x.dtype == torch.float32 else half
 
 
