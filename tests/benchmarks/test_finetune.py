@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks.finetune import seeds
 from helpers.tiny_models import save_tiny_llama
 from spallm_convert import OptionError, SketchConfig, convert
 
@@ -377,3 +378,7 @@ def test_there_is_nothing_to_draw_without_held_out_losses(tmp_path):
     (tmp_path / "finetune.json").write_text('{"summary": [{"held_out_loss": null}]}')
     with pytest.raises(PlotError, match="has no held-out losses"):
         plot.read(tmp_path / "finetune.json")
+
+
+def test_the_page_shows_the_table_of_the_seeds():
+    assert seeds.table() in seeds.PAGE.read_text()
