@@ -26,7 +26,8 @@ from .vectorized import KINDS, SERIAL, kind_of
 
 #: Tokens of a tile of `multiply_rows`.
 _TILE = 4
-#: The most tokens of a set that are not faster in tile registers (`benchmarks/cpu/tenants.py`).
+#: The most tokens of a set to look up with those of other sets, although there are tile registers.
+#: Four tokens of a 4096 x 4096 weight take as long either way.
 _BEFORE_MATRIX = 4
 
 
