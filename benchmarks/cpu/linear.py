@@ -7,6 +7,8 @@ and in bfloat16. The unit of this machine comes first, then the others that it h
 that need none: each in a process of its own (`SPALLM_CPU`).
 
     python -m benchmarks.cpu.linear            writes benchmarks/results/linear.json
+    python -m benchmarks.cpu.linear --unit amx --unit avx512 --output FILE
+                                               with AMX; FILE is linear_amx.json beside it
     python -m benchmarks.cpu.tables            prints the tables of docs/performance.md
 """
 

@@ -10,7 +10,8 @@ vLLM lives in an environment of its own, in which this runs (see `make test-vllm
     python -m benchmarks.serving --model FOLDER      writes benchmarks/results/serving.json
     python -m benchmarks.serving.table               prints the tables of docs/serving.md
 
-FOLDER holds the dense model.
+FOLDER holds the dense model. On a processor with AMX, `--output` names the other file of the page,
+benchmarks/results/serving_amx.json.
 """
 
 from __future__ import annotations

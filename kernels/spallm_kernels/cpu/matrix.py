@@ -139,6 +139,7 @@ def _product(unit: str, bits: int, kind: str, parallel: bool) -> Callable[..., N
                 while block < blocks:
                     some = min(MOST_BLOCKS, blocks - block)
                     first, line = block * TOKENS, own + block * block_bytes
+                    # The number of blocks is a constant of the instructions.
                     if some == 1:
                         multiply_matrix(
                             codes, code_stride, table, groups, width, row, end - 1, line,
